@@ -1,0 +1,47 @@
+"""Every averaging rule is a (B, T) weight, so the loss is `(per_token_loss * token_weights).sum()` everywhere."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+TOKEN_WEIGHTINGS = ("token", "sequence", "max_length")
+
+
+def token_weights(
+    loss_mask: Tensor,
+    token_weighting: str,
+    *,
+    max_completion_length: int,
+    world_size: int = 1,
+    all_reduce: Callable[[Tensor], Tensor] = lambda x: x,
+) -> Tensor:
+    """Weights of the tokens of one optimizer step.
+
+    Args:
+        loss_mask: (B, T): this rank's rows of one whole optimizer step, all its micro-batches together.
+        token_weighting: "token" - each token counts the same (DAPO, arXiv 2503.14476, equation 8);
+            "sequence" - each completion counts the same (DeepSeekMath, arXiv 2402.03300, equation 3);
+            "max_length" - tokens count the same and the normaliser is the constant B x `max_completion_length`
+            (Dr. GRPO, arXiv 2503.20783).
+        max_completion_length: in tokens, for "max_length".
+        world_size: the number of ranks over which gradients are averaged (DDP); undone here and nowhere else.
+        all_reduce: sums a tensor over ranks.
+
+    Returns:
+        (B, T) fp32; over all ranks and micro-batches the weights sum to `world_size` (for "max_length": to at most
+        that). Tokens outside the mask weigh 0. Tokens and completions that are masked are in no denominator;
+        completions whose advantage is 0 are. With nothing to count, all weights are 0 and so is the loss.
+    """
+    if token_weighting not in TOKEN_WEIGHTINGS:
+        raise ValueError(f"token_weighting={token_weighting!r} is unknown; use one of {', '.join(TOKEN_WEIGHTINGS)}.")
+    mask = loss_mask.double()
+    lengths = mask.sum(1, keepdim=True)
+    num_tokens, num_completions = all_reduce(torch.stack([lengths.sum(), (lengths > 0).double().sum()])).clamp(min=1)
+    if token_weighting == "token":
+        weights = mask / num_tokens
+    elif token_weighting == "sequence":
+        weights = mask / lengths.clamp(min=1) / num_completions
+    else:
+        weights = mask / (num_completions * max_completion_length)
+    return (weights * world_size).float()

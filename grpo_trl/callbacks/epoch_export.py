@@ -1,0 +1,194 @@
+"""`epoch_1/`, `epoch_2/`, ...: what an epoch left, complete enough to use it and to run it again."""
+
+import logging
+import math
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import TrainerCallback
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_pt_utils import AcceleratorConfig
+
+from grpo_trl.config import GOVERNED
+
+logger = logging.getLogger(__name__)
+
+RECIPE_NAME = "recipe.yaml"
+SCRIPT_NAME = "train_script.py"
+
+# `grpo-trl train` runs no script of the user's; this one repeats the run from the recipe beside it.
+CONSOLE_SCRIPT = '''"""This run was started by `grpo-trl train`; this file starts it again."""
+
+import sys
+from pathlib import Path
+
+from grpo_trl.cli import main
+
+sys.argv = ["grpo-trl", "train", "--config", str(Path(__file__).with_name("recipe.yaml")), *sys.argv[1:]]
+main()
+'''
+
+# Keys of nested dicts that hold credentials; at the top level `TrainingArguments.to_dict` hides `*_token`.
+SECRETS = frozenset({"token", "hf_token", "hub_token", "push_to_hub_token", "use_auth_token", "api_key"})
+
+
+class EpochExportCallback(TrainerCallback):
+    """At the end of each epoch writes `<output_dir>/epoch_<n>/`, n = 1, 2, ...; on all ranks, as `save_model` wants it.
+
+    The folder holds the weights (safetensors), `config.json`, the tokenizer, `recipe.yaml` as resolved and the script
+    that ran as `train_script.py`. No `training_args.bin`: the recipe says the same without a pickle and without
+    tokens. It is written under another name and renamed when complete, and replaces one of an earlier run. A run that
+    `max_steps` ends within an epoch writes that epoch too.
+
+    LoRA: the folder holds the trained adapter (an inactive one, such as a frozen reference, is left out) and the
+    `config.json` of its base model; `AutoModelForCausalLM.from_pretrained` loads both through `adapter_config.json`.
+
+    Args:
+        trainer: `save_model`, `args`, `model`, `accelerator` and `processing_class` are used; `trainer.recipe`, if it
+            has one that is not None, as in [`recipe_yaml`].
+    """
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+        self._said_no_script = False
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        # an epoch that a resume or `max_steps` cut counts as the one it is part of
+        self._export(Path(args.output_dir) / f"epoch_{max(1, math.ceil(state.epoch - 1e-6))}")
+
+    def _export(self, folder: Path) -> None:
+        trainer = self.trainer
+        temporary = folder.with_name(f"_{folder.name}")  # `_*` is what a push to the Hub leaves out
+        if trainer.args.should_save:
+            shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed here
+        trainer.accelerator.wait_for_everyone()
+        # internal: a save by the user would push to the Hub
+        trainer.save_model(str(temporary), _internal_call=True)
+        trainer.accelerator.wait_for_everyone()
+        if not trainer.args.should_save:
+            return
+        self._complete(temporary)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+
+    def _complete(self, folder: Path) -> None:
+        """Adds what `save_model` does not write, and takes away what does not belong into the folder."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        for adapter in inactive_adapters(model):
+            shutil.rmtree(folder / adapter, ignore_errors=True)
+        if not (folder / "config.json").exists():
+            model.config.save_pretrained(folder)
+        if not any(folder.glob("*.safetensors")):
+            logger.warning(
+                "%s holds no safetensors: the weights are sharded over ranks and were not gathered; set "
+                "fsdp_state_dict_type: FULL_STATE_DICT (FSDP) or zero3_save_16bit_model: true (ZeRO-3).",
+                folder.name.removeprefix("_"),
+            )
+        (folder / RECIPE_NAME).write_text(recipe_yaml(self.trainer), encoding="utf-8")
+        script = train_script()
+        if script is not None:
+            (folder / SCRIPT_NAME).write_text(script, encoding="utf-8")
+        elif not self._said_no_script:
+            logger.warning("No %s in the epoch folders: this run was not started from a script.", SCRIPT_NAME)
+            self._said_no_script = True
+
+
+def inactive_adapters(model: Any) -> list[str]:
+    """Names of the adapters of a PeftModel that are not trained; [] for any other model."""
+    return sorted(set(getattr(model, "peft_config", {})) - set(getattr(model, "active_adapters", [])))
+
+
+def train_script() -> str | None:
+    """The text of the script that runs; for the console script `grpo-trl` one that repeats the run from `recipe.yaml`;
+    None when there is neither (a notebook, `python -c`)."""
+    path = Path(getattr(sys.modules["__main__"], "__file__", None) or "")
+    if path.suffix == ".py" and path.is_file():
+        return path.read_text(encoding="utf-8")
+    return CONSOLE_SCRIPT if Path(sys.argv[0]).stem == "grpo-trl" else None
+
+
+def recipe_yaml(trainer: Any) -> str:
+    """The recipe of a run as YAML, for `grpo-trl train --config`: the objective as resolved, and every argument that
+    differs from its default.
+
+    `trainer.recipe` (optional): the top-level keys of the run's own YAML that are no fields of the config, such as
+    model, data entries and rewards. Without it these are named in comments, and have to be given again. Tokens are
+    left out, and so are values that YAML cannot hold (a comment names them).
+    """
+    args = trainer.args
+    values = args.to_dict()
+    objective = getattr(args, "objective", {})
+    changed = [name for name in _changed(args, values) if name not in objective]
+    recipe = getattr(trainer, "recipe", None)
+    lines = [
+        "# A run as resolved; to repeat it: grpo-trl train --config recipe.yaml",
+        "# " + ", ".join(f"{name} {version(name)}" for name in ("transformers", "trl", "torch")),
+        f"# ranks: {args.world_size}",
+        "",
+        "# Model, data and rewards",
+        *(_entries(recipe) if recipe is not None else _comments(_described(trainer))),
+    ]
+    if objective:
+        lines += ["", *_comments({"Objective": objective["paper"]})]
+        lines += _entries({name: objective[name] for name in ("variant", *GOVERNED)})
+    lines += ["", "# Training", *_entries({name: values[name] for name in changed if name not in (recipe or {})})]
+    return "\n".join(lines) + "\n"
+
+
+def _changed(args: Any, values: Mapping[str, Any]) -> list[str]:
+    """Names of the fields that differ from their default, without what is derived, hidden or merely normalised."""
+    names = []
+    for field in fields(args):
+        if not field.init or field.name.endswith("_token"):
+            continue
+        if field.name == "generation_batch_size":  # follows from steps_per_generation and the number of ranks
+            continue
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        value = values[field.name]
+        normalised = field.name == "accelerator_config" and value == AcceleratorConfig().to_dict()
+        if value != default and value not in ([], {}) and not normalised:
+            names.append(field.name)
+    return names
+
+
+def _described(trainer: Any) -> dict[str, Any]:
+    rewards = getattr(trainer, "reward_func_names", None)
+    return {
+        "model": getattr(trainer.model.config, "_name_or_path", None) or type(trainer.model).__name__,
+        "rewards": ", ".join(rewards) if rewards else "not named",
+        "data": "given in code",
+    }
+
+
+def _entries(values: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for name, value in values.items():
+        try:
+            text = yaml.safe_dump({name: _plain(value)}, sort_keys=False, allow_unicode=True, width=110)
+        except yaml.representer.RepresenterError:
+            lines.append(f"# {name}: a {type(value).__name__}, which YAML cannot hold; set it in code")
+            continue
+        lines += text.rstrip("\n").split("\n")
+    return lines
+
+
+def _plain(value: Any) -> Any:
+    """Paths as text, tuples as lists, nested credentials left out."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items() if key not in SECRETS}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _comments(values: Mapping[str, Any]) -> list[str]:
+    return [f"# {name}: {value}".replace("\n", " ") for name, value in values.items()]

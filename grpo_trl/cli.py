@@ -1,0 +1,285 @@
+"""`grpo-trl train --config recipe.yaml [--field value ...]`: from a recipe to a trained model."""
+
+import argparse
+import difflib
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, NoReturn
+
+import trl
+import yaml
+from datasets import load_dataset
+from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+
+from .config import GRPOConfig, raise_all, refuse
+from .data import load_datasets, parse_entries
+
+# Options of TRL's GRPO script that this one does not have: name -> what to do instead.
+REFUSED_SCRIPT_OPTIONS = {
+    "datasets": "list the data in `train_datasets: [{path, type, input, output}]`; see docs/configuration.md",
+    "streaming": "use `dataset_streaming` with `dataset_name`",
+    "test_split_size": "name the held-out rows in `eval_datasets`, e.g. `split: train[-200:]`",
+    "ignore_bias_buffers": "remove it: TRL's GRPO script does not read it either",
+}
+
+
+@dataclass
+class ScriptArguments(trl.ScriptArguments):
+    """The data and the rewards of a recipe; everything else is in [`GRPOConfig`] and `trl.ModelConfig`.
+
+    Data come from `train_datasets` (checked row by row; `grpo_trl.data.load_datasets`) or, as in TRL, from
+    `dataset_name` with its `dataset_*` fields, whose rows must have a `prompt`.
+    """
+
+    # `str` stands second: it is the type that the parser gives to a value of the command line
+    train_datasets: list[dict[str, Any]] | str | None = field(
+        default=None, metadata={"help": "Training data: list of {path, type, input, output, split, weight, name}."}
+    )
+    eval_datasets: list[dict[str, Any]] | str | dict[str, list[dict[str, Any]]] | None = field(
+        default=None, metadata={"help": "Evaluation data, read if eval_strategy asks for it: a list, or {name: list}."}
+    )
+    reward_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Sequence-classification reward model; comes before reward_funcs."}
+    )
+    reward_funcs: list[str] | None = field(
+        default=None, metadata={"help": "Registered names, dotted paths, or ids and paths of reward models."}
+    )
+    ignore_bias_buffers: bool = field(default=False, init=False)  # REFUSED_SCRIPT_OPTIONS
+
+    def __post_init__(self):
+        for name in ("train_datasets", "eval_datasets"):
+            setattr(self, name, _from_json(name, getattr(self, name)))
+        if isinstance(self.reward_funcs, str):  # a single name in a YAML file
+            self.reward_funcs = [self.reward_funcs]
+
+    @property
+    def rewards(self) -> list[str]:
+        """The reward model first, then the functions: the order of `reward_weights`, as in TRL."""
+        model = [self.reward_model_name_or_path] if self.reward_model_name_or_path else []
+        return model + (self.reward_funcs or [])
+
+
+class RecipeParser(TrlParser):
+    """`TrlParser` that explains: TRL options that we refuse get their remedy, misspelt fields the closest one.
+
+    Every error is a ValueError. TRL options that would change nothing are dropped, as `GRPOConfig` does.
+    """
+
+    def __init__(self, prog: str = "grpo-trl train"):
+        dataclass_types = (ScriptArguments, GRPOConfig, ModelConfig)
+        # no abbreviations: a misspelt `--num_gen` would otherwise set num_generations
+        super().__init__(
+            dataclass_types, prog=prog, usage=f"{prog} --config YAML [--field value ...]", allow_abbrev=False
+        )
+        self.field_names = [f.name for cls in dataclass_types for f in fields(cls) if f.init]
+        self._unknown: dict[str, Any] = {}
+
+    def set_defaults_with_config(self, **config: Any) -> list[str]:
+        self._unknown |= {name: value for name, value in config.items() if name not in self.field_names}
+        return super().set_defaults_with_config(**{n: v for n, v in config.items() if n in self.field_names})
+
+    def parse_known_args(self, args=None, namespace=None):
+        namespace, unused = super().parse_known_args(args, namespace)
+        raise_all([self._unknown_problem(name) for name in refuse(self._unknown | _options(unused))])
+        return namespace, []
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)  # argparse would print the 200 options first
+
+    def _unknown_problem(self, name: str) -> str:
+        if name in REFUSED_SCRIPT_OPTIONS:
+            return f"{name} is an option of TRL's script that is not available here; {REFUSED_SCRIPT_OPTIONS[name]}."
+        close = difflib.get_close_matches(name.replace("-", "_"), self.field_names, n=1)
+        return f"{name!r} is no field; " + (
+            f"did you mean {close[0]}?" if close else f"`{self.prog} --help` lists them."
+        )
+
+
+Recipe = tuple[ScriptArguments, GRPOConfig, ModelConfig]
+
+
+def parse_recipe(argv: Sequence[str], prog: str = "grpo-trl train") -> Recipe:
+    """`--config recipe.yaml --field value ...` -> checked arguments; nothing is loaded. The command line wins.
+
+    Raises:
+        ValueError: unknown fields, refused TRL options, values that do not fit, or missing parts: model, data, rewards.
+    """
+    argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
+    if argv[-1:] == ["--config"]:
+        raise ValueError("--config needs the path of a recipe's YAML file.")
+    script_args, args, model_args = RecipeParser(prog).parse_args_and_config(argv)
+    if str(args.resume_from_checkpoint).lower() == "true":  # the command line has text only; True: the last checkpoint
+        args.resume_from_checkpoint = True
+    raise_all(_problems(script_args, args, model_args))
+    return script_args, args, model_args
+
+
+def _problems(script_args: ScriptArguments, args: GRPOConfig, model_args: ModelConfig) -> list[str]:
+    """What a recipe lacks, and entries that cannot be right, without reading data. `GRPOTrainer` checks the rest."""
+    problems = []
+    if not model_args.model_name_or_path:
+        problems.append("model_name_or_path is missing: the id or path of the policy, e.g. Qwen/Qwen3-0.6B.")
+    if not script_args.rewards:
+        problems.append("no reward: set reward_funcs, e.g. [accuracy, think_format], or reward_model_name_or_path.")
+    if bool(script_args.train_datasets) == bool(script_args.dataset_name):
+        found = "both" if script_args.dataset_name else "neither"
+        problems.append(
+            f"training data: expected either train_datasets: [{{path, type, input, output}}] or dataset_name, got {found}."
+        )
+    if _wants_evaluation(args) and not (script_args.eval_datasets or script_args.dataset_name):
+        problems.append(
+            f"eval_strategy={args.eval_strategy.value} needs data: set eval_datasets (as train_datasets), or "
+            "eval_strategy: 'no' and eval_on_start: false."
+        )
+    for where, entries in {"train_datasets": script_args.train_datasets, **_named_eval_sets(script_args)}.items():
+        if entries:
+            try:
+                parse_entries(entries)
+            except ValueError as error:
+                problems.append(str(error) if where == "train_datasets" else f"{where}: {error}")
+    return problems
+
+
+def _from_json(name: str, value: Any) -> Any:
+    """The value of a YAML file as it is; text, as the command line gives it, as JSON."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        example = '[{"path": "train.jsonl", "type": "jsonl", "input": "question", "output": "answer"}]'
+        raise ValueError(f"--{name} takes JSON, e.g. '{example}'; got {value!r} ({error}).") from error
+
+
+def _options(unused: Sequence[str]) -> dict[str, Any]:
+    """Command-line rest -> name -> value: `["--a", "1", "--b=x", "--c"]` -> `{"a": 1, "b": "x", "c": True}`."""
+    values: dict[str, list[str]] = {}
+    name = ""
+    for arg in unused:
+        if arg.startswith("--"):
+            name, *value = arg.removeprefix("--").split("=", 1)
+            values[name] = value
+        else:
+            values.setdefault(name or arg, []).append(arg)
+    return {name: _yaml_value(value) for name, value in values.items()}
+
+
+def _yaml_value(words: list[str]) -> Any:
+    if len(words) > 1:
+        return words
+    return (None if words[0].lower() == "none" else yaml.safe_load(words[0])) if words else True
+
+
+# ---- train ----
+
+
+def train(argv: Sequence[str]) -> None:
+    """Trains as a recipe says, saves the model to output_dir, and pushes it if asked to."""
+    try:
+        script_args, args, model_args = parse_recipe(argv)
+    except (ValueError, OSError, yaml.YAMLError) as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from error
+    trainer = make_trainer(script_args, args, model_args)
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model(args.output_dir)
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    trainer.end()
+
+
+def make_trainer(script_args: ScriptArguments, args: GRPOConfig, model_args: ModelConfig):
+    """The `GRPOTrainer` of a recipe. Data come first: what is wrong with them shows before any model is loaded."""
+    from .trainer import GRPOTrainer
+
+    sys.path.insert(0, os.getcwd())  # a dotted path may name a module of the current folder, as in TRL
+    train_dataset, eval_dataset = load_data(script_args, args)
+    recipe = _changed(script_args) | _changed(model_args) | {"model_init_kwargs": args.model_init_kwargs}
+    args.model_init_kwargs = _model_init_kwargs(args, model_args)
+    trainer = GRPOTrainer(
+        model=str(model_args.model_name_or_path),
+        reward_funcs=list(script_args.rewards),
+        args=args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    trainer.recipe = recipe
+    return trainer
+
+
+def load_data(script_args: ScriptArguments, args: GRPOConfig) -> tuple[Any, Any]:
+    """Training set and evaluation set: None without evaluation, a dict for named ones."""
+    evaluates = _wants_evaluation(args)
+    if script_args.dataset_name:
+        train_dataset = _load_trl_dataset(script_args, script_args.dataset_train_split)
+    else:
+        train_dataset = load_datasets(script_args.train_datasets, seed=args.seed)
+    if not evaluates:
+        return train_dataset, None
+    if isinstance(script_args.eval_datasets, dict):
+        return train_dataset, {n: load_datasets(e, seed=args.seed) for n, e in script_args.eval_datasets.items()}
+    if script_args.eval_datasets:
+        return train_dataset, load_datasets(script_args.eval_datasets, seed=args.seed)
+    return train_dataset, _load_trl_dataset(script_args, script_args.dataset_test_split)
+
+
+def _load_trl_dataset(script_args: ScriptArguments, split: str) -> Any:
+    return load_dataset(
+        script_args.dataset_name, script_args.dataset_config, split=split, streaming=script_args.dataset_streaming
+    )
+
+
+def _wants_evaluation(args: GRPOConfig) -> bool:
+    return args.eval_strategy != "no" or args.eval_on_start
+
+
+def _named_eval_sets(script_args: ScriptArguments) -> dict[str, Any]:
+    sets = script_args.eval_datasets
+    return {f"eval_datasets[{n}]": e for n, e in sets.items()} if isinstance(sets, dict) else {"eval_datasets": sets}
+
+
+def _model_init_kwargs(args: GRPOConfig, model_args: ModelConfig) -> dict[str, Any]:
+    """How the policy is loaded, as in TRL's script: `model_init_kwargs` wins over the fields of `ModelConfig`."""
+    named = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+    }
+    assert not isinstance(args.model_init_kwargs, str)  # parsed by TrainingArguments
+    return named | (args.model_init_kwargs or {})
+
+
+def _changed(arguments: Any) -> dict[str, Any]:
+    """The fields that differ from their defaults, for the resolved recipe."""
+    default = type(arguments)()
+    names = [f.name for f in fields(arguments) if f.init]
+    return {name: getattr(arguments, name) for name in names if getattr(arguments, name) != getattr(default, name)}
+
+
+# A new subcommand is one entry: name -> (function of the remaining arguments, what it does).
+COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
+    "train": (train, "train as a recipe says: grpo-trl train --config recipe.yaml [--field value ...]"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The `grpo-trl` command."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(
+        "grpo-trl",
+        usage="grpo-trl COMMAND [arguments]",
+        epilog="\n".join(f"{name}: {text}" for name, (_, text) in COMMANDS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=COMMANDS, help="`grpo-trl COMMAND --help` lists its arguments")
+    command = parser.parse_args(argv[:1]).command
+    COMMANDS[command][0](argv[1:])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,376 @@
+"""`GRPOConfig`: TRL's names and meanings, the seed document's defaults, and every refusal in one place."""
+
+import functools
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from .algorithm import KL_ESTIMATORS, LOSS_TYPES, SURROGATES, VARIANTS
+from .algorithm.advantages import SCALE_REWARDS
+from .algorithm.token_weights import TOKEN_WEIGHTINGS
+
+# The fields that a row of VARIANTS governs: None means "as the row says".
+GOVERNED = (
+    "surrogate",
+    "importance_sampling_level",
+    "epsilon",
+    "epsilon_high",
+    "delta",
+    "scale_rewards",
+    "token_weighting",
+    "beta",
+    "kl_estimator",
+    "mask_truncated_completions",
+)
+
+_NO_VLLM = "remove it: rollouts run in this process; see `rollout_engine`"
+_NO_ENTROPY = "remove it: there is no entropy term; raise `temperature` or `epsilon_high` to keep exploration"
+
+# TRL options that this package does not have: name -> (values that change nothing here, what to do instead).
+REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "router_aux_loss_coef": ((None, 0.0), "remove it: no load-balancing loss is added to the objective"),
+    "cast_lm_head_to_fp32": ((False,), "remove it: log-softmax is in fp32; load with dtype float32 for an fp32 head"),
+    "pad_to_multiple_of": ((None, "auto"), "remove it: batches are padded to their own longest row"),
+    "use_vllm": ((False,), _NO_VLLM),
+    "vllm_mode": (("colocate",), _NO_VLLM),
+    "vllm_model_impl": (("vllm",), _NO_VLLM),
+    "vllm_enable_sleep_mode": ((False,), _NO_VLLM),
+    "vllm_structured_outputs_regex": ((None,), _NO_VLLM),
+    "vllm_server_base_url": ((None,), _NO_VLLM),
+    "vllm_server_host": (("0.0.0.0",), _NO_VLLM),
+    "vllm_server_port": ((8000,), _NO_VLLM),
+    "vllm_server_timeout": ((240.0,), _NO_VLLM),
+    "vllm_group_port": ((51216,), _NO_VLLM),
+    "vllm_gpu_memory_utilization": ((0.3,), _NO_VLLM),
+    "vllm_max_model_length": ((None,), _NO_VLLM),
+    "vllm_tensor_parallel_size": ((1,), _NO_VLLM),
+    "vllm_importance_sampling_correction": ((True, False), _NO_VLLM),
+    "vllm_importance_sampling_mode": (("sequence_mask",), _NO_VLLM),
+    "vllm_importance_sampling_clip_max": ((3.0,), _NO_VLLM),
+    "vllm_importance_sampling_clip_min": ((None,), _NO_VLLM),
+    "vllm_importance_sampling_cap": ((None,), _NO_VLLM),
+    "use_transformers_continuous_batching": ((False,), "remove it; see `rollout_engine`"),
+    "transformers_continuous_batching_config": ((None,), "remove it; see `rollout_engine`"),
+    "use_transformers_paged": ((False,), "remove it; see `rollout_engine`"),
+    "sapo_temperature_neg": ((1.05,), "remove it: use the clipped surrogate (`loss_type: grpo | dapo | dr_grpo`)"),
+    "sapo_temperature_pos": ((1.0,), "remove it: use the clipped surrogate (`loss_type: grpo | dapo | dr_grpo`)"),
+    "vespo_k_pos": ((2.0,), "remove it: use the clipped surrogate (`loss_type: grpo | dapo | dr_grpo`)"),
+    "vespo_lambda_pos": ((3.0,), "remove it: use the clipped surrogate (`loss_type: grpo | dapo | dr_grpo`)"),
+    "vespo_k_neg": ((3.0,), "remove it: use the clipped surrogate (`loss_type: grpo | dapo | dr_grpo`)"),
+    "vespo_lambda_neg": ((2.0,), "remove it: use the clipped surrogate (`loss_type: grpo | dapo | dr_grpo`)"),
+    "multi_objective_aggregation": (("sum_then_normalize",), "remove it: weighted rewards are summed, then scaled"),
+    "top_entropy_quantile": ((1.0,), "remove it: every token of a completion counts in the loss"),
+    "entropy_coef": ((0.0,), _NO_ENTROPY),
+    "use_adaptive_entropy": ((False,), _NO_ENTROPY),
+    "entropy_coef_min": ((0.0,), _NO_ENTROPY),
+    "entropy_coef_max": ((1.0,), _NO_ENTROPY),
+    "entropy_coef_delta": ((0.005,), _NO_ENTROPY),
+    "entropy_target": ((0.2,), _NO_ENTROPY),
+    "max_tool_calling_iterations": ((None,), "override `GRPOTrainer.rollout` to run tools, with `Group.loss_masks`"),
+    "off_policy_mask_threshold": ((None,), "use `delta` to bound the loss of off-policy negative samples"),
+    "log_multimodal": ((True, False), "remove it: prompts and completions are text"),
+    "log_completions_hub_repo": ((None,), "push the folder `completions/` of output_dir with huggingface_hub"),
+}
+
+
+def refuse(options: dict[str, Any]) -> dict[str, Any]:
+    """Drops TRL options that change nothing here and raises one ValueError for all that would."""
+    problems = []
+    kept = {}
+    for name, value in options.items():
+        if name not in REFUSED:
+            kept[name] = value
+        elif value not in REFUSED[name][0]:
+            problems.append(f"{name}={value!r} is a TRL option that is not available here; {REFUSED[name][1]}.")
+    raise_all(problems)
+    return kept
+
+
+def raise_all(problems: list[str]) -> None:
+    """One ValueError that lists every problem, so that none is found only after the previous one is fixed."""
+    if problems:
+        raise ValueError("\n".join(["GRPO cannot start:", *(f"- {problem}" for problem in problems)]))
+
+
+def _help(text: str, default: Any = None) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class GRPOConfig(TrainingArguments):
+    """Arguments of [`GRPOTrainer`]: those of `transformers.TrainingArguments` and TRL's `GRPOConfig`, and a few more.
+
+    `docs/configuration.md` lists the fields with their effect, and what differs from TRL. Batch sizes count
+    completions, as in TRL: `per_device_train_batch_size=8` with `num_generations=4` is two prompts.
+
+    Raises:
+        ValueError: one message with every problem found.
+    """
+
+    _VALID_DICT_FIELDS = [
+        *TrainingArguments._VALID_DICT_FIELDS,
+        "model_init_kwargs",
+        "reward_model_init_kwargs",
+        "generation_kwargs",
+        "chat_template_kwargs",
+    ]
+
+    # Defaults that differ from transformers, as in TRL
+    learning_rate: float = _help("Initial learning rate of AdamW. Default: the seed document's.", 1e-6)
+    logging_steps: float = _help("Log every X optimizer steps; below 1, a ratio of all steps.", 10)
+    gradient_checkpointing: bool = _help("Recompute activations in the backward pass: less memory, more time.", True)
+    bf16: bool | None = _help("bf16 mixed precision. Default: on where a GPU supports it (unless fp16), else off.")
+    remove_unused_columns: bool | None = _help("Keep only the prompt column. Rewards usually need the others.", False)
+
+    # Model and reference
+    model_init_kwargs: dict[str, Any] | str | None = _help(
+        "Passed to `from_pretrained` when the model is a path or id."
+    )
+    trust_remote_code: bool = _help("Allow model and tokenizer code from the Hub.", False)
+    disable_dropout: bool = _help("Turn dropout off, so that the ratio is 1 on the first pass. TRL: False.", True)
+    ref_model_name_or_path: str | None = _help("Reference policy; default: a frozen copy of the starting policy.")
+    ref_device: str | dict | None = _help(
+        "Device of the reference: auto (a spare GPU, else the policy's), same, cpu, cuda:N, or an accelerate map.",
+        "auto",
+    )
+    reward_device: str | dict | None = _help("Device of reward models; values as for ref_device.", "auto")
+    sync_ref_model: bool = _help("Mix the policy into the reference now and then (TR-DPO, arXiv 2404.09656).", False)
+    ref_model_mixup_alpha: float = _help("Share of the policy in each mix of sync_ref_model.", 0.6)
+    ref_model_sync_steps: int = _help("Optimizer steps between two mixes of sync_ref_model.", 512)
+    ds3_gather_for_generation: bool = _help("DeepSpeed ZeRO-3: gather the weights once per rollout.", True)
+
+    # Prompts
+    shuffle_dataset: bool | None = _help("Shuffle the prompts, anew in each epoch.", True)
+    prompt_format: str = _help(
+        "auto: text stays text unless system_prompt is set; chat: text is a user message; text.", "auto"
+    )
+    system_prompt: str | None = _help("System message put before each conversation that has none.")
+    chat_template_kwargs: dict | str | None = _help("Passed to the chat template, e.g. {'enable_thinking': false}.")
+    max_prompt_length: int | None = _help("Longest prompt in tokens; what happens beyond it: overlong_prompts.")
+    overlong_prompts: str = _help("drop, truncate (keeps the end), or error.", "drop")
+
+    # Rollouts
+    num_generations: int | None = _help("G, completions per prompt. Default: the seed document's (TRL: 8).", 4)
+    generation_batch_size: int | None = _help(
+        "Completions sampled at once over all ranks; or set steps_per_generation."
+    )
+    steps_per_generation: int | None = _help("Micro-batches per rollout. Default: gradient_accumulation_steps.")
+    max_completion_length: int | None = _help("Longest completion in tokens.", 512)
+    temperature: float = _help("Sampling temperature; also divides the logits of every log-probability.", 1.0)
+    top_p: float = _help("Nucleus sampling; below 1 the sampler differs from the trained policy.", 1.0)
+    top_k: int = _help("Keep the k most likely tokens; 0: all.", 0)
+    min_p: float | None = _help("Keep tokens at least this likely relative to the most likely one.")
+    repetition_penalty: float = _help("Penalty on tokens seen before; 1: none.", 1.0)
+    generation_kwargs: dict | str | None = _help("More arguments of `transformers.GenerationConfig`.")
+    cache_implementation: str | None = _help("Cache of `model.generate`, e.g. static.")
+    rollout_engine: str = _help("How completions are sampled: a name in `grpo_trl.rollouts.ENGINES`.", "hf_generate")
+
+    # Rewards
+    reward_weights: list[float] | None = _help("One weight per reward function. Default: 1 each.")
+    reward_call: str = _help("batch: one call per collected batch (as TRL); group: one per group.", "batch")
+    reward_timeout: float | None = _help(
+        "Seconds a Python reward function may take; it then runs in a process of its own."
+    )
+    reward_batch_size: int = _help("Completions per forward pass of a reward model.", 8)
+    reward_max_length: int | None = _help(
+        "Longest input of a reward model in tokens. Default: what its tokenizer says."
+    )
+    reward_input_format: str = _help(
+        "Reward model input: auto, pair (question, answer), chat (its template) or text.", "auto"
+    )
+    reward_model_init_kwargs: dict[str, Any] | str | None = _help("Passed to `from_pretrained` of reward models.")
+
+    # Objective: None means "as the variant says"
+    variant: str = _help("A row of `grpo_trl.VARIANTS`, e.g. grpo or deepseekmath.", "grpo")
+    loss_type: str | None = _help("TRL's shorthand for surrogate + token_weighting: grpo, dapo or dr_grpo.")
+    num_iterations: int = _help("mu, passes over each rollout. Default: the seed document's (TRL: 1).", 4)
+    surrogate: str | None = _help("The policy term: clip.")
+    importance_sampling_level: str | None = _help("token, or sequence (GSPO).")
+    epsilon: float | None = _help("Lower clip range: ratios below 1 - epsilon.")
+    epsilon_high: float | None = _help("Upper clip range. Default: epsilon.")
+    delta: float | None = _help("Upper bound on the ratio for negative advantages (two-sided clip).")
+    beta: float | None = _help("Weight of the KL penalty; 0: no reference model is loaded. Default: 0.01 (TRL: 0).")
+    kl_estimator: str | None = _help("k1, k2, k3, or k3_ratio, whose gradient is that of the reverse KL.")
+    use_bias_correction_kl: bool | None = _help("TRL's name for kl_estimator: true is k3_ratio, false is k3.")
+    scale_rewards: str | bool | None = _help("batch_relative (the seed's), group, batch or none.")
+    token_weighting: str | None = _help("How tokens are averaged: token, sequence or max_length.")
+    mask_truncated_completions: bool | None = _help("Leave truncated completions out of the loss.")
+
+    # Evaluation
+    num_generations_eval: int | None = _help("Completions per evaluation prompt. Default: num_generations.")
+    eval_temperature: float | None = _help("Temperature in evaluation; 0: greedy. Default: temperature.")
+    eval_max_completion_length: int | None = _help("Longest completion in evaluation. Default: max_completion_length.")
+    eval_pass_threshold: float = _help("A completion passes (pass@k) when its reward is at least this.", 1.0)
+
+    # Outputs
+    log_completions: bool = _help("Show sampled completions at every log and save them as parquet.", False)
+    num_completions_to_print: int | None = _help("Completions shown per log. Default: all of the last rollout.")
+    log_unique_prompts: bool = _help("Log one completion per prompt to trackers.", False)
+    save_epochs: bool = _help("Write epoch_1/, epoch_2/, ... with weights, config, recipe and script.", True)
+    plot_metrics: bool = _help("Redraw training_metrics.png at every log.", True)
+
+    def __post_init__(self):
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        super().__post_init__()
+        problems = self._resolve_objective() + self._resolve_batches() + self._check_values()
+        raise_all(problems)
+
+    @property
+    def n_gpu(self) -> int:
+        """At most one: the policy has one device. With two visible GPUs and no launcher, transformers would otherwise
+        wrap it in `nn.DataParallel` and multiply the batch size (huggingface/trl#2842)."""
+        return min(1, super().n_gpu)
+
+    @property
+    def on_policy(self) -> bool:
+        """Whether every update uses completions of the current policy, so that the ratio is 1 by definition."""
+        return self.num_iterations == 1 and self.steps_per_generation == self.gradient_accumulation_steps
+
+    @property
+    def objective(self) -> dict[str, Any]:
+        """The resolved row: variant, its paper, and every field that it governs."""
+        row = {"variant": self.variant, "paper": VARIANTS[self.variant].paper}
+        return row | {name: getattr(self, name) for name in GOVERNED}
+
+    def _resolve_objective(self) -> list[str]:
+        """Fills the governed fields: explicit value, else `loss_type`, else the row of `variant`."""
+        if self.variant not in VARIANTS:
+            return [f"variant={self.variant!r} is unknown; use one of {', '.join(VARIANTS)}."]
+        if self.loss_type is not None and self.loss_type not in LOSS_TYPES:
+            return [f"loss_type={self.loss_type!r} is not available; use one of {', '.join(LOSS_TYPES)}."]
+        shorthand: dict[str, Any] = dict(LOSS_TYPES.get(self.loss_type or "", {}))
+        if self.use_bias_correction_kl is not None:
+            shorthand["kl_estimator"] = "k3_ratio" if self.use_bias_correction_kl else "k3"
+        if isinstance(self.scale_rewards, bool):
+            self.scale_rewards = "group" if self.scale_rewards else "none"
+        for name in GOVERNED:
+            if getattr(self, name) is None:
+                setattr(self, name, shorthand.get(name, getattr(VARIANTS[self.variant], name)))
+        if self.epsilon_high is None:
+            self.epsilon_high = self.epsilon
+        return [
+            f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(allowed)}."
+            for name, allowed in (
+                ("surrogate", SURROGATES),
+                ("kl_estimator", KL_ESTIMATORS),
+                ("scale_rewards", SCALE_REWARDS),
+                ("token_weighting", TOKEN_WEIGHTINGS),
+                ("importance_sampling_level", ("token", "sequence")),
+            )
+            if getattr(self, name) not in allowed
+        ]
+
+    def _resolve_batches(self) -> list[str]:
+        """Fills steps_per_generation and generation_batch_size, and checks that collections are whole groups on each
+        rank and whole optimizer steps."""
+        problems = []
+        rank_batch, ranks, accumulation = (
+            self.per_device_train_batch_size,
+            self.world_size,
+            self.gradient_accumulation_steps,
+        )
+        if self.num_generations is None or self.num_generations < 2:
+            return [f"num_generations={self.num_generations} but a group needs at least 2 completions to compare."]
+        if self.generation_batch_size is not None and self.steps_per_generation is None:
+            self.steps_per_generation, rest = divmod(self.generation_batch_size, rank_batch * ranks)
+            if rest:
+                problems.append(
+                    f"generation_batch_size={self.generation_batch_size} must be a multiple of "
+                    f"per_device_train_batch_size x ranks = {rank_batch} x {ranks}; use {rank_batch * ranks}."
+                )
+        steps = self.steps_per_generation = self.steps_per_generation or accumulation
+        expected = rank_batch * ranks * steps
+        if self.generation_batch_size not in (None, expected):
+            problems.append(
+                f"generation_batch_size={self.generation_batch_size} and steps_per_generation={steps} contradict each "
+                f"other (the latter means {expected} completions); set one of them."
+            )
+        self.generation_batch_size = expected
+        if steps % accumulation:
+            problems.append(
+                f"steps_per_generation={steps} must be a multiple of gradient_accumulation_steps={accumulation}, so "
+                f"that a rollout is whole optimizer steps; use {accumulation * (steps // accumulation + 1)}."
+            )
+        if (rank_batch * steps) % self.num_generations:
+            per_rank = rank_batch * steps
+            divisors = [g for g in range(2, per_rank + 1) if per_rank % g == 0]
+            problems.append(
+                f"num_generations={self.num_generations} must divide the {per_rank} completions of a rank's rollout "
+                f"(per_device_train_batch_size {rank_batch} x steps_per_generation {steps}), because a group never "
+                f"straddles ranks; use one of {divisors or '(raise per_device_train_batch_size)'}."
+            )
+        return problems
+
+    def _check_values(self) -> list[str]:
+        """Ranges and names of the remaining fields, and combinations that cannot work."""
+        problems = [
+            f"{name}={getattr(self, name)!r} is out of range: {expected}."
+            for name, valid, expected in (
+                ("num_iterations", self.num_iterations >= 1, "expected at least 1"),
+                (
+                    "temperature",
+                    self.temperature > 0,
+                    "expected more than 0 (use eval_temperature=0 for greedy evaluation)",
+                ),
+                ("top_p", 0 < self.top_p <= 1, "expected in (0, 1]"),
+                ("top_k", self.top_k >= 0, "expected 0 (all tokens) or more"),
+                ("min_p", self.min_p is None or 0 <= self.min_p <= 1, "expected in [0, 1]"),
+                ("repetition_penalty", self.repetition_penalty > 0, "expected more than 0"),
+                ("max_completion_length", (self.max_completion_length or 0) >= 1, "expected at least 1 token"),
+                (
+                    "max_prompt_length",
+                    self.max_prompt_length is None or self.max_prompt_length >= 1,
+                    "expected at least 1",
+                ),
+                ("beta", (self.beta or 0) >= 0, "expected 0 or more"),
+                ("epsilon", 0 <= (self.epsilon or 0) <= 1, "expected in [0, 1]"),
+                ("eval_temperature", (self.eval_temperature or 0) >= 0, "expected 0 (greedy) or more"),
+                ("num_generations_eval", (self.num_generations_eval or 1) >= 1, "expected at least 1"),
+                (
+                    "reward_timeout",
+                    self.reward_timeout is None or self.reward_timeout > 0,
+                    "expected seconds, more than 0",
+                ),
+                ("reward_batch_size", self.reward_batch_size >= 1, "expected at least 1"),
+            )
+            if not valid
+        ]
+        problems += [
+            f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(allowed)}."
+            for name, allowed in (
+                ("prompt_format", ("auto", "chat", "text")),
+                ("overlong_prompts", ("drop", "truncate", "error")),
+                ("reward_call", ("batch", "group")),
+                ("reward_input_format", ("auto", "pair", "chat", "text")),
+            )
+            if getattr(self, name) not in allowed
+        ]
+        if self.auto_find_batch_size:
+            problems.append(
+                "auto_find_batch_size would break up groups when it shrinks the batch; set it to False and lower "
+                "per_device_train_batch_size."
+            )
+        if self.sync_ref_model and not self.beta:
+            problems.append("sync_ref_model=True needs a reference, but beta=0 loads none; set beta above 0.")
+        return problems
+
+
+def _accept_trl_options(cls: type) -> None:
+    """Lets the constructor take TRL options that we lack: harmless values are dropped, others refused with the remedy.
+
+    They are no fields, so they show up neither in `--help` nor in saved configs.
+    """
+    dataclass_init = cls.__init__
+
+    @functools.wraps(dataclass_init)
+    def __init__(self, *args, **kwargs):
+        dataclass_init(self, *args, **refuse(kwargs))
+
+    cls.__init__ = __init__
+
+
+_accept_trl_options(GRPOConfig)
+FIELD_NAMES = frozenset(f.name for f in fields(GRPOConfig))

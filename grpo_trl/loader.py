@@ -1,0 +1,224 @@
+"""Prompts in, micro-batches out: the order of the data, the rollout buffer, and the position in both.
+
+A *collection* is what is sampled at once: `steps_per_generation` micro-batches on each rank, whole groups, whole
+optimizer steps. It is passed over `num_iterations` times. An epoch is whole collections: the last one is completed
+with the first prompts of the next epoch's order. Everything follows from one number, the micro-batches yielded so far.
+"""
+
+import random
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
+from itertools import count, islice
+from math import ceil, gcd
+from typing import Any, Protocol
+
+from datasets import IterableDataset
+from torch import Tensor
+from torch.utils.data import Dataset as TorchDataset
+
+from .algorithm import token_weights
+from .batch import Prompt, RolloutBatch
+from .config import GRPOConfig
+from .prompts import epoch_order
+
+
+class PromptSource(Protocol):
+    """Where draws come from. `num_prompts` is the length of an epoch, or None for a stream."""
+
+    num_prompts: int | None
+
+    def draw(self, epoch: int, position: int) -> dict[str, Any]:
+        """The example at this position of this epoch's order; positions past its end run on into the next orders."""
+        ...
+
+
+class IndexedPrompts:
+    """A map-style dataset in a new order each epoch, a function of (seed, epoch) alone."""
+
+    def __init__(self, dataset: Any, *, seed: int, shuffle: bool):
+        self.dataset = dataset
+        self.num_prompts: int | None = len(dataset)
+        self._order = lru_cache(maxsize=2)(partial(epoch_order, len(dataset), seed, shuffle=shuffle))
+
+    def draw(self, epoch: int, position: int) -> dict[str, Any]:
+        """See `PromptSource`."""
+        laps, index = divmod(position, len(self.dataset))
+        return self.dataset[int(self._order(epoch + laps)[index])]
+
+
+class StreamedPrompts:
+    """A streaming dataset, read front to back, shuffled in a buffer, and over again when it ends.
+
+    Every rank reads the whole stream and keeps its own draws. Positions must not decrease.
+    """
+
+    num_prompts: int | None = None
+
+    def __init__(self, dataset: IterableDataset, *, seed: int, shuffle: bool):
+        self.dataset = dataset.shuffle(seed=seed) if shuffle else dataset
+        self._stream = self._forever()
+        self._next = 0
+
+    def draw(self, epoch: int, position: int) -> dict[str, Any]:
+        """See `PromptSource`."""
+        skipped = position - self._next
+        self._next = position + 1
+        return next(islice(self._stream, skipped, None))
+
+    def _forever(self) -> Iterator[dict[str, Any]]:
+        for lap in count():
+            self.dataset.set_epoch(lap)
+            empty = True
+            for example in self.dataset:
+                empty = False
+                yield example
+            if empty:
+                raise ValueError("train_dataset, a stream, yielded no example; check its files, split and filters.")
+
+
+class RolloutLoader:
+    """Yields `RolloutBatch` micro-batches; `transformers.Trainer` treats it as a data loader.
+
+    Args:
+        source: the prompts.
+        encode: (example, draw number) -> `Prompt`.
+        collect: this rank's prompts -> `RolloutBatch`; called once per collection, at the same time on every rank.
+        args: batch sizes, seed, and the averaging rule.
+        rank, world_size, all_reduce: of the training processes; `all_reduce` sums a tensor over them.
+    """
+
+    def __init__(
+        self,
+        source: PromptSource,
+        encode: Callable[[dict[str, Any], int], Prompt],
+        collect: Callable[[list[Prompt]], RolloutBatch],
+        args: GRPOConfig,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        all_reduce: Callable[[Tensor], Tensor] = lambda x: x,
+    ):
+        self.source, self.encode, self.collect, self.args = source, encode, collect, args
+        self.rank, self.world_size, self.all_reduce = rank, world_size, all_reduce
+        self.micro_batches_per_step = args.gradient_accumulation_steps
+        self.micro_batches_per_pass = args.steps_per_generation
+        self.micro_batches_per_collection = args.steps_per_generation * args.num_iterations
+        self.prompts_per_collection = args.generation_batch_size // args.num_generations
+        self.position = 0  # micro-batches yielded, over all epochs
+        self._buffer: tuple[int, RolloutBatch] | None = None  # collection number and this rank's rows
+        self._window: tuple[int, RolloutBatch] | None = None  # number and rows of the current optimizer step
+
+    @property
+    def dataset(self) -> TorchDataset:
+        """What transformers counts as the examples of an epoch."""
+        return _Length(self.source.num_prompts)
+
+    @property
+    def collections_per_epoch(self) -> int:
+        """Raises TypeError for a stream, as a data loader without a length does."""
+        if self.source.num_prompts is None:
+            raise TypeError("a stream of prompts has no length; set max_steps.")
+        return ceil(self.source.num_prompts / self.prompts_per_collection)
+
+    def __len__(self) -> int:
+        return self.collections_per_epoch * self.micro_batches_per_collection
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called before each epoch. An epoch that was stopped early is not taken up again."""
+        if self.source.num_prompts is not None:
+            self.position = max(self.position, epoch * len(self))
+
+    def __iter__(self) -> Iterator[RolloutBatch]:
+        # The Trainer takes the last micro-batch of an epoch without exhausting the iterator, so nothing may depend
+        # on code after the last yield.
+        end = None if self.source.num_prompts is None else (self.position // len(self) + 1) * len(self)
+        while end is None or self.position < end:
+            batch = self._micro_batch()
+            self.position += 1
+            yield batch
+
+    def prompts(self, collection: int) -> list[Prompt]:
+        """This rank's prompts of a collection. Draws are dealt out in turn, so each optimizer step is made of the same
+        draws for every number of ranks."""
+        epoch, start = 0, collection * self.prompts_per_collection
+        if self.source.num_prompts is not None:
+            epoch, within = divmod(collection, self.collections_per_epoch)
+            start = within * self.prompts_per_collection
+        prompts = []
+        for i in range(self.rank, self.prompts_per_collection, self.world_size):
+            example = self.source.draw(epoch, start + i)
+            prompts.append(self.encode(example, collection * self.prompts_per_collection + i))
+        return prompts
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position and buffer at the last optimizer-step boundary. Tensors under "buffer", numbers elsewhere."""
+        state: dict[str, Any] = {"position": self.position, "collection": None, "buffer": {}}
+        if self._buffer is not None and self.position % self.micro_batches_per_collection:
+            state["collection"], batch = self._buffer[0], self._buffer[1]
+            state["buffer"] = batch.tensors()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues where `state_dict` was taken, without sampling the buffered collection again."""
+        self.position, self._buffer, self._window = state["position"], None, None
+        if state["collection"] is not None:
+            self._buffer = (state["collection"], RolloutBatch(**state["buffer"]).to(self.args.device))
+
+    def _micro_batch(self) -> RolloutBatch:
+        step, micro_batch = divmod(self.position, self.micro_batches_per_step)
+        if self._window is None or self._window[0] != step:
+            self._window = (step, self._optimizer_step())
+        size = self.args.per_device_train_batch_size
+        return self._window[1].rows(slice(micro_batch * size, (micro_batch + 1) * size))
+
+    def _optimizer_step(self) -> RolloutBatch:
+        """This rank's rows of the optimizer step that begins at `position`, with their weights."""
+        collection, offset = divmod(self.position, self.micro_batches_per_collection)
+        if self._buffer is None or self._buffer[0] != collection:
+            self._buffer = self._window = None  # free the old collection before the next one is sampled
+            self._buffer = (collection, self.collect(self.prompts(collection)))
+        iteration, micro_batch = divmod(offset, self.micro_batches_per_pass)
+        order = self._order(collection, iteration)
+        rows = self._buffer[1].rows(order[micro_batch // self.micro_batches_per_step])
+        rows.token_weights = token_weights(
+            rows.loss_mask,
+            self.args.token_weighting,
+            max_completion_length=self.args.max_completion_length,
+            world_size=self.world_size,
+            all_reduce=self.all_reduce,
+        )
+        return rows
+
+    def _order(self, collection: int, iteration: int) -> list[list[int]]:
+        """Row numbers of each optimizer step of a pass.
+
+        Passes after the first reshuffle the groups over the optimizer steps. Each slot of a step is permuted over the
+        steps by itself, so a group stays on its rank and the groups of a step are the same for any number of ranks.
+        """
+        args = self.args
+        num_steps = self.micro_batches_per_pass // self.micro_batches_per_step
+        rows_per_step = args.per_device_train_batch_size * self.micro_batches_per_step
+        piece = gcd(rows_per_step, args.num_generations)  # a whole group wherever steps are whole groups
+        order: list[list[int]] = [[] for _ in range(num_steps)]
+        for slot in range(rows_per_step // piece):
+            steps = list(range(num_steps))
+            if iteration:
+                random.Random(f"{args.seed}/{collection}/{iteration}/{slot * self.world_size + self.rank}").shuffle(
+                    steps
+                )
+            for target, origin in enumerate(steps):
+                start = origin * rows_per_step + slot * piece
+                order[target].extend(range(start, start + piece))
+        return order
+
+
+class _Length(TorchDataset):
+    """Stands for the examples when transformers asks how many there are."""
+
+    def __init__(self, length: int | None):
+        self.length = length
+
+    def __len__(self) -> int:
+        if self.length is None:
+            raise TypeError("a stream of prompts has no length")
+        return self.length

@@ -1,0 +1,66 @@
+"""Which frozen model lives on which device.
+
+The policy has one explicit device, `args.device`. A reference or reward model goes where `ref_device` or
+`reward_device` says, as an accelerate device map, so that it can also be split over devices or quantised.
+"""
+
+from typing import Any
+
+import torch
+from accelerate import dispatch_model
+from torch import nn
+
+DeviceMap = dict[str, Any]
+
+
+def resolve_device_map(
+    device: str | dict | None, policy_device: torch.device, *, num_gpus: int, num_local_ranks: int = 1
+) -> DeviceMap:
+    """`ref_device` / `reward_device` -> accelerate device map.
+
+    Args:
+        device: "auto" (or None) - a GPU that no rank of this machine trains on if there is one, else the policy's own
+            device; "same" - the policy's; "cpu"; "cuda:N"; or an accelerate device map, returned as it is.
+        policy_device: of this rank.
+        num_gpus: visible GPUs of this process.
+        num_local_ranks: training processes on this machine; their policies take the first GPUs.
+
+    Raises:
+        ValueError: a device that does not exist, or a word that is none of these.
+    """
+    if isinstance(device, dict):
+        return device
+    if device in (None, "auto"):
+        spare = range(num_local_ranks, num_gpus)
+        if policy_device.type != "cuda" or not spare:
+            return {"": policy_device}
+        return {"": torch.device("cuda", spare[(policy_device.index or 0) % len(spare)])}
+    if device == "same":
+        return {"": policy_device}
+    try:
+        chosen = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device {device!r} is unknown; use auto, same, cpu, cuda:N or an accelerate map.") from None
+    if chosen.type == "cuda" and (chosen.index or 0) >= num_gpus:
+        raise ValueError(
+            f"device {device!r} does not exist: {num_gpus} GPU(s) are visible to this process. Use auto (a spare GPU, "
+            "else the policy's device), same, cpu, or make the GPU visible with CUDA_VISIBLE_DEVICES."
+        )
+    return {"": chosen}
+
+
+def place(model: nn.Module, device_map: DeviceMap) -> nn.Module:
+    """Moves a loaded model to its devices. A one-device map adds no hooks: the caller moves the inputs."""
+    if set(device_map) == {""}:
+        return model.to(device_map[""])
+    return dispatch_model(model, device_map)
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where a model, split over devices or not, takes its token ids."""
+    return next(model.parameters()).device
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """Evaluation mode, no gradients: for reference and reward models."""
+    return model.eval().requires_grad_(False)

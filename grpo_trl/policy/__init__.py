@@ -1,0 +1,16 @@
+"""How a causal language model is loaded and evaluated on what was sampled."""
+
+from .loading import load_policy
+from .logprobs import per_token_logps
+from .mode import evaluation_mode
+from .reference import Reference, freeze_adapter, load_reference_model, make_reference
+
+__all__ = [
+    "Reference",
+    "evaluation_mode",
+    "freeze_adapter",
+    "load_policy",
+    "load_reference_model",
+    "make_reference",
+    "per_token_logps",
+]

@@ -1,0 +1,76 @@
+"""The policy from what the user passed: a path or a model, with or without an adapter."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from transformers import PreTrainedModel
+from trl.trainer.utils import create_model_from_path
+
+from ..config import GRPOConfig
+
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig
+
+
+def load_policy(
+    model: str | PreTrainedModel | PeftModel,
+    args: GRPOConfig,
+    *,
+    quantization_config: "BitsAndBytesConfig | None" = None,
+    peft_config: PeftConfig | None = None,
+) -> PreTrainedModel | PeftModel:
+    """Loads a path on the one device of this rank's policy, or takes an instance, and adds the adapter.
+
+    Raises:
+        ValueError: `peft_config` together with a model that already has an adapter, or an adapter on the LM head.
+    """
+    if isinstance(model, str):
+        options = from_pretrained_options(args)
+        if quantization_config is not None:
+            options["quantization_config"] = quantization_config
+        model = create_model_from_path(model, **({"device_map": policy_device_map(args)} | options))
+    if peft_config is not None:
+        model = _add_adapter(model, args, peft_config)
+    if isinstance(model, PeftModel) and args.gradient_checkpointing:
+        # a frozen embedding gives inputs without gradients, and checkpointing would cut the graph there
+        model.enable_input_require_grads()
+    return model
+
+
+def from_pretrained_options(args: GRPOConfig) -> dict[str, Any]:
+    """Arguments of `from_pretrained` for the policy and its reference."""
+    assert not isinstance(args.model_init_kwargs, str)  # parsed by TrainingArguments
+    return {"trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})
+
+
+def policy_device_map(args: GRPOConfig) -> dict[str, torch.device] | None:
+    """One explicit device, never "auto", which may spread the policy over every visible GPU. DeepSpeed and FSDP place
+    the weights themselves."""
+    if args.deepspeed or args.distributed_state.distributed_type in ("DEEPSPEED", "FSDP"):
+        return None
+    return {"": args.device}
+
+
+def is_quantized(model: PreTrainedModel | PeftModel) -> bool:
+    """Whether the base weights are in 4 or 8 bit."""
+    return bool(getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False))
+
+
+def _add_adapter(model: PreTrainedModel, args: GRPOConfig, peft_config: PeftConfig) -> PeftModel:
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            "peft_config was passed with a model that already has an adapter. Leave peft_config out to train that "
+            "adapter, or merge it first (`model.merge_and_unload()`) and pass the merged model with peft_config."
+        )
+    plugin = args.deepspeed_plugin
+    zero3 = plugin is not None and plugin.zero_stage == 3
+    # ZeRO-3 gathers with one dtype, so adapters stay in that of the base (huggingface/trl#6089)
+    options = {"autocast_adapter_dtype": False} if zero3 and not is_quantized(model) else {}
+    peft_model = get_peft_model(model, peft_config, **options)
+    if is_quantized(model):
+        # QLoRA, arXiv 2305.14314, section 3: adapters in bf16. DoRA's magnitudes stay: their updates would round away
+        for name, parameter in peft_model.named_parameters():
+            if parameter.requires_grad and "lora_magnitude_vector" not in name:
+                parameter.data = parameter.data.to(torch.bfloat16)
+    return peft_model

@@ -1,0 +1,104 @@
+"""The reference policy of the KL term: a frozen model, or the policy itself with another adapter (or none)."""
+
+import copy
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from accelerate import Accelerator
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from trl.models import prepare_deepspeed
+from trl.trainer.utils import create_model_from_path, use_adapter
+
+from ..batch import RolloutBatch
+from ..config import GRPOConfig
+from ..placement import DeviceMap, freeze, input_device, place
+from .loading import from_pretrained_options
+from .logprobs import per_token_logps
+from .mode import evaluation_mode
+
+REFERENCE_ADAPTER = "ref"
+
+
+class Reference(Protocol):
+    """Scores a batch under the reference policy."""
+
+    def per_token_logps(self, batch: RolloutBatch, temperature: float) -> Tensor:
+        """(B, T) fp32 on the batch's device, without gradient."""
+        ...
+
+
+class FrozenReference:
+    """A model of its own, on its own device. Only token ids go there and (B, T) log-probabilities come back."""
+
+    def __init__(self, model: nn.Module):
+        self.model = freeze(model)
+
+    @torch.no_grad()
+    def per_token_logps(self, batch: RolloutBatch, temperature: float) -> Tensor:
+        """See `Reference`."""
+        logps, _ = per_token_logps(self.model, batch.to(input_device(self.model)), temperature=temperature)
+        return logps.to(batch.completion_ids.device)
+
+
+class AdapterReference:
+    """The policy with its adapter switched off (None), or with a frozen adapter: no second model in memory."""
+
+    def __init__(self, policy: Callable[[], nn.Module], accelerator: Accelerator, adapter: str | None):
+        self.policy, self.accelerator, self.adapter = policy, accelerator, adapter
+
+    @torch.no_grad()
+    def per_token_logps(self, batch: RolloutBatch, temperature: float) -> Tensor:
+        """See `Reference`."""
+        model = self.policy()
+        with evaluation_mode(model), use_adapter(self.accelerator.unwrap_model(model), self.adapter):
+            return per_token_logps(model, batch, temperature=temperature)[0]
+
+
+def load_reference_model(
+    policy: PreTrainedModel | PeftModel, policy_path: str | None, args: GRPOConfig, device_map: DeviceMap
+) -> PreTrainedModel | None:
+    """The frozen model, or None where there is no KL term or an adapter serves as reference.
+
+    `args.ref_model_name_or_path` wins; else the policy's own path is loaded again (straight to its devices), and a
+    policy that was passed as an instance is copied.
+    """
+    if not args.beta:
+        return None
+    path = args.ref_model_name_or_path
+    if path is None and isinstance(policy, PeftModel):
+        return None
+    path = path or policy_path
+    if path is None:
+        return place(copy.deepcopy(policy), device_map)  # pyright: ignore[reportReturnType]
+    options = from_pretrained_options(args)
+    zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
+    return create_model_from_path(path, **({"device_map": None if zero3 else device_map} | options))
+
+
+def freeze_adapter(model: PeftModel) -> str:
+    """Keeps a copy of the active (trained) adapter as its own reference; returns the copy's name."""
+    active = model.active_adapter
+    model.add_adapter(REFERENCE_ADAPTER, copy.deepcopy(model.peft_config[active]))
+    weights = get_peft_model_state_dict(model, adapter_name=active)
+    set_peft_model_state_dict(model, weights, adapter_name=REFERENCE_ADAPTER)
+    model.set_adapter(active)  # adding one left it inactive but trainable
+    return REFERENCE_ADAPTER
+
+
+def make_reference(
+    model: PreTrainedModel | None,
+    policy: Callable[[], nn.Module],
+    accelerator: Accelerator,
+    *,
+    adapter: str | None = None,
+) -> Reference:
+    """From `load_reference_model`'s result: a frozen model, or else the policy with `adapter` (None: switched off)."""
+    if model is None:
+        return AdapterReference(policy, accelerator, adapter)
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None and plugin.zero_stage == 3:
+        return FrozenReference(prepare_deepspeed(model, accelerator))  # loaded in shards, so it must run as such
+    return FrozenReference(model)

@@ -1,0 +1,241 @@
+"""Prompts: what a value must be, its token ids with exactly one BOS, the length limit, the order of an epoch."""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from datasets import Dataset, IterableDataset
+from torch.utils.data import Subset
+from transformers import PreTrainedTokenizerBase
+from trl.data_utils import apply_chat_template
+
+logger = logging.getLogger(__name__)
+
+Messages = list[dict[str, Any]]
+
+
+def encode_prompt(
+    example: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    prompt_format: str = "auto",
+    system_prompt: str | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> tuple[list[int], str | Messages]:
+    """Token ids (P,) of `example["prompt"]`, and the prompt as rewards see it: text, or messages with the system one.
+
+    prompt_format (for text; messages always go through the chat template): `auto` keeps text as it is unless there is
+    a system prompt, `chat` makes it a user message, `text` keeps it. system_prompt goes before conversations that
+    have no system message. A conversation that ends with an assistant message is continued, any other is answered.
+    A row's own `chat_template_kwargs` win over the argument's.
+
+    A tokenizer that adds a BOS by itself gets exactly one in each form, whether the text or the template brings one
+    or not (huggingface/trl#3520); one that adds none gets none. EOS is never added.
+    Raises ValueError for an empty prompt, a value that is neither text nor messages, or a missing chat template.
+    """
+    prompt = example["prompt"]
+    if problem := prompt_problem(prompt):
+        raise ValueError(f"Cannot encode the prompt {prompt!r:.200}: {problem}.")
+    if isinstance(prompt, str) and (prompt_format == "chat" or (prompt_format == "auto" and system_prompt)):
+        prompt = [{"role": "user", "content": prompt}]
+    if isinstance(prompt, str):
+        if system_prompt:
+            raise ValueError(
+                "system_prompt needs a chat template, but prompt_format='text' keeps text prompts out of it; "
+                "use prompt_format='chat' (or 'auto'), or write the system text into the prompts."
+            )
+        text = prompt
+    else:
+        prompt = _with_system(_without_fillers(prompt), system_prompt)
+        text = _render(prompt, tokenizer, {**(chat_template_kwargs or {}), **_row_kwargs(example)})
+    ids = _one_bos(cast(list[int], tokenizer.encode(text, add_special_tokens=False)), tokenizer)
+    if not ids:
+        raise ValueError(f"The prompt {prompt!r:.200} has no tokens; drop this row or give it text.")
+    return ids, prompt
+
+
+def _render(messages: Messages, tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any]) -> str:
+    if not tokenizer.chat_template:
+        name = tokenizer.name_or_path or type(tokenizer).__name__
+        raise ValueError(
+            f"The prompt is a conversation, but the tokenizer {name!r} has no chat template. Use an instruct model's "
+            "tokenizer, set tokenizer.chat_template (trl.clone_chat_template copies one), or give text prompts "
+            "without system_prompt and with prompt_format='text'."
+        )
+    return apply_chat_template({"prompt": messages}, tokenizer, **kwargs)["prompt"]
+
+
+def _with_system(messages: Messages, system_prompt: str | None) -> Messages:
+    if not system_prompt or any(message["role"] == "system" for message in messages):
+        return messages
+    return [{"role": "system", "content": system_prompt}, *messages]
+
+
+def _without_fillers(messages: Messages) -> Messages:
+    # Arrow gives each message the keys of all messages, filled with None; templates test `'tool_calls' in message`.
+    return [{k: v for k, v in message.items() if v is not None or k == "content"} for message in messages]
+
+
+def _row_kwargs(example: dict[str, Any]) -> dict[str, Any]:
+    kwargs = example.get("chat_template_kwargs") or {}
+    if not isinstance(kwargs, dict):
+        raise ValueError(f"A row's chat_template_kwargs must be a mapping, got {kwargs!r}.")
+    return {k: v for k, v in kwargs.items() if v is not None}  # None: filled in by Arrow, as above
+
+
+def _one_bos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    bos = cast(int | None, tokenizer.bos_token_id)
+    if bos is None or tokenizer.encode("a")[:1] != [bos]:
+        return ids
+    start = 0
+    while ids[start : start + 1] == [bos]:
+        start += 1
+    return [bos, *ids[start:]] if ids else []
+
+
+def prompt_problem(value: Any) -> str | None:
+    """What keeps `value` from being a prompt (None: nothing): it must be text or {role, content} messages."""
+    if value is None:
+        return "missing or null, expected text or a list of messages"
+    if isinstance(value, str):
+        return None if value.strip() else "empty text"
+    if not isinstance(value, list):
+        return f"a value of type {type(value).__name__}, expected text or a list of {{role, content}} messages"
+    if not value:
+        return "an empty list of messages"
+    return next((problem for problem in map(_message_problem, value) if problem), None)
+
+
+def _message_problem(message: Any) -> str | None:
+    if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+        return f"a list with {message!r:.80}, expected {{role, content}} messages"
+    if not isinstance(message["role"], str):
+        return f"a message whose role is {message['role']!r:.80}, expected text such as 'user'"
+    if not isinstance(message["content"], str) and not message.get("tool_calls"):
+        return f"a message whose content is of type {type(message['content']).__name__}, expected text"
+    return None
+
+
+def column_batches(dataset: Dataset, column: str) -> Iterator[list[Any]]:
+    """The values of one column as Python objects, 1000 at a time; no other column is decoded."""
+    for batch in dataset.with_format(None).select_columns([column]).iter(1000):
+        yield cast(dict[str, Any], batch)[column]
+
+
+def row_problems(batches: Iterable[Sequence[Any]], problem_of: Callable[[Any], str | None]) -> list[tuple[int, str]]:
+    """(row from 0, problem) of each value in the batches of a column with which `problem_of` finds one."""
+    values = (value for batch in batches for value in batch)
+    return [(row, problem) for row, value in enumerate(values) if (problem := problem_of(value))]
+
+
+def check_prompt_dataset(dataset: Any, *, where: str) -> None:
+    """Checks a dataset object that the user brought: it has rows, and a `prompt` column of text or messages.
+
+    Accepts `datasets.Dataset` and lists of rows (all prompts are checked), `IterableDataset` and other objects with
+    `__getitem__` and `__len__` (the first row is). Raises TypeError or ValueError that name `where`.
+    """
+    if isinstance(dataset, Mapping):  # DatasetDict and IterableDatasetDict are dicts
+        splits = ", ".join(map(str, dataset))
+        raise TypeError(f"{where} is a dictionary of datasets ({splits}); pass one of them, such as dataset['train'].")
+    streamed = isinstance(dataset, IterableDataset)
+    if not streamed and not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+        raise TypeError(
+            f"{where} must be a datasets.Dataset or IterableDataset (or have __getitem__ and __len__), "
+            f"got {type(dataset).__name__}."
+        )
+    first = next(iter(dataset), None) if streamed else dataset[0] if len(dataset) else None
+    if first is None:
+        raise ValueError(f"{where} has no rows.")
+    if not isinstance(first, Mapping):
+        raise TypeError(f"{where}: rows must be dicts with a 'prompt', got {type(first).__name__}.")
+    if "prompt" not in first:
+        raise ValueError(
+            f"{where} has no 'prompt' column; its columns are {', '.join(first)}. "
+            "Rename the right one with dataset.rename_column(name, 'prompt')."
+        )
+    # a custom transform may need other columns than `prompt`
+    if isinstance(dataset, Dataset) and dataset.format["type"] != "custom":
+        batches = column_batches(dataset, "prompt")
+    elif isinstance(dataset, list | tuple):
+        batches = [[row.get("prompt") for row in dataset]]
+    else:
+        batches = [[first["prompt"]]]
+    if problems := row_problems(batches, prompt_problem):
+        row, problem = problems[0]
+        raise ValueError(f"{where}, row {row + 1}, column 'prompt': {problem} ({len(problems)} such rows).")
+
+
+def truncate_prompt(ids: list[int], max_prompt_length: int, bos_token_id: int | None) -> list[int]:
+    """The last `max_prompt_length` tokens of `ids` (P,); a leading BOS stays and counts as one of them."""
+    if len(ids) <= max_prompt_length:
+        return ids
+    head = ids[:1] if bos_token_id is not None and ids[0] == bos_token_id else []
+    return head + ids[len(ids) - (max_prompt_length - len(head)) :]
+
+
+def limit_prompts(
+    dataset: Dataset | IterableDataset | Sequence,
+    length_of: Callable[[dict[str, Any]], int],
+    *,
+    max_prompt_length: int | None,
+    overlong_prompts: str = "drop",
+) -> tuple[Any, int | None]:
+    """Applies `overlong_prompts` to a dataset; returns (dataset, number of overlong prompts).
+
+    length_of: row -> prompt length in tokens. `drop` removes the overlong rows, `error` raises ValueError with the
+    first of them, `truncate` only counts them: `truncate_prompt` cuts when a prompt is encoded.
+    Map-style datasets are scanned before training and the count is logged. A streamed one is filtered on the fly, and
+    its count is None. Nothing happens if `max_prompt_length` is None.
+    """
+    if max_prompt_length is None:
+        return dataset, 0
+    limit = max_prompt_length
+    if isinstance(dataset, IterableDataset):
+        return _limit_stream(dataset, length_of, limit, overlong_prompts), None
+
+    overlong = {}
+    for index in range(len(dataset)):
+        length = length_of(dataset[index])
+        if length > limit:
+            overlong[index] = length
+    if not overlong:
+        return dataset, 0
+    if overlong_prompts == "error":
+        rows = ", ".join(f"row {i + 1}: {n} tokens" for i, n in list(overlong.items())[:5])
+        raise ValueError(_overlong_message(f"{len(overlong)} of {len(dataset)} prompts are ({rows})", limit))
+    count = f"{len(overlong)} of {len(dataset)} prompts are longer than max_prompt_length={limit} tokens"
+    if overlong_prompts == "truncate":
+        logger.warning(f"{count} and are truncated to their ends.")
+        return dataset, len(overlong)
+    if len(overlong) == len(dataset):
+        raise ValueError(_overlong_message(f"all {len(dataset)} prompts are", limit, drop=True))
+    logger.warning(f"{count} and are dropped.")
+    kept = [index for index in range(len(dataset)) if index not in overlong]
+    return dataset.select(kept) if isinstance(dataset, Dataset) else Subset(cast(Any, dataset), kept), len(overlong)
+
+
+def _limit_stream(
+    dataset: IterableDataset, length_of: Callable[[dict[str, Any]], int], limit: int, overlong_prompts: str
+) -> IterableDataset:
+    def short_enough(example: dict[str, Any]) -> bool:
+        length = length_of(example)
+        if length > limit and overlong_prompts == "error":
+            raise ValueError(_overlong_message(f"the prompt {example['prompt']!r:.80} is ({length} tokens)", limit))
+        return length <= limit
+
+    return dataset if overlong_prompts == "truncate" else dataset.filter(short_enough)
+
+
+def _overlong_message(what: str, limit: int, drop: bool = False) -> str:
+    remedy = "or use overlong_prompts: truncate" if drop else "or use overlong_prompts: drop or truncate"
+    return f"max_prompt_length={limit}: {what} longer. Raise max_prompt_length, {remedy}."
+
+
+def epoch_order(num_prompts: int, seed: int, epoch: int, shuffle: bool) -> list[int]:
+    """The order of the prompts in an epoch: a permutation of range(num_prompts) that depends on (seed, epoch) only."""
+    if not shuffle:
+        return list(range(num_prompts))
+    # a plain seed + epoch would give (42, 1) and (43, 0) the same order
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    return torch.randperm(num_prompts, generator=generator).tolist()

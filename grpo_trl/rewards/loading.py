@@ -1,0 +1,82 @@
+"""From the trainer's `reward_funcs` to reward functions: names, dotted paths, functions and reward models together."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..config import GRPOConfig
+from ..placement import DeviceMap
+from .model import RewardModel
+from .registry import REWARDS, RewardFunction, resolve_reward, reward_name
+
+RewardSpec = str | PreTrainedModel | RewardFunction
+
+
+def check_rewards(specs: Sequence[RewardSpec], args: GRPOConfig) -> None:
+    """Everything about the rewards that can be wrong before a model is loaded.
+
+    Raises:
+        ValueError: no reward, a name or path that leads to no function, or another number of weights than rewards.
+    """
+    if not specs:
+        raise ValueError("reward_funcs is empty; pass at least one function, registered name or reward model.")
+    for spec in specs:
+        if not is_reward_model(spec):
+            resolve_reward(spec, max_completion_length=args.max_completion_length)
+    if args.reward_weights is not None and len(args.reward_weights) != len(specs):
+        raise ValueError(
+            f"reward_weights has {len(args.reward_weights)} values for {len(specs)} reward functions; give one each."
+        )
+
+
+def load_rewards(
+    specs: Sequence[RewardSpec],
+    processing_classes: PreTrainedTokenizerBase | Sequence[PreTrainedTokenizerBase | None] | None,
+    args: GRPOConfig,
+    device_map: DeviceMap,
+) -> tuple[list[RewardFunction], list[str]]:
+    """The reward functions and their names; reward models are loaded on `device_map`."""
+    if processing_classes is None or isinstance(processing_classes, PreTrainedTokenizerBase):
+        processing_classes = [processing_classes] * len(specs)  # pyright: ignore[reportAssignmentType]
+    assert isinstance(processing_classes, Sequence)
+    if len(processing_classes) != len(specs):
+        raise ValueError(
+            f"reward_processing_classes has {len(processing_classes)} entries for {len(specs)} rewards; give one each "
+            "(None for functions)."
+        )
+    rewards = [
+        _load_model(spec, tokenizer, args, device_map)
+        if is_reward_model(spec)
+        else resolve_reward(spec, max_completion_length=args.max_completion_length)
+        for spec, tokenizer in zip(specs, processing_classes, strict=True)
+    ]
+    return rewards, [reward_name(reward) for reward in rewards]
+
+
+def is_reward_model(spec: RewardSpec) -> bool:
+    """A model instance, or a string that is no registered name and no dotted path: an existing folder or a Hub id."""
+    if not isinstance(spec, str):
+        return isinstance(spec, PreTrainedModel)
+    if spec in REWARDS or ":" in spec:
+        return False
+    return os.path.isdir(spec) or "/" in spec or "." not in spec
+
+
+def _load_model(
+    spec: Any, tokenizer: PreTrainedTokenizerBase | None, args: GRPOConfig, device_map: DeviceMap
+) -> RewardModel:
+    options = dict(args.reward_model_init_kwargs or {})
+    return RewardModel(
+        spec,
+        tokenizer,
+        device_map=options.pop("device_map", device_map),
+        dtype=options.pop("dtype", None),
+        batch_size=args.reward_batch_size,
+        max_length=args.reward_max_length,
+        input_format=args.reward_input_format,
+        trust_remote_code=args.trust_remote_code,
+        chat_template_kwargs=args.chat_template_kwargs,
+        model_init_kwargs=options,
+    )

@@ -1,0 +1,124 @@
+r"""Is the answer right? `accuracy` (math-verify) and `exact_match`, on plain text and on messages.
+
+TRL's `accuracy_reward` reads LaTeX only (0 for `72` and `#### 72`) and raises on plain text; this one reads both.
+"""
+
+import logging
+import re
+from functools import lru_cache
+from typing import Any
+
+from grpo_trl.rewards.isolation import IsolatedFunction, RewardTimeoutError
+from grpo_trl.rewards.text import completion_texts, final_answer, gold_answers, normalize_text, stated_answer
+
+logger = logging.getLogger(__name__)
+
+SIGNAL_TIMEOUT = 3  # seconds; math-verify's own, per parse and per comparison
+PROCESS_TIMEOUT = 20.0  # seconds per answer, for what a signal does not interrupt (one long operation in C)
+
+_NUMBER = re.compile(r"[$€£]?\s*[-+]?\s*[$€£]?(?:\d[\d,]*|\d{1,3}(?: \d{3})+)?(?:\.\d+)?\s*[%$€£]?")
+_TEXT_MACRO = re.compile(r"\\(?:text|mathrm|mbox)\s*\{[^{}]*\}|\\[A-Za-z]+")
+_WORD = re.compile(r"[A-Za-z]{2,}")
+_MATHEMATICAL = re.compile(r"[\d\\^=+*/<>]")
+
+
+class AccuracyReward:
+    r"""1.0 if the completion's answer equals the gold answer of its row, 0.0 if not, None without a gold answer.
+
+    Gold: column `answer`, else `solution`. In both texts `final_answer` picks what counts (`<answer>`, `\boxed{}`,
+    `####`), else math-verify finds the last expression. Equal text is right at once; a gold answer with a digit or a
+    mathematical sign is compared by math-verify (`1,234` = `$1234`, `1/2` = `0.5`); any other by normalised text.
+
+    math-verify runs in a process of its own (it stops itself by signals, which only a main thread receives), so any
+    thread may call this. An answer that takes longer than `timeout` seconds counts 0.0 and its process is killed.
+    """
+
+    __name__ = "accuracy"
+    in_process = True  # brings its own process and time-out
+
+    def __init__(self, timeout: float = PROCESS_TIMEOUT):
+        self._verify = IsolatedFunction(verify_answer, name=self.__name__, timeout=timeout)
+
+    def __call__(
+        self,
+        completions: list[Any],
+        answer: list[Any] | None = None,
+        solution: list[Any] | None = None,
+        **kwargs: Any,
+    ) -> list[float | None]:
+        golds = gold_answers(len(completions), answer, solution)
+        verdicts: dict[tuple[str, str], float] = {}  # the completions of a group often give the same answer
+        rewards: list[float | None] = []
+        for text, gold in zip(completion_texts(completions), golds, strict=True):
+            if gold is None:
+                rewards.append(None)
+                continue
+            pair = (final_answer(gold), final_answer(text))
+            if pair not in verdicts:
+                verdicts[pair] = self._compare(*pair)
+            rewards.append(verdicts[pair])
+        return rewards
+
+    def close(self) -> None:
+        """Ends math-verify's process; a later call starts a new one."""
+        self._verify.close()
+
+    def _compare(self, gold: str, answer: str) -> float:
+        if not answer:
+            return 0.0
+        if same_text(gold, answer):
+            return 1.0
+        if not _MATHEMATICAL.search(gold):
+            return 0.0
+        try:
+            return float(self._verify(gold, answer))
+        except RewardTimeoutError:
+            logger.warning("math-verify took more than %g s, counted as wrong: %.200r", self._verify.timeout, answer)
+            return 0.0
+
+
+def exact_match(
+    completions: list[Any], answer: list[Any] | None = None, solution: list[Any] | None = None, **kwargs: Any
+) -> list[float | None]:
+    """1.0 if the stated answer and the gold answer are the same text (case, white space and punctuation around it
+    aside), 0.0 if not, None without a gold answer (column `answer`, else `solution`)."""
+    golds = gold_answers(len(completions), answer, solution)
+    return [
+        None if gold is None else float(same_text(final_answer(gold), final_answer(text)))
+        for text, gold in zip(completion_texts(completions), golds, strict=True)
+    ]
+
+
+def same_text(gold: str, answer: str) -> bool:
+    """Whether an answer, or what it states after "answer is", is the gold text up to normalisation."""
+    gold = normalize_text(gold)
+    return bool(gold) and gold in (normalize_text(answer), normalize_text(stated_answer(answer)))
+
+
+def verify_answer(gold: str, answer: str) -> bool:
+    """Whether two answers are mathematically equal. Main thread only (math-verify's signals): run it isolated."""
+    from math_verify import verify  # here, so that only the isolated process pays for the import
+
+    return verify(list(_parse(gold)), list(_parse(answer)), timeout_seconds=SIGNAL_TIMEOUT)
+
+
+@lru_cache(maxsize=1024)
+def _parse(answer: str) -> tuple:
+    """Expressions in an answer. A bare formula is boxed first: math-verify reads `2^{10}` as 2 and `(1, 2)` as 2."""
+    from math_verify import parse
+
+    answer = answer.replace(r"\$", "$").strip().strip("*").rstrip(".")
+    if _is_formula(answer):
+        parsed = parse(f"\\boxed{{{answer}}}", parsing_timeout=SIGNAL_TIMEOUT)
+        if any(not isinstance(value, str) for value in parsed):
+            return tuple(parsed)
+    return tuple(parse(answer, parsing_timeout=SIGNAL_TIMEOUT))
+
+
+def _is_formula(answer: str) -> bool:
+    """One line without words which is not a plain number."""
+    one_line = "\n" not in answer
+    return one_line and not _NUMBER.fullmatch(answer) and not _WORD.search(_TEXT_MACRO.sub(" ", answer))
+
+
+accuracy = AccuracyReward()  # shared, so that training and evaluation use one process

@@ -1,0 +1,71 @@
+"""From what a user writes (a name, a dotted path, a function) to a reward function.
+
+A reward function is `(prompts, completions, **columns) -> list[float | None]`; None means "not applicable".
+"""
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from trl.trainer.utils import get_callable_name
+
+from grpo_trl.rewards.format import answer_format, think_format
+from grpo_trl.rewards.length import LengthPenalty, repetition, soft_overlong
+from grpo_trl.rewards.math import accuracy, exact_match
+
+RewardFunction = Callable[..., Any]
+
+# name -> (max_completion_length -> reward function)
+REWARDS: dict[str, Callable[[int], RewardFunction]] = {
+    "accuracy": lambda max_completion_length: accuracy,
+    "exact_match": lambda max_completion_length: exact_match,
+    "think_format": lambda max_completion_length: think_format,
+    "answer_format": lambda max_completion_length: answer_format,
+    "soft_overlong": soft_overlong,
+    "repetition": repetition,
+    "length": LengthPenalty,
+}
+
+
+def resolve_reward(spec: str | RewardFunction, *, max_completion_length: int) -> RewardFunction:
+    """The reward function that `spec` names.
+
+    Args:
+        spec: a callable (returned as it is), a name of `REWARDS`, or a dotted path: `package.module.function` or
+            `package.module:function`.
+        max_completion_length: tokens; what the length rewards are relative to.
+
+    Raises:
+        ValueError: the name is unknown, or the path leads to no callable.
+    """
+    if callable(spec):
+        return spec
+    if not isinstance(spec, str):
+        raise ValueError(f"A reward is a callable, a name or a dotted path; got {spec!r} ({type(spec).__name__}).")
+    if spec in REWARDS:
+        return REWARDS[spec](max_completion_length)
+    module_name, _, attribute = spec.rpartition(":" if ":" in spec else ".")
+    if not module_name or not attribute or "/" in spec:
+        raise ValueError(
+            f"Reward {spec!r} is unknown. Registered: {', '.join(sorted(REWARDS))}. For a function of your own give "
+            "its dotted path (package.module.function); for a reward model use RewardModel(path)."
+        )
+    return _import_function(spec, module_name, attribute)
+
+
+def reward_name(func: RewardFunction) -> str:
+    """What logs and errors call a reward: `__name__` (of the inner function of a partial), else the class name."""
+    return get_callable_name(func)
+
+
+def _import_function(spec: str, module_name: str, attribute: str) -> RewardFunction:
+    try:
+        func = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"Reward {spec!r} is no registered name ({', '.join(sorted(REWARDS))}) and cannot be imported: {error}. "
+            "A dotted path is package.module.function, its package on sys.path (set PYTHONPATH, or install it)."
+        ) from error
+    if not callable(func):
+        raise ValueError(f"Reward {spec!r} is a {type(func).__name__}; expected a function or a callable object.")
+    return func

@@ -1,0 +1,43 @@
+"""The rollout engine: token ids in, groups out. It knows no text, no rewards and no trainer."""
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+from transformers import PreTrainedModel
+
+from ..batch import Group, Prompt
+from .hf_generate import HFGenerateEngine
+from .sampling import SamplingParams
+
+
+class RolloutEngine(Protocol):
+    """What an entry of `ENGINES` must offer. It is built with the unwrapped policy, whose weights it samples from."""
+
+    def __init__(self, model: PreTrainedModel, *, cache_implementation: str | None = None): ...
+
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> Iterator[Group]:
+        """Yields one group per prompt, as they finish. Leaves the model's mode and gradients as it found them."""
+        ...
+
+    def sync_weights(self, model: PreTrainedModel) -> None:
+        """Takes over the policy's current weights; called before each rollout."""
+        ...
+
+
+ENGINES: dict[str, type[RolloutEngine]] = {"hf_generate": HFGenerateEngine}
+
+
+def make_engine(name: str, model: PreTrainedModel, **options) -> RolloutEngine:
+    """The engine called `name`, sampling from `model`.
+
+    Raises:
+        ValueError: no such engine.
+    """
+    check_engine(name)
+    return ENGINES[name](model, **options)
+
+
+def check_engine(name: str) -> None:
+    """Raises a ValueError when there is no engine of this name."""
+    if name not in ENGINES:
+        raise ValueError(f"rollout_engine={name!r} is unknown; use one of {', '.join(ENGINES)}.")

@@ -1,0 +1,116 @@
+"""`model.generate`: the reference implementation of a rollout engine, and the fallback of the faster ones."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    RepetitionPenaltyLogitsProcessor,
+)
+
+from ..batch import Group, Prompt, RolloutBatch
+from ..policy.mode import evaluation_mode
+from .sampling import SamplingParams, row_keys, sample, uniforms, warpers
+
+
+class HFGenerateEngine:
+    """Samples with `model.generate` on left-padded prompts; a logits processor picks the token (see `sampling`)."""
+
+    def __init__(self, model: PreTrainedModel, *, cache_implementation: str | None = None):
+        self.model = model
+        self.cache_implementation = cache_implementation
+
+    def sync_weights(self, model: PreTrainedModel) -> None:
+        """Nothing to copy: generation runs on the policy itself."""
+        self.model = model
+
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> Iterator[Group]:
+        """Yields the groups in the order of the prompts, all at the end of one `generate` call."""
+        num_generations = sampling.num_generations
+        rows = RolloutBatch.from_groups(
+            [Group(prompt, [[] for _ in range(num_generations)], [False] * num_generations) for prompt in prompts],
+            pad_token_id=sampling.pad_token_id,
+        ).to(self.model.device)
+        keys = row_keys(
+            sampling.seed,
+            sampling.stream,
+            [prompt.draw for prompt in prompts for _ in range(num_generations)],
+            list(range(num_generations)) * len(prompts),
+        )
+        sampler = _Sampler(sampling, keys.to(self.model.device), rows.prompt_mask)
+        with evaluation_mode(self.model), torch.no_grad():
+            output = self.model.generate(
+                input_ids=rows.prompt_ids,
+                attention_mask=rows.prompt_mask,
+                generation_config=self._generation_config(sampling),
+                logits_processor=LogitsProcessorList([sampler]),
+            )
+        ids = output[:, rows.prompt_ids.shape[1] :].cpu()
+        logps = torch.stack(sampler.per_token_logps, dim=1).cpu()
+        lengths, terminated = completion_lengths(ids, sampling.eos_token_ids)
+        for i, prompt in enumerate(prompts):
+            group = range(i * num_generations, (i + 1) * num_generations)
+            yield Group(
+                prompt,
+                completion_ids=[ids[row, : lengths[row]].tolist() for row in group],
+                terminated=[bool(terminated[row]) for row in group],
+                sampling_per_token_logps=[logps[row, : lengths[row]].tolist() for row in group],
+            )
+
+    def _generation_config(self, sampling: SamplingParams) -> GenerationConfig:
+        # do_sample=False: the processor leaves one token, so argmax takes it and torch's generator is not touched.
+        # Neutral values are explicit, because `generate` fills what is None from the model's own generation config.
+        return GenerationConfig(
+            max_new_tokens=sampling.max_completion_length,
+            eos_token_id=list(sampling.eos_token_ids),
+            pad_token_id=sampling.pad_token_id,
+            do_sample=False,
+            num_beams=1,
+            use_cache=True,
+            cache_implementation=self.cache_implementation,
+            disable_compile=True,
+            **{"temperature": 1.0, "top_p": 1.0, "top_k": 50, "repetition_penalty": 1.0} | sampling.generation_kwargs,
+        )
+
+
+class _Sampler(LogitsProcessor):
+    """Picks each row's token by inverse CDF, records its log-probability, and leaves only that token."""
+
+    def __init__(self, sampling: SamplingParams, keys: Tensor, prompt_mask: Tensor):
+        self.sampling = sampling
+        self.keys = keys
+        self.warpers = warpers(sampling)
+        self.prompt_length = prompt_mask.shape[1]
+        self.first_token = prompt_mask.argmax(1, keepdim=True)  # column of the first real token of each row
+        self.padding = prompt_mask == 0
+        self.per_token_logps: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores = scores.float()
+        if self.sampling.repetition_penalty != 1:
+            penalty = RepetitionPenaltyLogitsProcessor(self.sampling.repetition_penalty)
+            scores = penalty(self._without_padding(input_ids), scores)
+        scores = self.warpers(input_ids, scores)
+        u = uniforms(self.keys, input_ids.shape[1] - self.prompt_length)
+        tokens, logps = sample(scores, u, greedy=self.sampling.temperature == 0)
+        self.per_token_logps.append(logps)
+        return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
+
+    def _without_padding(self, input_ids: Tensor) -> Tensor:
+        """Pads replaced by a token that the row has anyway. Otherwise the pad token (often an EOS) is penalised in
+        rows that happen to be padded, and the batch's composition changes what is sampled."""
+        ids = input_ids.clone()
+        prompt = ids[:, : self.prompt_length]
+        prompt[self.padding] = prompt.gather(1, self.first_token).expand_as(prompt)[self.padding]
+        return ids
+
+
+def completion_lengths(ids: Tensor, eos_token_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """(B, T) sampled ids -> lengths (B,) up to and including the first EOS, and whether there was one (B,)."""
+    is_eos = torch.isin(ids, torch.tensor(eos_token_ids, device=ids.device))
+    terminated = is_eos.any(1)
+    return torch.where(terminated, is_eos.int().argmax(1) + 1, ids.shape[1]), terminated

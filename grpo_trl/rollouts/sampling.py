@@ -1,0 +1,106 @@
+"""Logits -> token and its log-probability, as a function of identity and not of history.
+
+The uniform number behind token t of row g of draw d is a hash of (seed, stream, d, g, t), and the token is the inverse
+CDF of the processed distribution at it. So neither the number of ranks, nor the composition of a batch, nor
+evaluation, dropout or a resume changes what is sampled, and nothing needs to be saved.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+TRAIN_STREAM, EVAL_STREAM = 0, 1
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the G completions of each prompt are sampled. Lengths in tokens; temperature 0 is greedy."""
+
+    num_generations: int
+    max_completion_length: int
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int
+    seed: int
+    stream: int = TRAIN_STREAM  # evaluation draws its own numbers
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    generation_kwargs: dict[str, Any] = field(default_factory=dict)  # for engines built on `model.generate`
+
+    @property
+    def truncates(self) -> bool:
+        """Whether the sampler's distribution is not the policy's: the importance ratio then leaves out the kept mass
+        (huggingface/trl#6789)."""
+        return self.top_p < 1 or self.top_k > 0 or bool(self.min_p) or self.repetition_penalty != 1
+
+
+def row_keys(seed: int, stream: int, draws: Sequence[int], rows: Sequence[int]) -> Tensor:
+    """One int64 key per row (B,), from the global draw number of its prompt and its place in the group."""
+    start = _mix(_mix(torch.tensor(seed)) + stream)
+    return _mix(_mix(start + torch.tensor(draws)) + torch.tensor(rows))
+
+
+def uniforms(keys: Tensor, step: int) -> Tensor:
+    """Uniform numbers in [0, 1) for token `step` of each row, (B,) fp32, the same on every device.
+
+    24 bits, so that u < 1 and u x total < total hold exactly in fp32.
+    """
+    bits = (_mix(keys + step) >> 40) & 0xFFFFFF
+    return bits.float() / (1 << 24)
+
+
+def sample(scores: Tensor, u: Tensor, *, greedy: bool = False) -> tuple[Tensor, Tensor]:
+    """Token and log-probability for each row.
+
+    Args:
+        scores: (B, V) fp32, processed (temperature, truncation): what is excluded is -inf.
+        u: (B,) in [0, 1).
+        greedy: take the most likely token instead.
+
+    Returns:
+        tokens (B,) and their log-probabilities (B,) under softmax(scores).
+    """
+    probs = scores.softmax(-1)
+    if greedy:
+        tokens = scores.argmax(-1, keepdim=True)
+    else:
+        cdf = probs.cumsum(-1)
+        # the total is taken from the cumulative sum itself: rounding makes it differ from 1. right=True skips
+        # tokens of probability 0, whose step in the CDF has no height
+        tokens = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)
+    return tokens[:, 0], probs.gather(1, tokens)[:, 0].log()
+
+
+def warpers(params: SamplingParams) -> LogitsProcessorList:
+    """Temperature, top-k, top-p and min-p, in the order of transformers; stateless, so any engine can use them."""
+    chosen = LogitsProcessorList()
+    if params.temperature not in (0.0, 1.0):
+        chosen.append(TemperatureLogitsWarper(float(params.temperature)))
+    if params.top_k:
+        chosen.append(TopKLogitsWarper(params.top_k))
+    if params.top_p < 1:
+        chosen.append(TopPLogitsWarper(params.top_p))
+    if params.min_p:
+        chosen.append(MinPLogitsWarper(params.min_p))
+    return chosen
+
+
+def _mix(x: Tensor) -> Tensor:
+    """splitmix64's finaliser (Steele et al., 2014) on int64, whose products wrap around. `>>` is arithmetic, hence
+    the masks."""
+    x = x + -7046029254386353131
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)

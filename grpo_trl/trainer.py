@@ -1,0 +1,476 @@
+"""`GRPOTrainer`: the order of the steps. What a step does is in the modules it calls."""
+
+import logging
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from datasets import IterableDataset
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import (
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+)
+from trl.trainer.utils import disable_dropout_in_model, get_config_model_id
+
+from . import checkpoint, evaluation
+from .algorithm import combine_rewards, group_advantages, policy_loss
+from .assembly import eval_sampling, load_tokenizer, problems, train_sampling
+from .batch import Group, Prompt, RolloutBatch
+from .callbacks import (
+    EpochExportCallback,
+    LossNoteCallback,
+    MetricsPlotCallback,
+    SyncReferenceCallback,
+    log_completions,
+)
+from .config import GOVERNED, GRPOConfig, raise_all
+from .loader import IndexedPrompts, RolloutLoader, StreamedPrompts
+from .metrics import Metrics, completion_rows, record_rollout
+from .model_card import create_model_card
+from .placement import DeviceMap, resolve_device_map
+from .policy import (
+    evaluation_mode,
+    freeze_adapter,
+    load_policy,
+    load_reference_model,
+    make_reference,
+    per_token_logps,
+)
+from .prompts import encode_prompt, limit_prompts, truncate_prompt
+from .rewards import RewardScorer, load_rewards
+from .rollouts import make_engine
+from .rollouts.context import weights_for_generation
+
+logger = logging.getLogger(__name__)
+
+RewardFunc = str | PreTrainedModel | Callable[..., Any]
+
+
+class GRPOTrainer(Trainer):
+    """Group Relative Policy Optimization on `transformers.Trainer`, with TRL's constructor.
+
+    Args:
+        model: path or id of a causal LM, a loaded model, or a PEFT model whose adapter is trained further.
+        reward_funcs: one or several of: a registered name, a dotted path, a function, an id, path or instance of a
+            sequence-classification reward model. See `docs/rewards.md`.
+        args: `GRPOConfig`.
+        train_dataset: rows with a `prompt` (text or messages), map-style or streaming; all other columns reach the
+            rewards.
+        eval_dataset: the same, or a dict of named sets.
+        processing_class: the tokenizer. Default: that of the model.
+        reward_processing_classes: one tokenizer per reward (None for functions). Default: that of each reward model.
+        callbacks, optimizers: as in `transformers.Trainer`.
+        quantization_config: for a model that is loaded here (QLoRA).
+        peft_config: an adapter to train instead of all weights.
+        tools, rollout_func, environment_factory: TRL's; not available. Override `rollout` instead.
+
+    Raises:
+        ValueError: one message with all that is wrong with the arguments, before any model is loaded.
+
+    To bring your own completions (tools, environments, replay), override [`rollout`][GRPOTrainer.rollout].
+    """
+
+    # tells transformers that the loss is already averaged over the accumulation window: the weights see to it
+    loss_is_scaled_for_ga = True
+    _tag_names = ["grpo_trl", "grpo"]
+
+    args: GRPOConfig
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        reward_funcs: RewardFunc | list[RewardFunc] | None = None,
+        args: GRPOConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase | None] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: PeftConfig | None = None,
+        tools: None = None,
+        rollout_func: None = None,
+        environment_factory: None = None,
+    ):
+        model_path = model if isinstance(model, str) else None
+        if args is None:
+            name = model_path or get_config_model_id(model.config)  # pyright: ignore[reportArgumentType]
+            args = GRPOConfig(f"{Path(name).name or 'model'}-GRPO")
+        reward_funcs = (
+            list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs] * bool(reward_funcs)
+        )
+        refused = {"tools": tools, "rollout_func": rollout_func, "environment_factory": environment_factory}
+        raise_all(problems(args, reward_funcs, train_dataset, eval_dataset, refused))
+
+        self.processing_class = processing_class = load_tokenizer(model, args, processing_class)
+        self.chat_options = {
+            "prompt_format": args.prompt_format,
+            "system_prompt": args.system_prompt,
+            "chat_template_kwargs": args.chat_template_kwargs,
+        }
+        train_dataset = self._limit_prompts(train_dataset, args)
+
+        torch.manual_seed(args.seed)  # adapters are initialised at random
+        policy = load_policy(model, args, quantization_config=quantization_config, peft_config=peft_config)
+        adapter = None
+        if isinstance(model, PeftModel) and args.beta and args.ref_model_name_or_path is None:
+            adapter = freeze_adapter(model)
+        reference_model = load_reference_model(policy, model_path, args, self._device_map(args, args.ref_device))
+        if args.disable_dropout:
+            disable_dropout_in_model(policy)
+        rewards, self.reward_names = load_rewards(
+            reward_funcs, reward_processing_classes, args, self._device_map(args, args.reward_device)
+        )
+        self.scorer = RewardScorer(rewards, self.reward_names, timeout=args.reward_timeout)
+        self.reward_weights = torch.tensor(args.reward_weights or [1.0] * len(rewards))
+
+        policy.config.get_text_config().pad_token_id = processing_class.pad_token_id
+        policy.generation_config.pad_token_id = processing_class.pad_token_id
+        self.train_sampling = train_sampling(args, policy, processing_class)
+        self.eval_sampling = eval_sampling(args, self.train_sampling)
+        self.sampling = self.train_sampling  # what `rollout` uses; `evaluate` swaps it
+        if self.train_sampling.truncates and not args.on_policy:
+            logger.warning(
+                "top_p, top_k, min_p or repetition_penalty truncate the sampling distribution, so the "
+                "log-probabilities of the update are not those that sampled, and the importance ratio leaves out the kept "
+                "mass. Set top_p=1, top_k=0, min_p=None and repetition_penalty=1 for an exact ratio."
+            )
+
+        args.ignore_data_skip = True  # a resumed run restores the loader's state instead of skipping batches
+        super().__init__(
+            model=policy,
+            args=args,
+            data_collator=lambda rows: rows,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.reference = None
+        if args.beta:
+            self.reference = make_reference(reference_model, lambda: self.model, self.accelerator, adapter=adapter)
+        self.engine = make_engine(
+            args.rollout_engine,
+            self.accelerator.unwrap_model(self.model),
+            cache_implementation=args.cache_implementation,
+        )
+        self.loader: RolloutLoader | None = None
+        self.metrics = Metrics()
+        self.num_tokens = 0
+        self.completions_log: list[dict[str, Any]] = []
+        self.recipe: dict[str, Any] | None = None  # set by the command line: model, data and reward sections
+        self.model.add_model_tags(self._tag_names)
+        logger.info("objective: %s", args.objective)
+        self._add_callbacks(reference_model)
+
+    # ---- Data ----
+
+    def get_train_dataloader(self) -> RolloutLoader:
+        """Prompts in, micro-batches out; transformers sees micro-batches only."""
+        prompts = StreamedPrompts if isinstance(self.train_dataset, IterableDataset) else IndexedPrompts
+        self.loader = RolloutLoader(
+            prompts(self.train_dataset, seed=self.args.data_seed or self.args.seed, shuffle=self.args.shuffle_dataset),
+            self.encode,
+            self.collect,
+            self.args,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+            all_reduce=self.all_reduce,
+        )
+        return self.loader
+
+    def encode(self, example: dict[str, Any], draw: int) -> Prompt:
+        """A dataset row and its draw number -> `Prompt`, truncated to `max_prompt_length` if need be."""
+        ids, prompt = encode_prompt(example, self.processing_class, **self.chat_options)
+        if self.args.max_prompt_length is not None:
+            ids = truncate_prompt(ids, self.args.max_prompt_length, self.processing_class.bos_token_id)
+        return Prompt(ids, {**example, "prompt": prompt}, draw)
+
+    # ---- Rollout ----
+
+    def collect(self, prompts: list[Prompt]) -> RolloutBatch:
+        """Samples, scores and compares the completions of this rank's prompts: everything an update needs."""
+        groups = self.sample(prompts)
+        rewards_per_func = self.score(groups, self.metrics)
+        rewards = combine_rewards(rewards_per_func, self.reward_weights)
+        batch = RolloutBatch.from_groups(
+            groups,
+            pad_token_id=self.processing_class.pad_token_id,
+            mask_truncated_completions=self.args.mask_truncated_completions,
+        )
+        batch.advantages = group_advantages(
+            rewards.to(self.args.device),
+            self.args.num_generations,
+            self.args.scale_rewards,
+            all_reduce=self.all_reduce,
+        )
+        batch = batch.to(self.args.device)
+        if not self.args.on_policy:
+            batch.old_per_token_logps = self._in_micro_batches(batch, self._old_per_token_logps)
+        if self.reference is not None:
+            batch.ref_per_token_logps = self._in_micro_batches(batch, self._ref_per_token_logps)
+        self._record_rollout(groups, rewards_per_func, rewards, batch)
+        return batch
+
+    def rollout(self, prompts: list[Prompt]) -> Iterable[Group]:
+        """Samples `self.sampling.num_generations` completions for each prompt.
+
+        **Override this** for tools, environments or replay.
+
+        Must give one `Group` per prompt, in any order. A group needs `completion_ids` (ending with an EOS token unless
+        truncated) and `terminated`; `loss_masks` (0: the token was not sampled by the policy, tool output say),
+        `sampling_per_token_logps` and `completions` (what the rewards read; default: decoded) are optional.
+        """
+        with weights_for_generation(self.model_wrapped, self.accelerator, self.args) as model:
+            self.engine.sync_weights(model)
+            yield from self.engine.generate(prompts, self.sampling)
+
+    def score(self, groups: list[Group], metrics: Metrics) -> Tensor:
+        """Rewards of each completion by each function, (B, F); NaN: not applicable. Metrics that
+        functions log go to `metrics`."""
+        calls = [[group] for group in groups] if self.args.reward_call == "group" else [groups]
+        self._extra_columns: dict[str, list[Any]] = {}
+        rewards = [
+            self.scorer.score(
+                call,
+                trainer_state=self.state,
+                log_extra=lambda column, values: self._extra_columns.setdefault(column, []).extend(values),
+                log_metric=metrics.add,
+            )
+            for call in calls
+        ]
+        return torch.cat(rewards)
+
+    def sample(self, prompts: list[Prompt]) -> list[Group]:
+        """`rollout`, with the groups in the order of the prompts and decoded; refuses an incomplete one."""
+        size = self.sampling.num_generations
+        bar = tqdm(
+            self.rollout(prompts),
+            "rollout",
+            total=len(prompts),
+            leave=False,
+            disable=self.args.disable_tqdm or not self.is_world_process_zero(),
+        )
+        by_draw = {group.prompt.draw: group for group in bar}
+        missing = [prompt.draw for prompt in prompts if prompt.draw not in by_draw]
+        wrong = [draw for draw, group in by_draw.items() if len(group) != size]
+        if missing or wrong or len(by_draw) != len(prompts):
+            raise ValueError(
+                f"rollout() must give one group of {size} completions for each of its {len(prompts)} prompts; draws "
+                f"without a group: {missing}, draws with another number of completions: {wrong}."
+            )
+        for group in by_draw.values():
+            if not group.completions:
+                group.completions = self._decode(group)
+        return [by_draw[prompt.draw] for prompt in prompts]
+
+    def _decode(self, group: Group) -> list[Any]:
+        """What rewards and logs read: text, or an assistant message when the prompt is a conversation."""
+        texts = self.processing_class.batch_decode(group.completion_ids, skip_special_tokens=True)
+        if isinstance(group.prompt.example["prompt"], str):
+            return texts
+        return [[{"role": "assistant", "content": text}] for text in texts]
+
+    # ---- Update ----
+
+    def compute_loss(
+        self, model: nn.Module, inputs: RolloutBatch, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """The objective on one micro-batch, averaged by its token weights. Metrics stay on the device."""
+        logps, entropies = per_token_logps(model, inputs, temperature=self.args.temperature, with_entropy=True)
+        loss, metrics = policy_loss(
+            logps,
+            old_per_token_logps=inputs.old_per_token_logps,
+            ref_per_token_logps=inputs.ref_per_token_logps,
+            advantages=inputs.advantages,
+            token_weights=inputs.token_weights,
+            loss_mask=inputs.loss_mask,
+            **{name: getattr(self.args, name) for name in LOSS_FIELDS},
+        )
+        # the micro-batches of a step add up to its loss
+        self.metrics.add("policy_loss", metrics.pop("policy_loss")[0], 1 / self.args.gradient_accumulation_steps)
+        self.metrics.add_all(metrics)
+        mask = inputs.loss_mask.bool()
+        self.metrics.add("entropy", torch.where(mask, entropies, 0).sum(), mask.sum())
+        if inputs.sampling_per_token_logps is not None:
+            old = logps.detach() if inputs.old_per_token_logps is None else inputs.old_per_token_logps
+            gap = torch.where(mask, inputs.sampling_per_token_logps - old, 0).abs()
+            self.metrics.add("sampling/logp_gap", gap.sum(), mask.sum())
+        return loss
+
+    def _old_per_token_logps(self, batch: RolloutBatch) -> Tensor:
+        """Under the policy as it sampled: dropout off."""
+        with evaluation_mode(self.model):
+            return per_token_logps(self.model, batch, temperature=self.args.temperature)[0]
+
+    def _ref_per_token_logps(self, batch: RolloutBatch) -> Tensor:
+        return self.reference.per_token_logps(batch, self.args.temperature)
+
+    @torch.no_grad()
+    def _in_micro_batches(self, batch: RolloutBatch, score: Callable[[RolloutBatch], Tensor]) -> Tensor:
+        """`score` over slices of `per_device_train_batch_size` rows, as (B, T)."""
+        size = self.args.per_device_train_batch_size
+        result = torch.zeros_like(batch.completion_ids, dtype=torch.float32)
+        for start in range(0, len(batch), size):
+            rows = slice(start, start + size)
+            with self.compute_loss_context_manager():
+                logps = score(batch.rows(rows))
+            result[rows, : logps.shape[1]] = logps.float()
+        return result
+
+    # ---- Evaluation ----
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Samples and scores one or several sets with the evaluation's own sampling parameters.
+
+        Returns `eval_reward`, `eval_rewards/<name>/mean`, `eval_avg@k`, `eval_pass@k`, lengths and truncation; with
+        named sets `eval_<name>_reward` and so on. Training is not affected: nothing random is shared with it.
+        """
+        datasets = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(datasets, str):
+            datasets = {datasets: self.eval_dataset[datasets]}
+        if datasets is None:
+            raise ValueError("evaluate() needs an eval_dataset; pass one here or to GRPOTrainer.")
+        named = datasets if isinstance(datasets, dict) else {None: datasets}
+        metrics: dict[str, float] = {}
+        self.sampling = self.eval_sampling
+        try:
+            with evaluation_mode(self.model):
+                for name, dataset in named.items():
+                    prefix = metric_key_prefix if name is None else f"{metric_key_prefix}_{name}"
+                    results = evaluation.evaluate_prompts(self, dataset, prefix)
+                    self.log(results)
+                    metrics |= results
+        finally:
+            self.sampling = self.train_sampling
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # ---- Metrics ----
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks."""
+        return self.accelerator.reduce(tensor.to(self.args.device), reduction="sum")
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the metrics of the steps since the last log, reduced over ranks, to transformers' own."""
+        training = "loss" in logs
+        if training:
+            logs |= self.metrics.reduce(gather_object) | {"num_tokens": self.num_tokens}
+        super().log(logs, start_time)
+        if training and self.args.log_completions:
+            rows = gather_object(self.completions_log)
+            if self.is_world_process_zero():
+                log_completions(rows, args=self.args, state=self.state)
+
+    def _record_rollout(
+        self, groups: list[Group], rewards_per_func: Tensor, rewards: Tensor, batch: RolloutBatch
+    ) -> None:
+        record_rollout(self.metrics, groups, rewards_per_func, rewards, self.reward_names)
+        tokens = batch.prompt_mask.sum() + batch.completion_mask.sum()
+        self.num_tokens += int(self.all_reduce(tokens))
+        if self.args.log_completions:
+            self.completions_log = completion_rows(
+                groups, rewards_per_func, batch.advantages, self.reward_names, self._extra_columns
+            )
+
+    # ---- Hooks of transformers.Trainer ----
+
+    def _prepare_inputs(self, inputs: RolloutBatch) -> RolloutBatch:
+        # transformers would cast every float tensor to DeepSpeed's dtype; log-probs and advantages stay fp32
+        return inputs.to(self.args.device)
+
+    def floating_point_ops(self, inputs: RolloutBatch) -> int:
+        """6 x parameters x tokens of this micro-batch."""
+        tokens = inputs.prompt_ids.numel() + inputs.completion_ids.numel()
+        return 6 * tokens * self.model.num_parameters(exclude_embeddings=True)
+
+    def _track_num_input_tokens(self, inputs: RolloutBatch) -> None:
+        self.state.num_input_tokens_seen = self.num_tokens
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        # private, but the one place that is called with the folder before trainer_state.json makes the checkpoint
+        super()._save_optimizer_and_scheduler(output_dir)
+        checkpoint.save(output_dir, self.accelerator.process_index, self._state())
+
+    def _load_optimizer_and_scheduler(self, checkpoint_dir: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint_dir)
+        if checkpoint_dir is not None:
+            self._load_state(checkpoint.load(checkpoint_dir, self.accelerator.process_index))
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "loader": self.loader.state_dict(),
+            "metrics": self.metrics.state_dict(),
+            "num_tokens": self.num_tokens,
+        }
+
+    def _load_state(self, state: dict[str, Any]) -> None:
+        self.loader.load_state_dict(state["loader"])
+        self.metrics.load_state_dict(state["metrics"])
+        self.num_tokens = state["num_tokens"]
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None, **kwargs: Any
+    ) -> None:
+        """Writes README.md: objective with its paper, data, rewards, versions, citation."""
+        create_model_card(self, model_name=model_name, dataset_name=dataset_name, tags=tags)
+
+    # ---- Construction ----
+
+    def _device_map(self, args: GRPOConfig, device: str | dict | None) -> DeviceMap:
+        return resolve_device_map(
+            device,
+            args.device,
+            num_gpus=torch.cuda.device_count(),
+            num_local_ranks=args.distributed_state.num_processes,
+        )
+
+    def _limit_prompts(self, dataset: Any, args: GRPOConfig) -> Any:
+        def length(example: dict[str, Any]) -> int:
+            return len(encode_prompt(example, self.processing_class, **self.chat_options)[0])
+
+        return limit_prompts(
+            dataset, length, max_prompt_length=args.max_prompt_length, overlong_prompts=args.overlong_prompts
+        )[0]
+
+    def _add_callbacks(self, reference_model: nn.Module | None) -> None:
+        self.add_callback(_EpochOfLoader(self))
+        self.add_callback(LossNoteCallback())
+        if self.args.plot_metrics:
+            self.add_callback(MetricsPlotCallback())
+        if self.args.save_epochs:
+            self.add_callback(EpochExportCallback(self))
+        if self.args.sync_ref_model:
+            self.add_callback(
+                SyncReferenceCallback(reference_model, self.args.ref_model_mixup_alpha, self.args.ref_model_sync_steps)
+            )
+
+
+LOSS_FIELDS = tuple(
+    name for name in GOVERNED if name not in ("scale_rewards", "token_weighting", "mask_truncated_completions")
+)
+
+
+class _EpochOfLoader(TrainerCallback):
+    """`state.epoch` from the loader's position: transformers counts it from the resume when no batch is skipped."""
+
+    def __init__(self, trainer: GRPOTrainer):
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        loader = self.trainer.loader
+        if loader is not None and loader.source.num_prompts is not None:
+            state.epoch = loader.position / len(loader)

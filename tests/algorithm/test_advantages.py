@@ -1,0 +1,159 @@
+import math
+
+import pytest
+import torch
+
+from grpo_trl.algorithm import combine_rewards, group_advantages, informative_groups
+from grpo_trl.algorithm.advantages import SCALE_REWARDS
+
+NAN = math.nan
+# Two prompts, G = 2: group means .5 and 2, relative rewards +-.5 and +-1.
+TWO_GROUPS = torch.tensor([1.0, 0.0, 3.0, 1.0])
+RELATIVE = torch.tensor([0.5, -0.5, 1.0, -1.0])
+
+
+def close(actual, expected, tolerance=1e-6):
+    torch.testing.assert_close(actual, torch.as_tensor(expected), atol=tolerance, rtol=0)
+
+
+def test_none_is_reward_minus_group_mean():
+    close(group_advantages(torch.tensor([1.0, 0, 0, 0]), 4, "none"), [0.75, -0.25, -0.25, -0.25])
+
+
+def test_group_divides_by_the_sample_std_of_the_group():
+    # squares .5625 + 3 x .0625 = .75; / (4 - 1) = .25; std .5 (the population std would be .433)
+    expected = torch.tensor([0.75, -0.25, -0.25, -0.25]) / 0.5001
+    close(group_advantages(torch.tensor([1.0, 0, 0, 0]), 4, "group"), expected)
+
+
+def test_batch_divides_by_the_std_of_the_raw_rewards():
+    # mean 1.25; squares .0625 + 1.5625 + 3.0625 + .0625 = 4.75; / 3 = 1.58333
+    close(group_advantages(TWO_GROUPS, 2, "batch"), RELATIVE / (math.sqrt(4.75 / 3) + 1e-4))
+
+
+def test_batch_relative_divides_by_the_std_of_the_relative_rewards():
+    # mean 0; squares .25 + .25 + 1 + 1 = 2.5; / 3 = .83333
+    expected = RELATIVE / (math.sqrt(2.5 / 3) + 1e-4)
+    close(group_advantages(TWO_GROUPS, 2, "batch_relative"), expected)
+    close(group_advantages(TWO_GROUPS, 2), expected)  # the default
+
+
+def test_batch_relative_ignores_how_hard_prompts_are():
+    easy_and_hard = TWO_GROUPS + torch.tensor([100.0, 100, 0, 0])
+    close(group_advantages(easy_and_hard, 2), group_advantages(TWO_GROUPS, 2))
+    assert group_advantages(easy_and_hard, 2, "batch").abs().max() < 0.02
+
+
+@pytest.mark.parametrize("num_generations", [2, 4, 16])
+@pytest.mark.parametrize("seed", range(3))
+def test_trl_formulas(num_generations, seed):
+    rewards = torch.randn(48, generator=torch.Generator().manual_seed(seed))
+    exact = rewards.double()  # TRL computes in fp32; its own rounding, 3e-6 in small groups, is not what is tested
+    groups = exact.view(-1, num_generations)
+    relative = exact - groups.mean(1).repeat_interleave(num_generations)
+    std = {
+        "none": torch.tensor(1 - 1e-4, dtype=torch.float64),
+        "group": groups.std(1).repeat_interleave(num_generations),
+        "batch": exact.std(),
+    }
+    for scale_rewards, value in std.items():
+        close(group_advantages(rewards, num_generations, scale_rewards), (relative / (value + 1e-4)).float())
+
+
+@pytest.mark.parametrize("scale_rewards", SCALE_REWARDS)
+@pytest.mark.parametrize("num_generations", [4, 16])
+@pytest.mark.parametrize("reward", [0.1, 0.35, 0.7, 0.95, 1 / 3])
+def test_equal_rewards_give_exactly_zero(reward, num_generations, scale_rewards):
+    alone = torch.full((num_generations,), reward)
+    assert group_advantages(alone, num_generations, scale_rewards).eq(0).all()
+    beside_another = torch.cat([alone, torch.arange(num_generations)])
+    advantages = group_advantages(beside_another, num_generations, scale_rewards)
+    assert advantages[:num_generations].eq(0).all()
+    assert advantages[num_generations:].ne(0).all()
+
+
+@pytest.mark.parametrize("scale_rewards", SCALE_REWARDS)
+def test_smallest_group(scale_rewards):
+    better, worse = group_advantages(torch.tensor([0.9, 0.2]), 2, scale_rewards)
+    # relative +-.35; std of (.9, .2) and of (.35, -.35) is .7 / sqrt(2)
+    expected = 0.35 if scale_rewards == "none" else 0.35 / (0.7 / math.sqrt(2) + 1e-4)
+    close(torch.stack([better, worse]), [expected, -expected])
+
+
+@pytest.mark.parametrize("function", [group_advantages, informative_groups])
+def test_refuses_a_group_of_one_and_broken_groups(function):
+    with pytest.raises(ValueError, match="num_generations=1: a group needs at least 2"):
+        function(torch.ones(4), 1)
+    with pytest.raises(ValueError, match="6 rewards are not whole groups of num_generations=4"):
+        function(torch.ones(6), 4)
+
+
+def test_refuses_an_unknown_scale():
+    with pytest.raises(ValueError, match="scale_rewards='batches' is unknown; use one of batch_relative, group"):
+        group_advantages(torch.ones(4), 4, "batches")
+
+
+def test_missing_reward_gets_zero_and_does_not_move_the_mean():
+    close(group_advantages(torch.tensor([1.0, NAN, 0, 0]), 4, "none"), [2 / 3, 0, -1 / 3, -1 / 3])
+
+
+@pytest.mark.parametrize("scale_rewards", SCALE_REWARDS)
+def test_missing_rewards_are_in_no_statistic(scale_rewards):
+    # the rows that have a reward get what they would get in batches without the others
+    rewards = torch.tensor([1.0, 0.0, NAN, 4.0, NAN, 2.0])
+    without = torch.tensor([1.0, 0.0, 4.0, 2.0])
+    advantages = group_advantages(rewards, 3, scale_rewards)
+    close(advantages[[0, 1, 3, 5]], group_advantages(without, 2, scale_rewards))
+    assert advantages[[2, 4]].eq(0).all()
+
+
+@pytest.mark.parametrize("scale_rewards", SCALE_REWARDS)
+@pytest.mark.parametrize("rows", [[NAN] * 4, [NAN, NAN, 0.7, NAN]])
+def test_group_without_anything_to_compare(rows, scale_rewards):
+    assert group_advantages(torch.tensor(rows), 4, scale_rewards).eq(0).all()
+    beside_another = group_advantages(torch.tensor([*rows, 1.0, 0, 0, 0]), 4, scale_rewards)
+    assert beside_another[:4].eq(0).all()
+    assert beside_another[4:].isfinite().all() and beside_another[4] > 0
+    assert informative_groups(torch.tensor([*rows, 1.0, 0, 0, 0]), 4).tolist() == [False, True]
+
+
+def test_informative_groups():
+    rewards = torch.cat([torch.full((16,), 0.7), torch.full((16,), 0.95), torch.arange(16) / 16])
+    assert informative_groups(rewards, 16).tolist() == [False, False, True]
+
+
+def test_one_different_completion_keeps_the_whole_group():
+    rewards = torch.tensor([0.0] + 7 * [0.95])
+    assert informative_groups(rewards, 8).tolist() == [True]
+    assert group_advantages(rewards, 8, "group").ne(0).all()
+
+
+def test_combine_rewards():
+    rewards_per_func = torch.tensor([[1.0, 0.5], [NAN, 0.5], [1.0, NAN], [NAN, NAN]])
+    combined = combine_rewards(rewards_per_func, torch.tensor([2.0, 10.0]))
+    torch.testing.assert_close(combined, torch.tensor([7.0, 5.0, 2.0, NAN]), equal_nan=True)
+
+
+def test_equal_rows_stay_equal_when_combined():
+    combined = combine_rewards(torch.tensor([0.1, 0.35, 0.7]).repeat(16, 1), torch.tensor([1 / 3, 0.9, 0.45]))
+    assert informative_groups(combined, 16).tolist() == [False]
+
+
+@pytest.mark.parametrize("scale_rewards", SCALE_REWARDS)
+def test_order_is_kept(scale_rewards):
+    # three prompts of very different difficulty: a row compared with another prompt's rows would be off by 100
+    rewards = torch.tensor([1.0, 0, 0, 0, 102, 101, 100, 100, 200, 200, 201, 201])
+    advantages = group_advantages(rewards, 4, scale_rewards)
+    assert advantages.sign().tolist() == [1, -1, -1, -1, 1, 1, -1, -1, -1, -1, 1, 1]
+    order = torch.tensor([2, 0, 1])
+    swapped = group_advantages(rewards.view(3, 4)[order].flatten(), 4, scale_rewards)
+    close(swapped, advantages.view(3, 4)[order].flatten())
+
+
+def test_interleaved_prompts_sorted_into_groups_and_back():
+    # rows arrive as prompt 0, 1, 2, 0, 1, 2, ...; groups are made contiguous, and results put back
+    interleaved = torch.tensor([1.0, 102, 200, 0, 101, 200, 0, 100, 201, 0, 100, 201])
+    to_groups = torch.arange(12).view(4, 3).T.flatten()
+    advantages = torch.empty(12)
+    advantages[to_groups] = group_advantages(interleaved[to_groups], 4, "none")
+    close(advantages, [0.75, 1.25, -0.5, -0.25, 0.25, -0.5, -0.25, -0.75, 0.5, -0.25, -0.75, 0.5])

@@ -1,0 +1,53 @@
+"""Environment and fixtures shared by all tests: tiny models built on the spot, no network, one thread."""
+
+import os
+from pathlib import Path
+
+# before torch and the Hugging Face libraries read them
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+
+from tests import tiny
+
+# Many threads on tiny tensors only cost time, and sums of a fixed order make runs repeat bit for bit.
+torch.set_num_threads(1)
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def tokenizer():
+    """ChatML tokenizer; for other forms call `tests.tiny.tiny_tokenizer`."""
+    return tiny.tiny_tokenizer()
+
+
+@pytest.fixture
+def qwen3():
+    """A fresh tiny Qwen3 in eval mode; the weights are the same in every test."""
+    return tiny.tiny_model("qwen3")
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory) -> str:
+    """A saved tiny Qwen3 with its chat tokenizer, to be read only."""
+    return tiny.save(tiny.tiny_model("qwen3"), tiny.tiny_tokenizer(), tmp_path_factory.mktemp("tiny-qwen3"))
+
+
+@pytest.fixture(scope="session")
+def reward_model_dir(tmp_path_factory) -> str:
+    """A saved tiny DeBERTa-v2 classifier with one label and a tokenizer of text pairs, to be read only."""
+    tokenizer = tiny.tiny_tokenizer(chat=False, pair=True)
+    return tiny.save(tiny.tiny_reward_model(), tokenizer, tmp_path_factory.mktemp("tiny-deberta"))
+
+
+@pytest.fixture(scope="session")
+def gsm8k() -> Path:
+    """GSM8K's train split as JSON lines (columns `question`, `answer`)."""
+    path = ROOT.parent / "shared" / "data" / "gsm8k" / "train.jsonl"
+    if not path.exists():
+        pytest.skip(f"needs GSM8K's train.jsonl at {path}")
+    return path

@@ -9,10 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, NoReturn
 
-import trl
 import yaml
 from datasets import load_dataset
-from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from trl.scripts.utils import ScriptArguments as TRLScriptArguments
+from trl.scripts.utils import TrlParser
+from trl.trainer.model_config import ModelConfig
+from trl.trainer.utils import get_peft_config, get_quantization_config
 
 from .config import GRPOConfig, raise_all, refuse
 from .data import load_datasets, parse_entries
@@ -27,7 +29,7 @@ REFUSED_SCRIPT_OPTIONS = {
 
 
 @dataclass
-class ScriptArguments(trl.ScriptArguments):
+class ScriptArguments(TRLScriptArguments):
     """The data and the rewards of a recipe; everything else is in [`GRPOConfig`] and `trl.ModelConfig`.
 
     Data come from `train_datasets` (checked row by row; `grpo_trl.data.load_datasets`) or, as in TRL, from
@@ -69,11 +71,10 @@ class RecipeParser(TrlParser):
     """
 
     def __init__(self, prog: str = "grpo-trl train"):
-        dataclass_types = (ScriptArguments, GRPOConfig, ModelConfig)
+        dataclass_types: Any = (ScriptArguments, GRPOConfig, ModelConfig)
         # no abbreviations: a misspelt `--num_gen` would otherwise set num_generations
-        super().__init__(
-            dataclass_types, prog=prog, usage=f"{prog} --config YAML [--field value ...]", allow_abbrev=False
-        )
+        usage = f"{prog} --config YAML [--field value ...]"
+        super().__init__(dataclass_types, prog=prog, usage=usage, allow_abbrev=False)
         self.field_names = [f.name for cls in dataclass_types for f in fields(cls) if f.init]
         self._unknown: dict[str, Any] = {}
 
@@ -81,7 +82,7 @@ class RecipeParser(TrlParser):
         self._unknown |= {name: value for name, value in config.items() if name not in self.field_names}
         return super().set_defaults_with_config(**{n: v for n, v in config.items() if n in self.field_names})
 
-    def parse_known_args(self, args=None, namespace=None):
+    def parse_known_args(self, args=None, namespace=None):  # pyright: ignore[reportIncompatibleMethodOverride]
         namespace, unused = super().parse_known_args(args, namespace)
         raise_all([self._unknown_problem(name) for name in refuse(self._unknown | _options(unused))])
         return namespace, []
@@ -92,10 +93,11 @@ class RecipeParser(TrlParser):
     def _unknown_problem(self, name: str) -> str:
         if name in REFUSED_SCRIPT_OPTIONS:
             return f"{name} is an option of TRL's script that is not available here; {REFUSED_SCRIPT_OPTIONS[name]}."
+        if name.endswith((".yaml", ".yml")):
+            return f"{name!r} is no field; a recipe is given as --config {name}."
         close = difflib.get_close_matches(name.replace("-", "_"), self.field_names, n=1)
-        return f"{name!r} is no field; " + (
-            f"did you mean {close[0]}?" if close else f"`{self.prog} --help` lists them."
-        )
+        remedy = f"did you mean {close[0]}?" if close else f"`{self.prog} --help` lists the fields."
+        return f"{name!r} is no field; {remedy}"
 
 
 Recipe = tuple[ScriptArguments, GRPOConfig, ModelConfig]
@@ -105,7 +107,7 @@ def parse_recipe(argv: Sequence[str], prog: str = "grpo-trl train") -> Recipe:
     """`--config recipe.yaml --field value ...` -> checked arguments; nothing is loaded. The command line wins.
 
     Raises:
-        ValueError: unknown fields, refused TRL options, values that do not fit, or missing parts: model, data, rewards.
+        ValueError: unknown fields, refused TRL options, values that do not fit; no model, data or rewards.
     """
     argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
     if argv[-1:] == ["--config"]:
@@ -127,13 +129,11 @@ def _problems(script_args: ScriptArguments, args: GRPOConfig, model_args: ModelC
     if bool(script_args.train_datasets) == bool(script_args.dataset_name):
         found = "both" if script_args.dataset_name else "neither"
         problems.append(
-            f"training data: expected either train_datasets: [{{path, type, input, output}}] or dataset_name, got {found}."
+            "training data: expected either train_datasets: [{path, type, input, output}] or dataset_name, "
+            f"got {found}."
         )
     if _wants_evaluation(args) and not (script_args.eval_datasets or script_args.dataset_name):
-        problems.append(
-            f"eval_strategy={args.eval_strategy.value} needs data: set eval_datasets (as train_datasets), or "
-            "eval_strategy: 'no' and eval_on_start: false."
-        )
+        problems.append("evaluation (eval_strategy, eval_on_start) needs data: set eval_datasets, or switch it off.")
     for where, entries in {"train_datasets": script_args.train_datasets, **_named_eval_sets(script_args)}.items():
         if entries:
             try:
@@ -197,6 +197,7 @@ def make_trainer(script_args: ScriptArguments, args: GRPOConfig, model_args: Mod
 
     sys.path.insert(0, os.getcwd())  # a dotted path may name a module of the current folder, as in TRL
     train_dataset, eval_dataset = load_data(script_args, args)
+    # with the model_init_kwargs of the recipe, not the resolved ones, which would win over a later `--dtype`
     recipe = _changed(script_args) | _changed(model_args) | {"model_init_kwargs": args.model_init_kwargs}
     args.model_init_kwargs = _model_init_kwargs(args, model_args)
     trainer = GRPOTrainer(
@@ -214,24 +215,27 @@ def make_trainer(script_args: ScriptArguments, args: GRPOConfig, model_args: Mod
 
 def load_data(script_args: ScriptArguments, args: GRPOConfig) -> tuple[Any, Any]:
     """Training set and evaluation set: None without evaluation, a dict for named ones."""
-    evaluates = _wants_evaluation(args)
-    if script_args.dataset_name:
-        train_dataset = _load_trl_dataset(script_args, script_args.dataset_train_split)
+    train_entries: Any = script_args.train_datasets
+    if train_entries:
+        train_dataset = load_datasets(train_entries, seed=args.seed)
     else:
-        train_dataset = load_datasets(script_args.train_datasets, seed=args.seed)
-    if not evaluates:
-        return train_dataset, None
-    if isinstance(script_args.eval_datasets, dict):
-        return train_dataset, {n: load_datasets(e, seed=args.seed) for n, e in script_args.eval_datasets.items()}
-    if script_args.eval_datasets:
-        return train_dataset, load_datasets(script_args.eval_datasets, seed=args.seed)
-    return train_dataset, _load_trl_dataset(script_args, script_args.dataset_test_split)
+        train_dataset = _load_trl_dataset(script_args, script_args.dataset_train_split)
+    eval_entries: Any = script_args.eval_datasets
+    if not _wants_evaluation(args):
+        eval_dataset = None
+    elif isinstance(eval_entries, dict):
+        eval_dataset = {name: load_datasets(entries, seed=args.seed) for name, entries in eval_entries.items()}
+    elif eval_entries:
+        eval_dataset = load_datasets(eval_entries, seed=args.seed)
+    else:
+        eval_dataset = _load_trl_dataset(script_args, script_args.dataset_test_split)
+    return train_dataset, eval_dataset
 
 
 def _load_trl_dataset(script_args: ScriptArguments, split: str) -> Any:
-    return load_dataset(
-        script_args.dataset_name, script_args.dataset_config, split=split, streaming=script_args.dataset_streaming
-    )
+    name: Any = script_args.dataset_name
+    streaming: Any = script_args.dataset_streaming
+    return load_dataset(name, script_args.dataset_config, split=split, streaming=streaming)
 
 
 def _wants_evaluation(args: GRPOConfig) -> bool:

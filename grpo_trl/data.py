@@ -1,45 +1,17 @@
 """`train_datasets` entries -> one dataset with a `prompt` column, checked row by row before any model is loaded."""
 
-import glob
-import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
-from pathlib import Path
-from typing import Any
+from dataclasses import MISSING, fields
+from typing import Any, cast
 
-import fsspec
-from datasets import (
-    Dataset,
-    DatasetDict,
-    Json,
-    LargeList,
-    List,
-    ReadInstruction,
-    Value,
-    concatenate_datasets,
-    interleave_datasets,
-    load_dataset,
-    load_from_disk,
-)
+from datasets import Dataset, Json, LargeList, List, Value, concatenate_datasets, interleave_datasets
 
+from grpo_trl.data_forms import LOADERS, DatasetEntry, json_texts, place
 from grpo_trl.prompts import column_batches, prompt_problem, row_problems
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class DatasetEntry:
-    """One item of `train_datasets`. Strings, except `weight`, a number above 0."""
-
-    path: str  # file, glob or folder; a saved dataset's folder (disk); a Hub id (hub)
-    type: str  # a key of LOADERS
-    input: str  # column of the prompts
-    output: str | None = None  # column of the reference answers
-    split: str = "train"  # `datasets` syntax: train[:64], train[10%:], train+test
-    weight: float | None = None  # share of the mix
-    name: str | None = None  # configuration of a Hub dataset
 
 
 def load_datasets(entries: Sequence[Mapping[str, Any]], *, seed: int = 42) -> Dataset:
@@ -129,7 +101,7 @@ def _check_rows(dataset: Dataset, entry: DatasetEntry, column: str, problem_of: 
     if problems:
         row, problem = problems[0]
         more = f" ({len(problems) - 1} more rows like it)" if len(problems) > 1 else ""
-        raise ValueError(f"{_place(entry, row)}, column {column!r}: {problem}{more}.")
+        raise ValueError(f"{place(entry, row)}, column {column!r}: {problem}{more}.")
 
 
 def _with_aliases(dataset: Dataset, entry: DatasetEntry) -> Dataset:
@@ -151,8 +123,12 @@ def _align(datasets: list[Dataset]) -> list[Dataset]:
     """Gives columns that several datasets have with different types one type that holds every value unchanged."""
     for column in sorted({name for dataset in datasets for name in dataset.column_names}):
         if len(_types(datasets, column)) > 1:
-            # first: CSV's large_string is text like any other, and cast to Json it would be parsed ("72" -> 72)
-            datasets = _cast_where(datasets, column, Value("string"), lambda kind: kind == Value("large_string"))
+            datasets = [
+                dataset.cast_column(column, Value("string"))
+                if dataset.features.get(column) == Value("large_string")
+                else dataset
+                for dataset in datasets
+            ]
         kinds = _types(datasets, column)
         if len(kinds) > 1 and not all(map(_is_json, kinds)):
             raise ValueError(
@@ -160,7 +136,7 @@ def _align(datasets: list[Dataset]) -> list[Dataset]:
                 "save it with one type in all of them, or remove it where it is not needed."
             )
         if len(kinds) > 1:
-            datasets = _cast_where(datasets, column, Json(), lambda kind: kind != Json())
+            datasets = [_as_json(dataset, column) for dataset in datasets]
     return datasets
 
 
@@ -173,13 +149,11 @@ def _types(datasets: list[Dataset], column: str) -> list[Any]:
     return kinds
 
 
-def _cast_where(datasets: list[Dataset], column: str, target: Any, condition: Callable[[Any], bool]) -> list[Dataset]:
-    return [
-        dataset.cast_column(column, target)
-        if column in dataset.column_names and condition(dataset.features[column])
-        else dataset
-        for dataset in datasets
-    ]
+def _as_json(dataset: Dataset, column: str) -> Dataset:
+    if dataset.features.get(column, Json()) == Json():
+        return dataset
+    values = [value for batch in column_batches(dataset, column) for value in batch]
+    return dataset.remove_columns(column).add_column(column, json_texts(values), feature=cast(Any, Json()))
 
 
 def _is_json(feature: Any) -> bool:
@@ -191,138 +165,3 @@ def _is_json(feature: Any) -> bool:
     if isinstance(feature, dict):
         return all(map(_is_json, feature.values()))
     return _is_json(feature.feature) if isinstance(feature, List | LargeList) else isinstance(feature, Json)
-
-
-# --- data forms ---------------------------------------------------------------------------------------------------
-
-
-def _load_files(entry: DatasetEntry) -> Dataset:
-    files = _data_files(entry)
-    for file in files:
-        if file.stat().st_size == 0:
-            raise ValueError(f"{file}: empty file.")
-    try:
-        rows = _read_files(entry, files)
-    except Exception as error:
-        raise ValueError(_broken_file(entry, files, error)) from error
-    return _take_split({"train": rows}, entry)
-
-
-def _load_disk(entry: DatasetEntry) -> Dataset:
-    folder = _resolve(entry.path)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder; type disk reads what `Dataset.save_to_disk` wrote.")
-    saved = load_from_disk(str(folder))
-    splits = {str(name): rows for name, rows in saved.items()} if isinstance(saved, DatasetDict) else {"train": saved}
-    return _take_split(splits, entry)
-
-
-def _load_hub(entry: DatasetEntry) -> Dataset:
-    return load_dataset(entry.path, entry.name, split=entry.split)
-
-
-FILE_BUILDERS = {"parquet": "parquet", "json": "json", "jsonl": "json", "csv": "csv", "arrow": "arrow"}
-
-#: type of an entry -> the function that loads it. A new data form is one more entry here.
-LOADERS: dict[str, Callable[[DatasetEntry], Dataset]] = {
-    **dict.fromkeys(FILE_BUILDERS, _load_files),
-    "disk": _load_disk,
-    "hub": _load_hub,
-}
-
-
-def _resolve(path: str) -> Path:
-    return Path(path).expanduser().absolute()
-
-
-def _data_files(entry: DatasetEntry) -> list[Path]:
-    """The files that a path (file, folder or glob, relative to the current directory) stands for, sorted."""
-    path = _resolve(entry.path)
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        files, what = sorted(path.rglob(f"*.{entry.type}")), f"no *.{entry.type} file in the folder {path}"
-    else:
-        files, what = sorted(map(Path, glob.glob(str(path), recursive=True))), f"no such file: {path}"
-    if not files:
-        raise FileNotFoundError(f"train_datasets: {what} (current directory: {Path.cwd()}).")
-    return files
-
-
-def _read_files(entry: DatasetEntry, files: Sequence[Path]) -> Dataset:
-    options = {}
-    if entry.type == "csv":
-        # text stays text: no "007" -> 7, no "NA" -> null; only an empty cell of another column is null
-        options = {
-            "converters": {column: str for column in (entry.input, entry.output) if column},
-            "keep_default_na": False,
-            "na_values": [""],
-        }
-    data_files = [glob.escape(str(file)) for file in files]
-    rows = load_dataset(FILE_BUILDERS[entry.type], data_files=data_files, split="train", **options)
-    if entry.type == "csv" and "__index_level_0__" in rows.column_names:
-        raise ValueError("rows have more fields than the header; quote fields that contain the separator")
-    return rows
-
-
-def _broken_file(entry: DatasetEntry, files: Sequence[Path], error: Exception) -> str:
-    """Reads the files one by one to name the one that cannot be read, and for JSON its line."""
-    for file in files:
-        try:
-            _read_files(entry, [file])
-        except Exception as own_error:
-            if "corresponds to no data" in str(own_error):
-                return f"{file}: no rows."
-            line = _broken_json_line(file) if FILE_BUILDERS[entry.type] == "json" else None
-            reason = line or str(own_error.__cause__ or own_error).strip() or repr(own_error)
-            return f"{file}: cannot be read as {entry.type}: {reason.rstrip('.')}."
-    # each file is fine, but together they are not, e.g. columns of different types
-    return f"{entry.path}: its {len(files)} files cannot be read together: {error.__cause__ or error}"
-
-
-def _broken_json_line(file: Path) -> str | None:
-    with fsspec.open(str(file), "rb", compression="infer") as lines:
-        content = lines.read()  # type: ignore[attr-defined]
-    if content.lstrip().startswith(b"["):
-        return _json_error(content, first_line=1)
-    numbered = ((number, line) for number, line in enumerate(content.split(b"\n"), 1) if line.strip())
-    return next((error for number, line in numbered if (error := _json_error(line, number, dict))), None)
-
-
-def _json_error(content: bytes, first_line: int, expected: type = list) -> str | None:
-    try:
-        value = json.loads(content)
-    except json.JSONDecodeError as error:
-        return f"line {first_line + error.lineno - 1}, character {error.colno}: {error.msg}"
-    except UnicodeDecodeError as error:
-        return f"line {first_line}: {error}"
-    if not isinstance(value, expected):
-        return f"line {first_line}: expected a JSON object, got {str(value)!r:.80}"
-    return None
-
-
-def _slices(split: str, lengths: dict[str, int]) -> list[tuple[str, range]]:
-    parts = ReadInstruction.from_spec(split).to_absolute(lengths)
-    return [(part.splitname, range(part.from_, part.to)) for part in parts]
-
-
-def _take_split(splits: dict[str, Dataset], entry: DatasetEntry) -> Dataset:
-    try:
-        slices = _slices(entry.split, {name: len(rows) for name, rows in splits.items()})
-    except ValueError as error:
-        raise ValueError(f"{entry.path}: split {entry.split!r}: {error}") from error
-    return concatenate_datasets([splits[name].select(rows) for name, rows in slices])
-
-
-def _place(entry: DatasetEntry, row: int) -> str:
-    """Where row `row` of an entry's split comes from: file and row (from 1, a CSV header not counted)."""
-    if entry.type not in FILE_BUILDERS:
-        return f"{entry.path}, row {row + 1} of split {entry.split!r}"
-    files = _data_files(entry)
-    lengths = [len(_read_files(entry, [file])) for file in files]
-    row = [index for _, rows in _slices(entry.split, {"train": sum(lengths)}) for index in rows][row]
-    for file, length in zip(files, lengths, strict=True):
-        if row < length:
-            return f"{file}, row {row + 1}"
-        row -= length
-    raise IndexError(f"{entry.path} has no row {row + 1}")  # the files changed while they were read

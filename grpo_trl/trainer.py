@@ -127,10 +127,10 @@ class GRPOTrainer(Trainer):
         reference_model = load_reference_model(policy, model_path, args, self._device_map(args, args.ref_device))
         if args.disable_dropout:
             disable_dropout_in_model(policy)
-        rewards, self.reward_names = load_rewards(
-            reward_funcs, reward_processing_classes, args, self._device_map(args, args.reward_device)
-        )
-        self.scorer = RewardScorer(rewards, self.reward_names, timeout=args.reward_timeout)
+        reward_map = self._device_map(args, args.reward_device)
+        rewards = load_rewards(reward_funcs, reward_processing_classes, args, reward_map)
+        self.scorer = RewardScorer(rewards, timeout=args.reward_timeout)
+        self.reward_names = self.scorer.names
         self.reward_weights = torch.tensor(args.reward_weights or [1.0] * len(rewards))
 
         policy.config.get_text_config().pad_token_id = processing_class.pad_token_id

@@ -15,24 +15,26 @@ import yaml
 from transformers import TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import AcceleratorConfig
+from trl.trainer.utils import get_config_model_id
 
 from grpo_trl.config import GOVERNED
 
 logger = logging.getLogger(__name__)
 
+PACKAGE = Path(__file__).resolve().parent.parent
 RECIPE_NAME = "recipe.yaml"
 SCRIPT_NAME = "train_script.py"
 
-# `grpo-trl train` runs no script of the user's; this one repeats the run from the recipe beside it.
-CONSOLE_SCRIPT = '''"""This run was started by `grpo-trl train`; this file starts it again."""
+# The command `grpo-trl train` runs no script of the user's; this one repeats the run from the recipe beside it.
+COMMAND_SCRIPT = '''"""This run was started by `grpo-trl train`; this file starts it again."""
 
 import sys
 from pathlib import Path
 
 from grpo_trl.cli import main
 
-sys.argv = ["grpo-trl", "train", "--config", str(Path(__file__).with_name("recipe.yaml")), *sys.argv[1:]]
-main()
+if __name__ == "__main__":
+    main(["train", "--config", str(Path(__file__).with_name("recipe.yaml")), *sys.argv[1:]])
 '''
 
 # Keys of nested dicts that hold credentials; at the top level `TrainingArguments.to_dict` hides `*_token`.
@@ -40,7 +42,7 @@ SECRETS = frozenset({"token", "hf_token", "hub_token", "push_to_hub_token", "use
 
 
 class EpochExportCallback(TrainerCallback):
-    """At the end of each epoch writes `<output_dir>/epoch_<n>/`, n = 1, 2, ...; on all ranks, as `save_model` wants it.
+    """At the end of each epoch writes `<output_dir>/epoch_<n>/`, n = 1, 2, ...; on all ranks, as `save_model` is.
 
     The folder holds the weights (safetensors), `config.json`, the tokenizer, `recipe.yaml` as resolved and the script
     that ran as `train_script.py`. No `training_args.bin`: the recipe says the same without a pickle and without
@@ -51,8 +53,7 @@ class EpochExportCallback(TrainerCallback):
     `config.json` of its base model; `AutoModelForCausalLM.from_pretrained` loads both through `adapter_config.json`.
 
     Args:
-        trainer: `save_model`, `args`, `model`, `accelerator` and `processing_class` are used; `trainer.recipe`, if it
-            has one that is not None, as in [`recipe_yaml`].
+        trainer: its `save_model`, `args`, `model` and `accelerator` are used, and what [`recipe_yaml`] reads.
     """
 
     def __init__(self, trainer: Any):
@@ -61,7 +62,7 @@ class EpochExportCallback(TrainerCallback):
 
     def on_epoch_end(self, args, state, control, **kwargs):
         # an epoch that a resume or `max_steps` cut counts as the one it is part of
-        self._export(Path(args.output_dir) / f"epoch_{max(1, math.ceil(state.epoch - 1e-6))}")
+        self._export(Path(str(args.output_dir)) / f"epoch_{max(1, math.ceil(state.epoch - 1e-6))}")
 
     def _export(self, folder: Path) -> None:
         trainer = self.trainer
@@ -108,39 +109,36 @@ def inactive_adapters(model: Any) -> list[str]:
 
 
 def train_script() -> str | None:
-    """The text of the script that runs; for the console script `grpo-trl` one that repeats the run from `recipe.yaml`;
-    None when there is neither (a notebook, `python -c`)."""
-    path = Path(getattr(sys.modules["__main__"], "__file__", None) or "")
-    if path.suffix == ".py" and path.is_file():
-        return path.read_text(encoding="utf-8")
-    return CONSOLE_SCRIPT if Path(sys.argv[0]).stem == "grpo-trl" else None
+    """The text of the script that runs; for the command `grpo-trl` one that repeats the run from `recipe.yaml`; None
+    when there is neither (a notebook, `python -c`)."""
+    path = Path(getattr(sys.modules["__main__"], "__file__", None) or "").absolute()
+    if path.stem == "grpo-trl" or path.is_relative_to(PACKAGE):
+        return COMMAND_SCRIPT
+    return path.read_text(encoding="utf-8") if path.suffix == ".py" and path.is_file() else None
 
 
 def recipe_yaml(trainer: Any) -> str:
     """The recipe of a run as YAML, for `grpo-trl train --config`: the objective as resolved, and every argument that
     differs from its default.
 
-    `trainer.recipe` (optional): the top-level keys of the run's own YAML that are no fields of the config, such as
-    model, data entries and rewards. Without it these are named in comments, and have to be given again. Tokens are
-    left out, and so are values that YAML cannot hold (a comment names them).
+    Reads `trainer.args` (a `GRPOConfig`) and `trainer.recipe`: the top-level keys of the run's own YAML that are no
+    fields of it, such as model, data entries and rewards, or None. With None, these are named in comments
+    (`trainer.model`, `trainer.reward_names`) and have to be given again. Tokens are left out, and so are values that
+    YAML cannot hold (a comment names them).
     """
-    args = trainer.args
-    values = args.to_dict()
-    objective = getattr(args, "objective", {})
-    changed = [name for name in _changed(args, values) if name not in objective]
-    recipe = getattr(trainer, "recipe", None)
+    args, recipe = trainer.args, trainer.recipe
+    values, objective = args.to_dict(), args.objective
+    changed = [name for name in _changed(args, values) if name not in {*objective, *(recipe or {})}]
+    source = _entries(recipe) if recipe is not None else _comments(_described(trainer))
     lines = [
         "# A run as resolved; to repeat it: grpo-trl train --config recipe.yaml",
         "# " + ", ".join(f"{name} {version(name)}" for name in ("transformers", "trl", "torch")),
         f"# ranks: {args.world_size}",
-        "",
-        "# Model, data and rewards",
-        *(_entries(recipe) if recipe is not None else _comments(_described(trainer))),
+        *["", "# Model, data and rewards", *source],
+        *["", *_comments({"Objective": objective["paper"]})],
+        *_entries({name: objective[name] for name in ("variant", *GOVERNED)}),
+        *["", "# Training", *_entries({name: values[name] for name in changed})],
     ]
-    if objective:
-        lines += ["", *_comments({"Objective": objective["paper"]})]
-        lines += _entries({name: objective[name] for name in ("variant", *GOVERNED)})
-    lines += ["", "# Training", *_entries({name: values[name] for name in changed if name not in (recipe or {})})]
     return "\n".join(lines) + "\n"
 
 
@@ -154,19 +152,15 @@ def _changed(args: Any, values: Mapping[str, Any]) -> list[str]:
             continue
         default = field.default if field.default_factory is MISSING else field.default_factory()
         value = values[field.name]
-        normalised = field.name == "accelerator_config" and value == AcceleratorConfig().to_dict()
+        normalised = field.name == "accelerator_config" and value.items() <= AcceleratorConfig().to_dict().items()
         if value != default and value not in ([], {}) and not normalised:
             names.append(field.name)
     return names
 
 
 def _described(trainer: Any) -> dict[str, Any]:
-    rewards = getattr(trainer, "reward_func_names", None)
-    return {
-        "model": getattr(trainer.model.config, "_name_or_path", None) or type(trainer.model).__name__,
-        "rewards": ", ".join(rewards) if rewards else "not named",
-        "data": "given in code",
-    }
+    model = get_config_model_id(trainer.model.config) or type(trainer.model).__name__
+    return {"model": model, "rewards": ", ".join(trainer.reward_names), "data": "given in code"}
 
 
 def _entries(values: Mapping[str, Any]) -> list[str]:

@@ -4,8 +4,9 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -15,17 +16,18 @@ from transformers import TrainerCallback
 
 FILE_NAME = "training_metrics.png"
 EVAL_REWARD = re.compile(r"eval_(?:(?P<name>.+)_)?reward")
-MARKED_POINTS = 40  # up to here each point gets a marker; without one a first, single point would not be seen
+FEW_POINTS = 40  # up to here each point is marked (a first, single one could not be seen otherwise); beyond, smoothed
 
 History = Sequence[Mapping[str, Any]]
 
 
 class MetricsPlotCallback(TrainerCallback):
-    """Redraws `<output_dir>/training_metrics.png` from `state.log_history` at every log, on the main process."""
+    """Redraws `<output_dir>/training_metrics.png` from `state.log_history` at every log, on the main process (a third
+    of a second of CPU time; raise `logging_steps` where that counts)."""
 
     def on_log(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            plot_metrics(state.log_history, Path(args.output_dir) / FILE_NAME, beta=getattr(args, "beta", None))
+            plot_metrics(state.log_history, Path(str(args.output_dir)) / FILE_NAME, beta=getattr(args, "beta", None))
 
 
 def plot_metrics(history: History, path: Path, *, beta: float | None = None) -> None:
@@ -46,12 +48,14 @@ def plot_metrics(history: History, path: Path, *, beta: float | None = None) -> 
     figure.subplots_adjust(left=0.06, right=0.985, bottom=0.08, top=0.875, wspace=0.24, hspace=0.34)
     _draw_loss(axes[0], history, beta)
     _draw_reward(axes[1], history)
-    _draw_band(axes[2], history, "Completion length (tokens)", "completions/mean_length", label="mean")
+    _draw_length(axes[2], history)
     _draw_line(axes[3], history, "Entropy of the policy (nats per token)", "entropy")
-    _draw_line(axes[4], history, "Clip fraction (share of tokens)", "clip_ratio/region_mean")
+    _draw_line(axes[4], history, "Clip fraction", "clip_ratio/region_mean")
     _draw_line(axes[5], history, "KL to the reference (nats per token)", "kl")
     for index, ax in enumerate(axes):
-        _finish(ax, x_label="optimizer step" if index >= 3 else None, x_max=last_step)
+        # fixed places: looking for the best one takes longer with every point; rewards rise, so below right is free
+        legend = "lower right" if index == 1 else "upper left"
+        _finish(ax, x_label="optimizer step" if index >= 3 else None, x_max=last_step, legend=legend)
     temporary = path.with_name(f"_{path.name}")  # `_*` is what a push to the Hub leaves out
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(temporary, "wb") as file:
@@ -61,7 +65,7 @@ def plot_metrics(history: History, path: Path, *, beta: float | None = None) -> 
 
 def _draw_loss(ax: Axes, history: History, beta: float | None) -> None:
     ax.set_title("Loss")
-    _line(ax, history, "loss", "loss", color="tab:blue", linewidth=1.8)
+    _line(ax, history, "loss", "loss", color="tab:blue")
     _line(ax, history, "policy_loss", "policy part", color="tab:orange", linestyle="--")
     if beta:
         _line(ax, history, "kl", f"KL part ({beta:g} x kl)", color="tab:green", linestyle=":", scale=beta)
@@ -69,7 +73,10 @@ def _draw_loss(ax: Axes, history: History, beta: float | None) -> None:
 
 def _draw_reward(ax: Axes, history: History) -> None:
     ax.set_title("Reward")
-    _band(ax, history, "reward", "reward_std", "tab:blue")
+    steps, mean, std = _columns(history, "reward", "reward_std")
+    if steps:
+        low, high = zip(*((m - s, m + s) for m, s in zip(mean, std, strict=True)), strict=True)
+        ax.fill_between(steps, low, high, color="tab:blue", alpha=0.15, linewidth=0, label="± reward_std")
     _line(ax, history, "reward", "reward (mean)", color="tab:blue")
     names = dict.fromkeys(key for row in history for key in row if EVAL_REWARD.fullmatch(key))
     for name, color in zip(names, _colors(len(names)), strict=True):
@@ -81,28 +88,30 @@ def _draw_line(ax: Axes, history: History, title: str, key: str) -> None:
     _line(ax, history, key, key, color="tab:blue")
 
 
-def _draw_band(ax: Axes, history: History, title: str, key: str, *, label: str) -> None:
-    ax.set_title(title)
+def _draw_length(ax: Axes, history: History) -> None:
+    ax.set_title("Completion length (tokens)")
     steps, low, high = _columns(history, "completions/min_length", "completions/max_length")
     if steps:
         ax.fill_between(steps, low, high, color="tab:blue", alpha=0.15, linewidth=0, label="min to max")
-    _line(ax, history, key, label, color="tab:blue")
+    _line(ax, history, "completions/mean_length", "mean", color="tab:blue")
 
 
-def _band(ax: Axes, history: History, key: str, std_key: str, color: str) -> None:
-    steps, mean, std = _columns(history, key, std_key)
-    if steps:
-        low = [m - s for m, s in zip(mean, std, strict=True)]
-        high = [m + s for m, s in zip(mean, std, strict=True)]
-        ax.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0, label=f"± {std_key}")
-
-
-def _line(ax: Axes, history: History, key: str, label: str, *, scale: float = 1.0, **style: Any) -> None:
+def _line(ax: Axes, history: History, key: str, label: str, *, color: str, scale: float = 1.0, **style: Any) -> None:
+    """One metric: its points joined; when there are many, these faintly and their running mean on top."""
     steps, values = _columns(history, key)
-    if steps:
-        if len(steps) <= MARKED_POINTS:
-            style = {"marker": "o", "markersize": 3.5} | style
-        ax.plot(steps, [scale * value for value in values], label=label, **style)
+    values = [scale * value for value in values]
+    if 0 < len(steps) <= FEW_POINTS:
+        ax.plot(steps, values, label=label, color=color, **{"marker": "o", "markersize": 3.5, **style})
+    elif steps:
+        ax.plot(steps, values, color=color, alpha=0.3, linewidth=0.8)
+        ax.plot(steps, _running_mean(values, len(values) // 20), label=label, color=color, **style)
+
+
+def _running_mean(values: list[float], window: int) -> list[float]:
+    """Mean of the `window` values around each: centred, so that the curve does not lag behind."""
+    totals, count, half = [0.0, *accumulate(values)], len(values), window // 2
+    ranges = ((max(0, i - half), min(count, i + half + 1)) for i in range(count))
+    return [(totals[end] - totals[start]) / (end - start) for start, end in ranges]
 
 
 def _columns(history: History, *keys: str) -> list[list[float]]:
@@ -120,7 +129,7 @@ def _colors(count: int) -> list[str]:
     return [colors[i % len(colors)] for i in range(count)]
 
 
-def _finish(ax: Axes, *, x_label: str | None, x_max: float) -> None:
+def _finish(ax: Axes, *, x_label: str | None, x_max: float, legend: Literal["upper left", "lower right"]) -> None:
     """Grid, ticks and legend; or the sentence that there is nothing to see."""
     ax.set_xlim(0, max(1, x_max) * 1.02)
     ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
@@ -136,4 +145,4 @@ def _finish(ax: Axes, *, x_label: str | None, x_max: float) -> None:
     ax.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4))
     handles, labels = ax.get_legend_handles_labels()
     if len(handles) > 1:
-        ax.legend(handles, labels, loc="best", fontsize=8, framealpha=0.6, borderpad=0.3)
+        ax.legend(handles, labels, loc=legend, fontsize=8, framealpha=0.6, borderpad=0.3)

@@ -13,13 +13,23 @@ class SyncReferenceCallback(TrainerCallback):
     """Every `every` optimizer steps: reference <- (1 - mixup) x reference + mixup x policy.
 
     As `trl.trainer.callbacks.SyncRefModelCallback`, but the reference may be on another device and in another dtype
-    than the policy: there `add_` raises.
+    than the policy: there `add_` raises. Raises ValueError before the first step when the two do not have the same
+    parameters: no reference of its own (LoRA: the reference is the policy without adapter), another architecture, or
+    a quantised one.
     """
 
-    def __init__(self, reference_model: nn.Module, mixup: float, every: int):
+    def __init__(self, reference_model: nn.Module | None, mixup: float, every: int):
+        if reference_model is None:
+            raise ValueError(
+                "sync_ref_model=True needs a reference model of its own, but a policy with an adapter is its own "
+                "reference (adapter off); set sync_ref_model=False, or train all weights."
+            )
         self.reference_model = reference_model
         self.mixup = mixup
         self.every = every
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        _check_same_parameters(extract_model_from_parallel(model), self.reference_model)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step % self.every == 0:
@@ -28,23 +38,31 @@ class SyncReferenceCallback(TrainerCallback):
 
 @torch.no_grad()
 def mix_into_reference(policy: nn.Module, reference: nn.Module, mixup: float) -> None:
-    """reference <- (1 - mixup) x reference + mixup x policy, in place, parameter by parameter (soft update of
-    arXiv 2404.09656, section 3.2; mixup=1 copies the policy).
-
-    Computed in fp32 on the reference's device and rounded once to its dtype. Raises ValueError when the two do not
-    have the same parameters (an adapter without a copy of its own, a quantised reference).
+    """reference <- (1 - mixup) x reference + mixup x policy, in place, parameter by parameter: the soft update of
+    arXiv 2404.09656; mixup=1 copies the policy. Computed in fp32 on the reference's device, rounded once to its dtype.
     """
     gathered = _zero3_gather()
-    for (name, target), source in zip(reference.named_parameters(), policy.parameters(), strict=True):
+    for target, source in zip(reference.parameters(), policy.parameters(), strict=True):
         with gathered([target, source]):
-            if target.shape != source.shape or not target.is_floating_point():
-                raise ValueError(
-                    f"The reference cannot follow the policy: its {name} is {tuple(target.shape)} {target.dtype}, the "
-                    f"policy's {tuple(source.shape)} {source.dtype}. Use an unquantised copy of the policy as "
-                    "reference, or sync_ref_model=False."
-                )
-            mixed = target.data.float().lerp_(source.data.to(target.device).float(), mixup)
-            target.data.copy_(mixed)
+            target.data.copy_(target.data.float().lerp_(source.data.to(target.device).float(), mixup))
+
+
+def _check_same_parameters(policy: nn.Module, reference: nn.Module) -> None:
+    # under ZeRO-3 a parameter is empty outside the gathering, and its shape is `ds_shape`
+    policy_shapes, reference_shapes = (
+        {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
+        for model in (policy, reference)
+    )
+    differing = [
+        f"{name}: {reference_shapes.get(name)} in the reference, {policy_shapes.get(name)} in the policy"
+        for name in {**policy_shapes, **reference_shapes}
+        if policy_shapes.get(name) != reference_shapes.get(name)
+    ]
+    if differing:
+        raise ValueError(
+            f"sync_ref_model=True needs a reference with the policy's parameters, but {len(differing)} differ, first "
+            f"{differing[0]}. Use an unquantised copy of the policy as reference, or set sync_ref_model=False."
+        )
 
 
 def _zero3_gather():
@@ -52,7 +70,7 @@ def _zero3_gather():
     plugin = AcceleratorState().deepspeed_plugin if AcceleratorState._shared_state else None
     if plugin is None or plugin.zero_stage != 3:
         return contextlib.nullcontext
-    import deepspeed
+    import deepspeed  # pyright: ignore[reportMissingImports]
 
     # every rank computes the same; what rank 0 holds is scattered again. Parameters that are not sharded stay as they
     # are, so an unsharded reference on each rank is served as well.

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..config import GRPOConfig
 from ..placement import DeviceMap
 from .model import RewardModel
-from .registry import REWARDS, RewardFunction, resolve_reward, reward_name
+from .registry import REWARDS, RewardFunction, resolve_reward
 
 RewardSpec = str | PreTrainedModel | RewardFunction
 
@@ -36,8 +36,8 @@ def load_rewards(
     processing_classes: PreTrainedTokenizerBase | Sequence[PreTrainedTokenizerBase | None] | None,
     args: GRPOConfig,
     device_map: DeviceMap,
-) -> tuple[list[RewardFunction], list[str]]:
-    """The reward functions and their names; reward models are loaded on `device_map`."""
+) -> list[RewardFunction]:
+    """The reward functions; reward models are loaded on `device_map`."""
     if processing_classes is None or isinstance(processing_classes, PreTrainedTokenizerBase):
         processing_classes = [processing_classes] * len(specs)  # pyright: ignore[reportAssignmentType]
     assert isinstance(processing_classes, Sequence)
@@ -46,22 +46,19 @@ def load_rewards(
             f"reward_processing_classes has {len(processing_classes)} entries for {len(specs)} rewards; give one each "
             "(None for functions)."
         )
-    rewards = [
+    return [
         _load_model(spec, tokenizer, args, device_map)
         if is_reward_model(spec)
         else resolve_reward(spec, max_completion_length=args.max_completion_length)
         for spec, tokenizer in zip(specs, processing_classes, strict=True)
     ]
-    return rewards, [reward_name(reward) for reward in rewards]
 
 
 def is_reward_model(spec: RewardSpec) -> bool:
-    """A model instance, or a string that is no registered name and no dotted path: an existing folder or a Hub id."""
+    """A model instance, an existing folder, or a Hub id (`organisation/name`)."""
     if not isinstance(spec, str):
         return isinstance(spec, PreTrainedModel)
-    if spec in REWARDS or ":" in spec:
-        return False
-    return os.path.isdir(spec) or "/" in spec or "." not in spec
+    return spec not in REWARDS and (os.path.isdir(spec) or "/" in spec)
 
 
 def _load_model(

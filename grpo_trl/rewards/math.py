@@ -5,20 +5,16 @@ TRL's `accuracy_reward` reads LaTeX only (0 for `72` and `#### 72`) and raises o
 
 import logging
 import re
-from functools import lru_cache
 from typing import Any
 
 from grpo_trl.rewards.isolation import IsolatedFunction, RewardTimeoutError
+from grpo_trl.rewards.math_verification import verify_answer
 from grpo_trl.rewards.text import completion_texts, final_answer, gold_answers, normalize_text, stated_answer
 
 logger = logging.getLogger(__name__)
 
-SIGNAL_TIMEOUT = 3  # seconds; math-verify's own, per parse and per comparison
 PROCESS_TIMEOUT = 20.0  # seconds per answer, for what a signal does not interrupt (one long operation in C)
 
-_NUMBER = re.compile(r"[$€£]?\s*[-+]?\s*[$€£]?(?:\d[\d,]*|\d{1,3}(?: \d{3})+)?(?:\.\d+)?\s*[%$€£]?")
-_TEXT_MACRO = re.compile(r"\\(?:text|mathrm|mbox)\s*\{[^{}]*\}|\\[A-Za-z]+")
-_WORD = re.compile(r"[A-Za-z]{2,}")
 _MATHEMATICAL = re.compile(r"[\d\\^=+*/<>]")
 
 
@@ -93,32 +89,6 @@ def same_text(gold: str, answer: str) -> bool:
     """Whether an answer, or what it states after "answer is", is the gold text up to normalisation."""
     gold = normalize_text(gold)
     return bool(gold) and gold in (normalize_text(answer), normalize_text(stated_answer(answer)))
-
-
-def verify_answer(gold: str, answer: str) -> bool:
-    """Whether two answers are mathematically equal. Main thread only (math-verify's signals): run it isolated."""
-    from math_verify import verify  # here, so that only the isolated process pays for the import
-
-    return verify(list(_parse(gold)), list(_parse(answer)), timeout_seconds=SIGNAL_TIMEOUT)
-
-
-@lru_cache(maxsize=1024)
-def _parse(answer: str) -> tuple:
-    """Expressions in an answer. A bare formula is boxed first: math-verify reads `2^{10}` as 2 and `(1, 2)` as 2."""
-    from math_verify import parse
-
-    answer = answer.replace(r"\$", "$").strip().strip("*").rstrip(".")
-    if _is_formula(answer):
-        parsed = parse(f"\\boxed{{{answer}}}", parsing_timeout=SIGNAL_TIMEOUT)
-        if any(not isinstance(value, str) for value in parsed):
-            return tuple(parsed)
-    return tuple(parse(answer, parsing_timeout=SIGNAL_TIMEOUT))
-
-
-def _is_formula(answer: str) -> bool:
-    """One line without words which is not a plain number."""
-    one_line = "\n" not in answer
-    return one_line and not _NUMBER.fullmatch(answer) and not _WORD.search(_TEXT_MACRO.sub(" ", answer))
 
 
 accuracy = AccuracyReward()  # shared, so that training and evaluation use one process

@@ -36,8 +36,8 @@ class RewardScorer:
         reward_funcs: F callables; `resolve_reward` makes them from names.
         names: what logs and errors call them; default `reward_name`, numbered where two are the same.
         timeout: seconds per call, None: no limit. Plain functions then run in a process of their own each, which is
-            killed on expiry; there `trainer_state` is a copy. Async functions are cancelled at their next await. Reward models and
-            `accuracy` (which has its own time-out) are exempt.
+            killed on expiry; there `trainer_state` is a copy. Async functions are cancelled at their next await.
+            Reward models and `accuracy` (which has its own time-out) are exempt.
 
     Raises:
         ValueError: no function, a wrong number of names, or a function that cannot be sent to its own process.

@@ -1,9 +1,12 @@
 """`model.generate`: the reference implementation of a rollout engine, and the fallback of the faster ones."""
 
+import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from peft import PeftModel
+from torch import Tensor, nn
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -42,7 +45,7 @@ class HFGenerateEngine:
             list(range(num_generations)) * len(prompts),
         )
         sampler = _Sampler(sampling, keys.to(self.model.device), rows.prompt_mask)
-        with evaluation_mode(self.model), torch.no_grad():
+        with evaluation_mode(self.model), _own_generation_config_aside(self.model), torch.no_grad():
             output = self.model.generate(
                 input_ids=rows.prompt_ids,
                 attention_mask=rows.prompt_mask,
@@ -62,19 +65,29 @@ class HFGenerateEngine:
             )
 
     def _generation_config(self, sampling: SamplingParams) -> GenerationConfig:
-        # do_sample=False: the processor leaves one token, so argmax takes it and torch's generator is not touched.
-        # Neutral values are explicit, because `generate` fills what is None from the model's own generation config.
-        return GenerationConfig(
-            max_new_tokens=sampling.max_completion_length,
-            eos_token_id=list(sampling.eos_token_ids),
-            pad_token_id=sampling.pad_token_id,
-            do_sample=False,
-            num_beams=1,
-            use_cache=True,
-            cache_implementation=self.cache_implementation,
-            disable_compile=True,
-            **{"temperature": 1.0, "top_p": 1.0, "top_k": 50, "repetition_penalty": 1.0} | sampling.generation_kwargs,
-        )
+        options = {
+            "max_new_tokens": sampling.max_completion_length,
+            "eos_token_id": list(sampling.eos_token_ids),
+            "pad_token_id": sampling.pad_token_id,
+            # the processor leaves one token, so argmax takes it and torch's generator is not touched
+            "do_sample": False,
+            "use_cache": True,
+            "cache_implementation": self.cache_implementation,
+            "disable_compile": True,
+        }
+        return GenerationConfig(**(options | sampling.generation_kwargs))
+
+
+@contextlib.contextmanager
+def _own_generation_config_aside(model: nn.Module) -> Iterator[None]:
+    """`generate` fills what it was not given from the model's own config, whose penalties and minimum lengths would
+    make what is sampled another distribution than the one that is trained."""
+    owner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    own, owner.generation_config = owner.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        owner.generation_config = own
 
 
 class _Sampler(LogitsProcessor):

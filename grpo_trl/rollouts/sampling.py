@@ -76,9 +76,9 @@ def sample(scores: Tensor, u: Tensor, *, greedy: bool = False) -> tuple[Tensor, 
     if greedy:
         tokens = scores.argmax(-1, keepdim=True)
     else:
-        cdf = probs.cumsum(-1)
-        # the total is taken from the cumulative sum itself: rounding makes it differ from 1. right=True skips
-        # tokens of probability 0, whose step in the CDF has no height
+        # fp64: CUDA's parallel sum rounds neighbours differently, and in fp32 (2^-24, the grain of u) that would give
+        # excluded tokens a height. right=True skips tokens without one; the total is that of the sum itself, not 1
+        cdf = probs.cumsum(-1, dtype=torch.float64)
         tokens = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)
     return tokens[:, 0], probs.gather(1, tokens)[:, 0].log()
 

@@ -61,12 +61,13 @@ def test_trl_formulas(num_generations, seed):
 
 
 @pytest.mark.parametrize("scale_rewards", SCALE_REWARDS)
-@pytest.mark.parametrize("num_generations", [4, 16])
+@pytest.mark.parametrize("num_generations", [3, 4, 16])
 @pytest.mark.parametrize("reward", [0.1, 0.35, 0.7, 0.95, 1 / 3])
-def test_equal_rewards_give_exactly_zero(reward, num_generations, scale_rewards):
-    alone = torch.full((num_generations,), reward)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # in fp64, three times 0.1 has a mean above 0.1
+def test_equal_rewards_give_exactly_zero(dtype, reward, num_generations, scale_rewards):
+    alone = torch.full((num_generations,), reward, dtype=dtype)
     assert group_advantages(alone, num_generations, scale_rewards).eq(0).all()
-    beside_another = torch.cat([alone, torch.arange(num_generations)])
+    beside_another = torch.cat([alone, torch.arange(num_generations) ** 2])
     advantages = group_advantages(beside_another, num_generations, scale_rewards)
     assert advantages[:num_generations].eq(0).all()
     assert advantages[num_generations:].ne(0).all()
@@ -120,6 +121,7 @@ def test_group_without_anything_to_compare(rows, scale_rewards):
 def test_informative_groups():
     rewards = torch.cat([torch.full((16,), 0.7), torch.full((16,), 0.95), torch.arange(16) / 16])
     assert informative_groups(rewards, 16).tolist() == [False, False, True]
+    assert informative_groups(torch.tensor(5 * [0.1] + [0.2], dtype=torch.float64), 3).tolist() == [False, True]
 
 
 def test_one_different_completion_keeps_the_whole_group():

@@ -1,0 +1,399 @@
+"""RewardScorer: what reaches the functions, what comes back, how errors and time-outs are told."""
+
+import asyncio
+import functools
+import math
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import TrainerState
+
+from grpo_trl.batch import Group, Prompt
+from grpo_trl.rewards import RewardScorer, accuracy
+from grpo_trl.rewards.isolation import IsolatedFunction
+from tests.rewards import reward_functions as functions
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def group(*completions, **columns):
+    example = {"prompt": "question", **columns}
+    ids = [[1] * len(completion) for completion in completions]
+    return Group(Prompt([1, 2], example, 0), ids, [True] * len(ids), completions=list(completions))
+
+
+@pytest.fixture
+def make_scorer():
+    scorers = []
+
+    def make(*funcs, **kwargs):
+        scorers.append(RewardScorer(list(funcs), **kwargs))
+        return scorers[-1]
+
+    yield make
+    for scorer in scorers:
+        scorer.close()
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process exists and is no zombie."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_keyword_arguments_are_trls(make_scorer):
+    seen = {}
+
+    def spy(**kwargs):
+        seen.update(kwargs)
+        return [0.0] * len(kwargs["prompts"])
+
+    state, log_extra, log_metric = object(), lambda *_: None, lambda *_: None
+    first = group("a", "bb", answer="1", level=3, completion="x", completion_ids=[9])
+    second = group("c", "d", answer="2", topic="t")
+    make_scorer(spy).score(
+        [first, second],
+        trainer_state=state,
+        log_extra=log_extra,
+        log_metric=log_metric,
+        environments=list("wxyz"),
+        k=1,
+    )
+    assert seen == {
+        "prompts": ["question"] * 4,
+        "completions": ["a", "bb", "c", "d"],
+        "completion_ids": [[1], [1, 1], [1], [1]],
+        "answer": ["1", "1", "2", "2"],
+        "level": [3, 3, None, None],
+        "topic": [None, None, "t", "t"],
+        "trainer_state": state,
+        "log_extra": log_extra,
+        "log_metric": log_metric,
+        "environments": list("wxyz"),
+        "k": 1,
+    }
+
+
+def test_a_batch_scores_like_its_groups(make_scorer):
+    scorer = make_scorer(functions.tokens, functions.AsyncJudge(), accuracy)
+    groups = [group("7", "8", "14/2", answer="7"), group("x", answer=None)]
+    rewards = scorer.score(groups)
+    assert rewards.dtype == torch.float32 and rewards.device.type == "cpu"
+    expected = torch.tensor([[1.0, 2, 1], [1, 2, 0], [4, 2, 1], [1, 2, math.nan]])
+    torch.testing.assert_close(rewards, expected, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(torch.cat([scorer.score([one]) for one in groups]), rewards, equal_nan=True)
+    assert scorer.names == ["tokens", "AsyncJudge", "accuracy"]
+
+
+def test_names_are_given_or_numbered(make_scorer):
+    assert make_scorer(functions.tokens, functions.tokens, functools.partial(functions.tokens)).names == [
+        "tokens",
+        "tokens_2",
+        "tokens_3",
+    ]
+    assert make_scorer(functions.tokens, names=["n"]).names == ["n"]
+    with pytest.raises(ValueError, match="2 names were given for 1"):
+        make_scorer(functions.tokens, names=["a", "b"])
+    with pytest.raises(ValueError, match="No reward function"):
+        make_scorer()
+    with pytest.raises(ValueError, match="positive"):
+        make_scorer(functions.tokens, timeout=0)
+
+
+def test_accepted_numbers(make_scorer):
+    values = [
+        True,
+        np.float32(0.5),
+        np.int64(2),
+        torch.tensor(0.25),
+        torch.tensor(2),
+        Fraction(1, 2),
+        np.bool_(True),
+        None,
+    ]
+    rewards = make_scorer(lambda **_: values).score([group(*"abcdefgh")])[:, 0]
+    assert rewards[:-1].tolist() == [1.0, 0.5, 2.0, 0.25, 2.0, 0.5, 1.0] and rewards[-1].isnan()
+    for whole in (torch.tensor([1.0, 2.0]), np.array([1.0, 2.0]), (1.0, 2.0)):
+        assert make_scorer(lambda w=whole, **_: w).score([group("a", "b")])[:, 0].tolist() == [1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [
+        ([1.0], ["1 rewards", "2 were expected"]),
+        ([1.0, 2.0, 3.0], ["3 rewards", "2 were expected"]),
+        (0.5, ["0.5", "float", "list of 2"]),
+        (None, ["None", "list of 2"]),
+        ([0.0, math.nan], ["nan", "row 1", "finite"]),
+        ([math.inf, 0.0], ["inf", "row 0", "finite"]),
+        ([0.0, 1e39], ["1e+39", "row 1", "finite"]),
+        ([0.0, 10**400], ["row 1", "finite"]),
+        ([0.0, torch.tensor(math.nan)], ["nan", "row 1"]),
+        (["3", 0.0], ["'3'", "str", "row 0", "number"]),
+        ([0.0, [1.0]], ["[1.0]", "list", "row 1"]),
+        ([0.0, 1j], ["1j", "complex", "row 1"]),
+    ],
+)
+def test_bad_outputs_name_function_row_and_value(make_scorer, output, words):
+    def bad_output(**kwargs):
+        return output
+
+    with pytest.raises(ValueError) as error:
+        make_scorer(functions.tokens, bad_output).score([group("a", "b")])
+    for word in ["'bad_output'", *words]:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize("timeout", [None, 30])
+def test_an_exception_names_the_function_and_the_first_failing_row(make_scorer, timeout):
+    with pytest.raises(RuntimeError, match=r"'raises_on_bad' failed on row 2: KeyError.*no such key.*'bad'") as error:
+        make_scorer(functions.raises_on_bad, timeout=timeout).score([group("a", "b"), group("bad", "bad")])
+    assert isinstance(error.value.__cause__, KeyError)
+    if timeout:
+        assert "raises_on_bad" in "".join(error.value.__cause__.__notes__)
+
+
+def test_an_exception_of_no_single_row_says_so(make_scorer):
+    with pytest.raises(
+        RuntimeError, match=r"'raises_on_two' failed on all rows together.*none of them alone"
+    ) as error:
+        make_scorer(functions.raises_on_two).score([group("a", "b")])
+    assert isinstance(error.value.__cause__, ArithmeticError)
+
+
+def test_the_search_for_the_row_does_not_log_twice(make_scorer):
+    metrics = []
+
+    def logs_then_raises(completions, log_metric, **kwargs):
+        log_metric("seen", len(completions))
+        raise ValueError("broken")
+
+    with pytest.raises(RuntimeError, match="row 0"):
+        make_scorer(logs_then_raises).score([group("a", "b")], log_metric=lambda *args: metrics.append(args))
+    assert metrics == [("seen", 2)]
+
+
+def test_groups_without_texts_and_clashing_columns_are_refused(make_scorer):
+    empty = group("a", "b")
+    empty.completions = []
+    with pytest.raises(ValueError, match=r"2 sampled completions has 0 texts"):
+        make_scorer(functions.tokens).score([empty])
+    with pytest.raises(ValueError, match=r"\['prompts'\] clash.*rename"):
+        make_scorer(functions.tokens).score([group("a", prompts="x")])
+    with pytest.raises(ValueError, match="no groups"):
+        make_scorer(functions.tokens).score([])
+
+
+def test_rows_without_any_reward_are_warned_of_once(make_scorer, monkeypatch):
+    messages = []
+    monkeypatch.setattr("grpo_trl.rewards.scoring.logger.warning", messages.append)
+    scorer = make_scorer(lambda completions, **_: [None if c == "none" else 1.0 for c in completions])
+    for _ in range(2):
+        assert scorer.score([group("a", "none", level=5)]).isnan().flatten().tolist() == [False, True]
+    assert len(messages) == 1
+    assert "returned None" in messages[0] and "'completions': 'none'" in messages[0] and "'level': 5" in messages[0]
+
+
+def test_async_functions_run_together(make_scorer):
+    scorer = make_scorer(*[functions.async_sleep] * 4)
+    start = time.monotonic()
+    assert scorer.score([group("a")]).tolist() == [[1.0] * 4]
+    assert time.monotonic() - start < 0.9  # one after the other: 1.2 s
+
+
+def test_async_functions_keep_their_event_loop_and_work_inside_a_running_one(make_scorer):
+    loops = []
+
+    async def remembers(prompts, **kwargs):
+        loops.append(asyncio.get_running_loop())
+        return [1.0] * len(prompts)
+
+    scorer = make_scorer(remembers)
+
+    async def notebook():
+        return scorer.score([group("a")])
+
+    scorer.score([group("a")])
+    assert asyncio.run(notebook()).tolist() == [[1.0]]
+    assert loops[0] is loops[1]
+    thread_name = "rewards"
+    assert any(thread.name == thread_name for thread in threading.enumerate())
+    scorer.close()
+    assert not any(thread.name == thread_name for thread in threading.enumerate())
+
+
+def test_async_errors_and_timeouts(make_scorer):
+    async def broken(**kwargs):
+        raise LookupError("gone")
+
+    with pytest.raises(RuntimeError, match="'broken' failed: LookupError: gone") as error:
+        make_scorer(broken).score([group("a")])
+    assert isinstance(error.value.__cause__, LookupError)
+    with pytest.raises(TimeoutError, match=r"'async_forever' took longer than its time-out of 0.2 s"):
+        make_scorer(functions.async_forever, timeout=0.2).score([group("a")])
+    with pytest.raises(RuntimeError, match="the judge did not answer"):
+        make_scorer(functions.async_timeout_of_its_own, timeout=30).score([group("a")])
+
+
+def test_with_a_timeout_functions_run_in_one_light_process_of_their_own(make_scorer):
+    scorer = make_scorer(functions.process_id, functions.heavy_modules, functions.process_id, timeout=30)
+    first, second = scorer.score([group("a")])[0], scorer.score([group("b")])[0]
+    assert first.tolist() == second.tolist()
+    pids = {int(first[0]), int(first[2])}
+    assert len(pids) == 2 and os.getpid() not in pids
+    assert first[1] == 0.0  # neither torch nor transformers nor trl
+    assert all(is_running(pid) for pid in pids)
+    scorer.close()
+    assert not any(is_running(pid) for pid in pids)
+    assert int(scorer.score([group("a")])[0, 0]) not in pids  # scoring again starts afresh
+
+
+def test_the_state_and_the_logs_cross_the_process(make_scorer):
+    extra, metrics = [], []
+    rewards = make_scorer(functions.logs, timeout=30).score(
+        [group("a", "b")],
+        trainer_state=TrainerState(global_step=7),
+        log_extra=lambda *args: extra.append(args),
+        log_metric=lambda *args: metrics.append(args),
+    )
+    assert rewards.tolist() == [[0.5], [0.5]]
+    assert extra == [("upper", ["A", "B"])] and metrics == [("step", 7)]
+
+
+def test_a_timeout_kills_and_names_and_the_next_call_works(make_scorer):
+    scorer = make_scorer(functions.sleeps_on_slow, timeout=1)
+    assert scorer.score([group("a")]).tolist() == [[1.0]]
+    pid = scorer._calls[0].pid
+    start = time.monotonic()
+    with pytest.raises(TimeoutError, match=r"'sleeps_on_slow' took longer than its time-out of 1 s"):
+        scorer.score([group("a", "slow")])
+    assert time.monotonic() - start < 10
+    assert not is_running(pid)
+    assert scorer.score([group("a")]).tolist() == [[1.0]]
+
+
+def test_a_timeout_kills_what_the_function_started(make_scorer, tmp_path):
+    log_file = str(tmp_path / "pid")
+    with pytest.raises(TimeoutError):
+        make_scorer(functions.starts_a_process_and_sleeps, timeout=1).score([group("a", log_file=log_file)])
+    pid = int(Path(log_file).read_text())
+    deadline = time.monotonic() + 5
+    while is_running(pid) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not is_running(pid)
+
+
+def test_a_dying_process_names_function_row_and_exit_code(make_scorer):
+    with pytest.raises(RuntimeError, match=r"'dies_on_die' failed on row 1: .*died \(exit code 3\)"):
+        make_scorer(functions.dies_on_die, timeout=30).score([group("a", "die", "b")])
+
+
+def test_sys_exit_in_a_function_is_an_error_not_an_exit(make_scorer):
+    with pytest.raises(RuntimeError, match="'exits' failed on row 0: RuntimeError: SystemExit: 2"):
+        make_scorer(functions.exits, timeout=30).score([group("a")])
+
+
+def test_functions_that_cannot_be_sent_are_refused_at_once():
+    def closure(**kwargs):
+        return []
+
+    main_function = lambda **_: []  # noqa: E731
+    main_function.__module__ = "__main__"
+    for func, word in [(lambda **_: [], "<lambda>"), (closure, "closure"), (main_function, "__main__")]:
+        with pytest.raises(ValueError, match=r"module level.*unset reward_timeout") as error:
+            RewardScorer([func], timeout=5)
+        assert word in str(error.value)
+
+
+def test_a_function_whose_module_the_process_cannot_import(make_scorer, tmp_path, monkeypatch):
+    (tmp_path / "gone_rewards.py").write_text("def reward(prompts, **kwargs):\n    return [0.0] * len(prompts)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    from gone_rewards import reward  # pyright: ignore[reportMissingImports]
+
+    scorer = make_scorer(reward, timeout=5)
+    (tmp_path / "gone_rewards.py").unlink()
+    for cached in (tmp_path / "__pycache__").glob("*"):
+        cached.unlink()
+    with pytest.raises(
+        RuntimeError, match=r"could not be loaded in its own process: ModuleNotFoundError.*gone_rewards"
+    ):
+        scorer.score([group("a")])
+
+
+def test_exempt_rewards_and_async_functions_stay_in_this_process(make_scorer):
+    here = []
+
+    class Model:
+        in_process = True
+
+        def __call__(self, prompts, **kwargs):
+            here.append(os.getpid())
+            return [0.0] * len(prompts)
+
+    make_scorer(Model(), functions.AsyncJudge(), timeout=5).score([group("a")])
+    assert here == [os.getpid()]
+
+
+def test_threads_share_a_process_one_call_at_a_time(make_scorer):
+    scorer = make_scorer(functions.tokens, timeout=30)
+    results = {}
+
+    def work(length):
+        results[length] = scorer.score([group("x" * length)]).item()
+
+    threads = [threading.Thread(target=work, args=(length,)) for length in range(1, 9)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == {length: float(length) for length in range(1, 9)}
+
+
+@pytest.mark.parametrize("how", ["exit", "exception", "kill"])
+def test_no_process_survives_the_interpreter(how, tmp_path):
+    """Also without close(), and in a script without a `__main__` guard."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent(
+            f"""
+            import os, signal
+            from grpo_trl.rewards.isolation import IsolatedFunction
+            from tests.rewards.reward_functions import process_id
+            call = IsolatedFunction(process_id, name="process_id", timeout=30)
+            print(int(call(prompts=[1])[0]), flush=True)
+            if {how!r} == "exception":
+                raise SystemError("stop")
+            if {how!r} == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            """
+        )
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=60)
+    assert run.stdout.count("\n") == 1  # the script ran once: the child did not run it again
+    assert {"exit": run.returncode == 0, "exception": run.returncode == 1, "kill": run.returncode == -9}[how]
+    pid = int(run.stdout)
+    deadline = time.monotonic() + 5
+    while is_running(pid) and time.monotonic() < deadline:  # after SIGKILL the child ends by itself
+        time.sleep(0.01)
+    assert not is_running(pid)
+
+
+def test_a_dropped_function_takes_its_process_along():
+    call = IsolatedFunction(functions.process_id, name="process_id", timeout=30)
+    pid = int(call(prompts=[1])[0])
+    assert is_running(pid)
+    del call
+    assert not is_running(pid)

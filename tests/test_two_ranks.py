@@ -1,0 +1,60 @@
+"""Two gloo ranks train what one rank trains: the same completions, metrics and weights. Real processes, real sampling."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+CONFIG = ROOT / "accelerate_configs" / "cpu_two_ranks.yaml"
+
+
+def run(output: Path, world_size: int, per_device_train_batch_size: int, **options) -> dict:
+    """Trains in child processes; returns the weights, all completions by draw number, and the log."""
+    output.mkdir()
+    launch = [sys.executable]
+    if world_size > 1:
+        launch += ["-m", "accelerate.commands.launch", "--config_file", str(CONFIG)]
+    command = [*launch, "tests/train_on_ranks.py", str(output), str(per_device_train_batch_size), json.dumps(options)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=_environment())
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    ranks = [json.loads(path.read_text()) for path in sorted(output.glob("sampled_*.json"))]
+    assert [rank["world_size"] for rank in ranks] == [world_size] * world_size
+    if world_size > 1:
+        assert {rank["backend"] for rank in ranks} == {"gloo"}
+    draws = [set(rank["sampled"]) for rank in ranks]
+    assert not set.intersection(*draws) or world_size == 1  # no prompt is sampled twice
+    return {
+        "weights": torch.load(output / "weights.pt"),
+        "sampled": {draw: ids for rank in ranks for draw, ids in rank["sampled"].items()},
+        "log": json.loads((output / "log.json").read_text()),
+    }
+
+
+def _environment() -> dict[str, str]:
+    import os
+
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"gradient_accumulation_steps": 2, "steps_per_generation": 4, "token_weighting": "sequence"}, {"lora": True}],
+    ids=["full", "two-steps-per-rollout", "lora"],
+)
+def test_two_ranks_train_what_one_rank_trains(tmp_path, options):
+    one = run(tmp_path / "one", 1, 8, **options)
+    two = run(tmp_path / "two", 2, 4, **options)
+    assert one["sampled"] == two["sampled"]
+    assert len({str(ids) for groups in one["sampled"].values() for ids in groups}) > len(one["sampled"])
+    for name, weight in one["weights"].items():
+        torch.testing.assert_close(two["weights"][name], weight, rtol=1e-4, atol=1e-5, msg=name)
+    assert any("eval_reward" in entry for entry in one["log"])
+    for first, second in zip(one["log"], two["log"], strict=True):
+        assert first.keys() == second.keys()
+        for name, value in first.items():
+            if "runtime" not in name and "per_second" not in name:
+                assert second[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name

@@ -1,0 +1,60 @@
+"""A small real training run, started by `test_two_ranks.py` on one rank and on two. Writes what must be equal."""
+
+import json
+import sys
+
+import torch
+from datasets import Dataset
+
+from grpo_trl import GRPOConfig, GRPOTrainer
+from tests.tiny import tiny_model, tiny_tokenizer
+
+
+def reward_vowels(prompts, completions, **kwargs):
+    return [sum(c in "aeiou" for c in text) + len(text) / 5 for text in completions]
+
+
+def main(output: str, per_device_train_batch_size: int, options: dict) -> None:
+    torch.set_num_threads(1)
+    lora = options.pop("lora", False)
+    args = GRPOConfig(
+        output, use_cpu=True, report_to="none", disable_tqdm=True, per_device_train_batch_size=per_device_train_batch_size,
+        max_completion_length=10, max_steps=4, learning_rate=1e-2, logging_steps=1, beta=0.1, num_iterations=2,
+        num_generations_eval=2, per_device_eval_batch_size=4, eval_strategy="steps", eval_steps=2, save_epochs=False, **options,
+    )  # fmt: skip
+    peft_config = None
+    if lora:
+        from peft import LoraConfig
+
+        peft_config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    trainer = RecordingTrainer(
+        model=tiny_model("qwen3"), reward_funcs=reward_vowels, args=args, processing_class=tiny_tokenizer(),
+        train_dataset=Dataset.from_dict({"prompt": [f"question {i}" * (1 + i % 3) for i in range(8)]}),
+        eval_dataset=Dataset.from_dict({"prompt": ["a", "bb", "ccc"]}), peft_config=peft_config,
+    )  # fmt: skip
+    trainer.train()
+    rank, world_size = trainer.accelerator.process_index, trainer.accelerator.num_processes
+    backend = torch.distributed.get_backend() if world_size > 1 else None
+    with open(f"{output}/sampled_{rank}.json", "w") as file:
+        json.dump({"world_size": world_size, "backend": backend, "sampled": trainer.sampled}, file)
+    if rank == 0:
+        weights = {name: p.detach().clone() for name, p in trainer.accelerator.unwrap_model(trainer.model).named_parameters() if p.requires_grad}
+        torch.save(weights, f"{output}/weights.pt")
+        with open(f"{output}/log.json", "w") as file:
+            json.dump(trainer.state.log_history, file)
+
+
+class RecordingTrainer(GRPOTrainer):
+    """Keeps every sampled completion by its draw number."""
+
+    sampled: dict[int, list] = {}
+
+    def sample(self, prompts):
+        groups = super().sample(prompts)
+        if self.sampling is self.train_sampling:
+            self.sampled |= {group.prompt.draw: group.completion_ids for group in groups}
+        return groups
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3]))

@@ -1,16 +1,24 @@
-"""What the trainer is put together from: its arguments checked, the tokenizer, the sampling parameters."""
+"""What the trainer is put together from: checked arguments, tokenizer, sampling parameters, devices, callbacks."""
 
+import logging
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+import torch
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
 from trl.trainer.utils import get_config_model_id
 
-from .config import GRPOConfig
+from .callbacks import EpochExportCallback, LossNoteCallback, MetricsPlotCallback, SyncReferenceCallback
+from .config import GRPOConfig, mapping
+from .placement import DeviceMap, resolve_device_map
 from .prompts import check_prompt_dataset
 from .rewards import check_rewards
 from .rollouts import EVAL_STREAM, SamplingParams, check_engine
+
+logger = logging.getLogger(__name__)
 
 
 def problems(
@@ -41,13 +49,13 @@ def problems(
 
 
 def load_tokenizer(
-    model: str | PreTrainedModel, args: GRPOConfig, processing_class: PreTrainedTokenizerBase | None
+    model: Any, args: GRPOConfig, processing_class: PreTrainedTokenizerBase | None
 ) -> PreTrainedTokenizerBase:
     if processing_class is None:
         path = model if isinstance(model, str) else get_config_model_id(model.config)
         processing_class = AutoTokenizer.from_pretrained(
             path,
-            revision=(args.model_init_kwargs or {}).get("revision", "main"),
+            revision=mapping(args.model_init_kwargs).get("revision", "main"),
             trust_remote_code=args.trust_remote_code,
             padding_side="left",
         )
@@ -61,7 +69,7 @@ def load_tokenizer(
     return processing_class
 
 
-def train_sampling(args: GRPOConfig, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> SamplingParams:
+def train_sampling(args: GRPOConfig, policy: Any, tokenizer: Any) -> SamplingParams:
     """Training's sampling. Every EOS id that the model declares ends a completion, and the tokenizer's."""
     declared = policy.generation_config.eos_token_id
     declared = [] if declared is None else [declared] if isinstance(declared, int) else declared
@@ -72,7 +80,7 @@ def train_sampling(args: GRPOConfig, policy: PreTrainedModel, tokenizer: PreTrai
             "Neither the tokenizer nor the model's generation config has an EOS token, so no completion could end; "
             "set tokenizer.eos_token."
         )
-    options = dict(args.generation_kwargs or {})
+    options = mapping(args.generation_kwargs)
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
     sampling = {name: options.pop(name, getattr(args, name)) for name in names}
     unusable = [name for name in ("num_beams", "num_return_sequences", "do_sample", "max_length") if name in options]
@@ -81,7 +89,7 @@ def train_sampling(args: GRPOConfig, policy: PreTrainedModel, tokenizer: PreTrai
             f"generation_kwargs {', '.join(unusable)} cannot be used: each completion is one sample. Use "
             "num_generations, max_completion_length and temperature instead."
         )
-    return SamplingParams(
+    params = SamplingParams(
         num_generations=args.num_generations,
         max_completion_length=options.pop("max_new_tokens", args.max_completion_length),
         eos_token_ids=eos,
@@ -90,6 +98,13 @@ def train_sampling(args: GRPOConfig, policy: PreTrainedModel, tokenizer: PreTrai
         generation_kwargs=options,
         **sampling,
     )
+    if params.truncates:
+        logger.warning(
+            "top_p, top_k, min_p or repetition_penalty truncate the sampling distribution: the log-probabilities "
+            "of the update are not those that sampled, and the importance ratio leaves out the kept mass. Set "
+            "top_p=1, top_k=0, min_p=None and repetition_penalty=1 for an exact ratio."
+        )
+    return params
 
 
 def eval_sampling(args: GRPOConfig, train: SamplingParams) -> SamplingParams:
@@ -101,3 +116,35 @@ def eval_sampling(args: GRPOConfig, train: SamplingParams) -> SamplingParams:
         temperature=train.temperature if args.eval_temperature is None else args.eval_temperature,
         max_completion_length=args.eval_max_completion_length or train.max_completion_length,
     )
+
+
+def device_map(args: GRPOConfig, device: str | dict | None) -> DeviceMap:
+    """`ref_device` or `reward_device`, resolved on this machine."""
+    num_local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return resolve_device_map(device, args.device, num_gpus=torch.cuda.device_count(), num_local_ranks=num_local_ranks)
+
+
+def default_callbacks(trainer: Any, reference_model: nn.Module | None) -> list[TrainerCallback]:
+    """What a run shows and leaves behind, as configured."""
+    args: GRPOConfig = trainer.args
+    callbacks: list[TrainerCallback] = [_EpochOfLoader(trainer), LossNoteCallback()]
+    if args.plot_metrics:
+        callbacks.append(MetricsPlotCallback())
+    if args.save_epochs:
+        callbacks.append(EpochExportCallback(trainer))
+    if args.sync_ref_model and reference_model is not None:
+        mixup, every = args.ref_model_mixup_alpha, args.ref_model_sync_steps
+        callbacks.append(SyncReferenceCallback(reference_model, mixup, every))
+    return callbacks
+
+
+class _EpochOfLoader(TrainerCallback):
+    """`state.epoch` from the loader's position: transformers counts it from the resume when no batch is skipped."""
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        loader = self.trainer.loader
+        if loader.source.num_prompts is not None:
+            state.epoch = loader.position / len(loader)

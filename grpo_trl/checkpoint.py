@@ -31,7 +31,7 @@ def load(folder: str, rank: int) -> dict[str, Any]:
     if not numbers.exists():
         raise FileNotFoundError(
             f"{numbers} is missing, so this run cannot be resumed from {folder}: the checkpoint was written by "
-            "another trainer, with save_only_model=True, or with fewer ranks. Start from its weights (model=...) instead."
+            "another trainer, with save_only_model=True, or with fewer ranks. Start from its weights instead (model=)."
         )
     state = json.loads(numbers.read_text())
     state["loader"]["buffer"] = load_file(tensors)

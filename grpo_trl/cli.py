@@ -80,6 +80,14 @@ class RecipeParser(TrlParser):
 
     def set_defaults_with_config(self, **config: Any) -> list[str]:
         self._unknown |= {name: value for name, value in config.items() if name not in self.field_names}
+        # argparse checks choices on the command line only
+        raise_all(
+            [
+                f"{action.dest}={config[action.dest]!r} is unknown; use one of {', '.join(map(str, action.choices))}."
+                for action in self._actions
+                if action.choices and config.get(action.dest) is not None and config[action.dest] not in action.choices
+            ]
+        )
         return super().set_defaults_with_config(**{n: v for n, v in config.items() if n in self.field_names})
 
     def parse_known_args(self, args=None, namespace=None):  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -1,6 +1,7 @@
 """`GRPOConfig`: TRL's names and meanings, the seed document's defaults, and every refusal in one place."""
 
 import functools
+import os
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -94,6 +95,11 @@ def raise_all(problems: list[str]) -> None:
         raise ValueError("\n".join(["GRPO cannot start:", *(f"- {problem}" for problem in problems)]))
 
 
+def mapping(option: Any) -> dict[str, Any]:
+    """A copy of an option that is a dict or None; one that came as JSON text was parsed by TrainingArguments."""
+    return dict(option or {})
+
+
 def _help(text: str, default: Any = None) -> Any:
     return field(default=default, metadata={"help": text})
 
@@ -115,6 +121,8 @@ class GRPOConfig(TrainingArguments):
         "reward_model_init_kwargs",
         "generation_kwargs",
         "chat_template_kwargs",
+        "ref_device",
+        "reward_device",
     ]
 
     # Defaults that differ from transformers, as in TRL
@@ -131,18 +139,18 @@ class GRPOConfig(TrainingArguments):
     trust_remote_code: bool = _help("Allow model and tokenizer code from the Hub.", False)
     disable_dropout: bool = _help("Turn dropout off, so that the ratio is 1 on the first pass. TRL: False.", True)
     ref_model_name_or_path: str | None = _help("Reference policy; default: a frozen copy of the starting policy.")
-    ref_device: str | dict | None = _help(
+    ref_device: dict | str | None = _help(
         "Device of the reference: auto (a spare GPU, else the policy's), same, cpu, cuda:N, or an accelerate map.",
         "auto",
     )
-    reward_device: str | dict | None = _help("Device of reward models; values as for ref_device.", "auto")
+    reward_device: dict | str | None = _help("Device of reward models; values as for ref_device.", "auto")
     sync_ref_model: bool = _help("Mix the policy into the reference now and then (TR-DPO, arXiv 2404.09656).", False)
     ref_model_mixup_alpha: float = _help("Share of the policy in each mix of sync_ref_model.", 0.6)
     ref_model_sync_steps: int = _help("Optimizer steps between two mixes of sync_ref_model.", 512)
     ds3_gather_for_generation: bool = _help("DeepSpeed ZeRO-3: gather the weights once per rollout.", True)
 
     # Prompts
-    shuffle_dataset: bool | None = _help("Shuffle the prompts, anew in each epoch.", True)
+    shuffle_dataset: bool = _help("Shuffle the prompts, anew in each epoch.", True)
     prompt_format: str = _help(
         "auto: text stays text unless system_prompt is set; chat: text is a user message; text.", "auto"
     )
@@ -152,12 +160,10 @@ class GRPOConfig(TrainingArguments):
     overlong_prompts: str = _help("drop, truncate (keeps the end), or error.", "drop")
 
     # Rollouts
-    num_generations: int | None = _help("G, completions per prompt. Default: the seed document's (TRL: 8).", 4)
-    generation_batch_size: int | None = _help(
-        "Completions sampled at once over all ranks; or set steps_per_generation."
-    )
-    steps_per_generation: int | None = _help("Micro-batches per rollout. Default: gradient_accumulation_steps.")
-    max_completion_length: int | None = _help("Longest completion in tokens.", 512)
+    num_generations: int = _help("G, completions per prompt. Default: the seed document's (TRL: 8).", 4)
+    generation_batch_size: int = _help("Completions sampled at once over all ranks; or set steps_per_generation.")
+    steps_per_generation: int = _help("Micro-batches per rollout. Default: gradient_accumulation_steps.")
+    max_completion_length: int = _help("Longest completion in tokens.", 512)
     temperature: float = _help("Sampling temperature; also divides the logits of every log-probability.", 1.0)
     top_p: float = _help("Nucleus sampling; below 1 the sampler differs from the trained policy.", 1.0)
     top_k: int = _help("Keep the k most likely tokens; 0: all.", 0)
@@ -182,21 +188,21 @@ class GRPOConfig(TrainingArguments):
     )
     reward_model_init_kwargs: dict[str, Any] | str | None = _help("Passed to `from_pretrained` of reward models.")
 
-    # Objective: None means "as the variant says"
+    # Objective: None means "as the variant says"; types are those after __post_init__
     variant: str = _help("A row of `grpo_trl.VARIANTS`, e.g. grpo or deepseekmath.", "grpo")
     loss_type: str | None = _help("TRL's shorthand for surrogate + token_weighting: grpo, dapo or dr_grpo.")
     num_iterations: int = _help("mu, passes over each rollout. Default: the seed document's (TRL: 1).", 4)
-    surrogate: str | None = _help("The policy term: clip.")
-    importance_sampling_level: str | None = _help("token, or sequence (GSPO).")
-    epsilon: float | None = _help("Lower clip range: ratios below 1 - epsilon.")
-    epsilon_high: float | None = _help("Upper clip range. Default: epsilon.")
+    surrogate: str = _help("The policy term: clip.")
+    importance_sampling_level: str = _help("token, or sequence (GSPO).")
+    epsilon: float = _help("Lower clip range: ratios below 1 - epsilon.")
+    epsilon_high: float = _help("Upper clip range. Default: epsilon.")
     delta: float | None = _help("Upper bound on the ratio for negative advantages (two-sided clip).")
-    beta: float | None = _help("Weight of the KL penalty; 0: no reference model is loaded. Default: 0.01 (TRL: 0).")
-    kl_estimator: str | None = _help("k1, k2, k3, or k3_ratio, whose gradient is that of the reverse KL.")
+    beta: float = _help("Weight of the KL penalty; 0: no reference model is loaded. Default: 0.01 (TRL: 0).")
+    kl_estimator: str = _help("k1, k2, k3, or k3_ratio, whose gradient is that of the reverse KL.")
     use_bias_correction_kl: bool | None = _help("TRL's name for kl_estimator: true is k3_ratio, false is k3.")
-    scale_rewards: str | bool | None = _help("batch_relative (the seed's), group, batch or none.")
-    token_weighting: str | None = _help("How tokens are averaged: token, sequence or max_length.")
-    mask_truncated_completions: bool | None = _help("Leave truncated completions out of the loss.")
+    scale_rewards: str = _help("batch_relative (the seed's), group, batch or none.")
+    token_weighting: str = _help("How tokens are averaged: token, sequence or max_length.")
+    mask_truncated_completions: bool = _help("Leave truncated completions out of the loss.")
 
     # Evaluation
     num_generations_eval: int | None = _help("Completions per evaluation prompt. Default: num_generations.")
@@ -214,6 +220,8 @@ class GRPOConfig(TrainingArguments):
     def __post_init__(self):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            self.metric_for_best_model = "reward"  # transformers would look for eval_loss, which there is not
         super().__post_init__()
         problems = self._resolve_objective() + self._resolve_batches() + self._check_values()
         raise_all(problems)
@@ -277,10 +285,11 @@ class GRPOConfig(TrainingArguments):
         if self.generation_batch_size is not None and self.steps_per_generation is None:
             self.steps_per_generation, rest = divmod(self.generation_batch_size, rank_batch * ranks)
             if rest:
-                problems.append(
+                return [
                     f"generation_batch_size={self.generation_batch_size} must be a multiple of "
-                    f"per_device_train_batch_size x ranks = {rank_batch} x {ranks}; use {rank_batch * ranks}."
-                )
+                    f"per_device_train_batch_size x ranks = {rank_batch} x {ranks}; use "
+                    f"{rank_batch * ranks * (self.steps_per_generation + 1)}."
+                ]
         steps = self.steps_per_generation = self.steps_per_generation or accumulation
         expected = rank_batch * ranks * steps
         if self.generation_batch_size not in (None, expected):
@@ -300,7 +309,7 @@ class GRPOConfig(TrainingArguments):
             problems.append(
                 f"num_generations={self.num_generations} must divide the {per_rank} completions of a rank's rollout "
                 f"(per_device_train_batch_size {rank_batch} x steps_per_generation {steps}), because a group never "
-                f"straddles ranks; use one of {divisors or '(raise per_device_train_batch_size)'}."
+                f"straddles ranks; {f'use one of {divisors}' if divisors else 'raise per_device_train_batch_size'}."
             )
         return problems
 
@@ -348,6 +357,11 @@ class GRPOConfig(TrainingArguments):
             )
             if getattr(self, name) not in allowed
         ]
+        if int(os.environ.get("WORLD_SIZE", 1)) > self.world_size:
+            problems.append(
+                f"the launcher started {os.environ['WORLD_SIZE']} processes, but this one finds itself alone and "
+                "would train by itself; on CPU ranks set use_cpu: true."
+            )
         if self.auto_find_batch_size:
             problems.append(
                 "auto_find_batch_size would break up groups when it shrinks the batch; set it to False and lower "

@@ -1,75 +1,80 @@
-"""Evaluation of a set of prompts: sampled over ranks, scored, and summed up once."""
+"""Evaluation of a set of prompts: which rank samples what, and how the results are summed up."""
 
 from collections.abc import Sequence
 from math import ceil
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from accelerate.utils import gather_object
 from datasets import IterableDataset
+from torch import Tensor, tensor
 
 from .algorithm import combine_rewards
+from .batch import Group
 from .metrics import Metrics
 
-if TYPE_CHECKING:
-    from .trainer import GRPOTrainer
 
+def evaluate_prompts(trainer: Any, dataset: Any) -> dict[str, float]:
+    """Samples and scores every prompt once, over all ranks, with the `trainer`'s current sampling parameters.
 
-def evaluate_prompts(trainer: "GRPOTrainer", dataset: Any, prefix: str) -> dict[str, float]:
-    """Samples `trainer.sampling.num_generations` completions of every prompt, and scores them.
-
-    Prompts are dealt out over the ranks in turn, and every rank makes the same number of rollouts: a rank that has run
-    out samples its last prompt again, and drops the result. The draw number is the row, so each evaluation of a run
-    uses the same random numbers.
+    The draw number is the row, so each evaluation of a run uses the same random numbers.
     """
-    rows: Sequence[dict[str, Any]] = list(dataset) if isinstance(dataset, IterableDataset) else dataset
-    rank, world_size = trainer.accelerator.process_index, trainer.accelerator.num_processes
-    numbers = [rank + i * world_size for i in range(ceil(len(rows) / world_size))]
+    rows = list(dataset) if isinstance(dataset, IterableDataset) else dataset
+    mine = rows_of_rank(len(rows), trainer.accelerator.process_index, trainer.accelerator.num_processes)
     size = max(1, trainer.args.per_device_eval_batch_size // trainer.sampling.num_generations)
-    records: list[dict[str, Any]] = []
-    logged = Metrics()
-    for start in range(0, len(numbers), size):
-        prompts = [trainer.encode(rows[min(i, len(rows) - 1)], i) for i in numbers[start : start + size]]
+    results, logged = [], Metrics()
+    for start in range(0, len(mine), size):
+        prompts = [trainer.encode(rows[min(row, len(rows) - 1)], row) for row in mine[start : start + size]]
         groups = trainer.sample(prompts)
-        rewards_per_func = trainer.score(groups, logged)
-        for i, group in enumerate(groups):
-            if group.prompt.draw < len(rows):
-                rewards = rewards_per_func[i * len(group) : (i + 1) * len(group)]
-                records.append(
-                    {
-                        "draw": group.prompt.draw,
-                        "rewards": rewards.tolist(),
-                        "lengths": [len(ids) for ids in group.completion_ids],
-                        "terminated": group.terminated,
-                    }
-                )
-    records = sorted(gather_object(records), key=lambda record: record["draw"])
-    results = logged.reduce(gather_object) | summarize(
-        records, trainer.reward_names, trainer.reward_weights, trainer.args.eval_pass_threshold
-    )
-    return {f"{prefix}_{name}": value for name, value in results.items()}
+        results += records(groups, trainer.score(groups, logged), len(rows))
+    results = gather_object(results)
+    summary = summarize(results, trainer.reward_names, trainer.reward_weights, trainer.args.eval_pass_threshold)
+    return logged.reduce(gather_object) | summary
+
+
+def rows_of_rank(num_rows: int, rank: int, world_size: int) -> list[int]:
+    """Rows are dealt out over the ranks in turn; every rank gets the same number, so that none waits for another in
+    a collective. Numbers beyond the last row are repeats to be dropped (`records`)."""
+    return [rank + i * world_size for i in range(ceil(num_rows / world_size))]
+
+
+def records(groups: Sequence[Group], rewards_per_func: Tensor, num_rows: int) -> list[dict[str, Any]]:
+    """One picklable record per prompt, from rewards (B, F) in the order of the groups."""
+    sizes = [len(group) for group in groups]
+    return [
+        {
+            "row": group.prompt.draw,
+            "rewards": rewards.tolist(),
+            "lengths": [len(ids) for ids in group.completion_ids],
+            "terminated": group.terminated,
+        }
+        for group, rewards in zip(groups, rewards_per_func.split(sizes), strict=True)
+        if group.prompt.draw < num_rows
+    ]
 
 
 def summarize(
-    records: list[dict[str, Any]], names: list[str], weights: torch.Tensor, threshold: float
+    results: Sequence[dict[str, Any]], reward_names: Sequence[str], reward_weights: Tensor, pass_threshold: float
 ) -> dict[str, float]:
-    """Means over completions, and pass@k over prompts: the share with a completion whose reward reaches `threshold`.
+    """Means over the completions of all prompts, k each.
 
-    avg@k is the mean over prompts of the share of its k completions that pass.
+    A completion passes when its reward reaches `pass_threshold`; avg@k is the share of completions that pass, pass@k
+    the share of prompts with at least one. A reward that never applied is left out.
     """
-    per_func = torch.tensor([row for record in records for row in record["rewards"]])  # (N k, F)
-    rewards = combine_rewards(per_func, weights)
-    k = len(records[0]["lengths"])
-    passed = (rewards >= threshold).view(-1, k)
-    lengths = torch.tensor([record["lengths"] for record in records]).double()
-    terminated = torch.tensor([record["terminated"] for record in records])
-    result = {"reward": rewards.nanmean(), "reward_std": rewards[~rewards.isnan()].std()}
-    for name, values in zip(names, per_func.T, strict=True):
-        result[f"rewards/{name}/mean"] = values.nanmean()
-    result |= {
-        f"avg@{k}": passed.double().mean(),
-        f"pass@{k}": passed.any(1).double().mean(),
+    results = sorted(results, key=lambda record: record["row"])  # so that sums do not depend on the ranks
+    rewards_per_func = tensor([row for record in results for row in record["rewards"]])  # (N k, F)
+    rewards = combine_rewards(rewards_per_func, reward_weights)
+    applied = rewards[~rewards.isnan()]
+    k = len(results[0]["lengths"])
+    passed = (rewards >= pass_threshold).double().view(-1, k)
+    lengths = tensor([record["lengths"] for record in results]).double()
+    truncated = ~tensor([record["terminated"] for record in results])
+    values = {"reward": applied.mean(), "reward_std": applied.std(correction=min(1, len(applied) - 1))}
+    for name, column in zip(reward_names, rewards_per_func.T, strict=True):
+        values[f"rewards/{name}/mean"] = column.nanmean()
+    values |= {
+        f"avg@{k}": passed.mean(),
+        f"pass@{k}": passed.amax(1).mean(),
         "completions/mean_length": lengths.mean(),
-        "completions/clipped_ratio": (~terminated).double().mean(),
+        "completions/clipped_ratio": truncated.double().mean(),
     }
-    return {name: float(value) for name, value in result.items() if not value.isnan()}
+    return {name: float(value) for name, value in values.items() if not value.isnan()}

@@ -58,7 +58,9 @@ def place(model: nn.Module, device_map: DeviceMap) -> nn.Module:
 
 def input_device(model: nn.Module) -> torch.device:
     """Where a model, split over devices or not, takes its token ids."""
-    return next(model.parameters()).device
+    # offloaded weights are on "meta" between forwards; accelerate's hooks move the inputs to where they are computed
+    devices = (parameter.device for parameter in model.parameters() if parameter.device.type != "meta")
+    return next(devices, torch.device("cpu"))
 
 
 def freeze(model: nn.Module) -> nn.Module:

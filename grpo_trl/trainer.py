@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +19,20 @@ from transformers import (
     Trainer,
     TrainerCallback,
 )
-from trl.trainer.utils import disable_dropout_in_model, get_config_model_id
+from trl.trainer.utils import disable_dropout_in_model, get_config_model_id, identity
 
-from . import checkpoint, evaluation
+from . import checkpoint
 from .algorithm import combine_rewards, group_advantages, policy_loss
-from .assembly import eval_sampling, load_tokenizer, problems, train_sampling
+from .assembly import default_callbacks, device_map, eval_sampling, load_tokenizer, problems, train_sampling
 from .batch import Group, Prompt, RolloutBatch
-from .callbacks import (
-    EpochExportCallback,
-    LossNoteCallback,
-    MetricsPlotCallback,
-    SyncReferenceCallback,
-    log_completions,
-)
-from .config import GOVERNED, GRPOConfig, raise_all
+from .callbacks import log_completions
+from .config import GOVERNED, GRPOConfig, mapping, raise_all
+from .evaluation import evaluate_prompts
 from .loader import IndexedPrompts, RolloutLoader, StreamedPrompts
 from .metrics import Metrics, completion_rows, record_rollout
 from .model_card import create_model_card
-from .placement import DeviceMap, resolve_device_map
 from .policy import (
+    Reference,
     evaluation_mode,
     freeze_adapter,
     load_policy,
@@ -50,6 +46,11 @@ from .rollouts import make_engine
 from .rollouts.context import weights_for_generation
 
 logger = logging.getLogger(__name__)
+
+# what `policy_loss` takes of the fields that a variant governs
+LOSS_FIELDS = tuple(
+    name for name in GOVERNED if name not in ("scale_rewards", "token_weighting", "mask_truncated_completions")
+)
 
 RewardFunc = str | PreTrainedModel | Callable[..., Any]
 
@@ -82,7 +83,14 @@ class GRPOTrainer(Trainer):
     loss_is_scaled_for_ga = True
     _tag_names = ["grpo_trl", "grpo"]
 
+    # narrower than transformers' annotations, which are unions for every kind of trainer
     args: GRPOConfig
+    model: Any
+    model_wrapped: Any
+    processing_class: Any
+    train_dataset: Any
+    eval_dataset: Any
+    loader: RolloutLoader
 
     def __init__(
         self,
@@ -103,32 +111,34 @@ class GRPOTrainer(Trainer):
     ):
         model_path = model if isinstance(model, str) else None
         if args is None:
-            name = model_path or get_config_model_id(model.config)  # pyright: ignore[reportArgumentType]
+            name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = GRPOConfig(f"{Path(name).name or 'model'}-GRPO")
-        reward_funcs = (
-            list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs] * bool(reward_funcs)
-        )
+        specs: list[Any] = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs] * bool(reward_funcs)
         refused = {"tools": tools, "rollout_func": rollout_func, "environment_factory": environment_factory}
-        raise_all(problems(args, reward_funcs, train_dataset, eval_dataset, refused))
+        raise_all(problems(args, specs, train_dataset, eval_dataset, refused))
 
         self.processing_class = processing_class = load_tokenizer(model, args, processing_class)
         self.chat_options = {
             "prompt_format": args.prompt_format,
             "system_prompt": args.system_prompt,
-            "chat_template_kwargs": args.chat_template_kwargs,
+            "chat_template_kwargs": mapping(args.chat_template_kwargs),
         }
-        train_dataset = self._limit_prompts(train_dataset, args)
+        train_dataset, _ = limit_prompts(
+            train_dataset,
+            lambda example: len(encode_prompt(example, processing_class, **self.chat_options)[0]),
+            max_prompt_length=args.max_prompt_length,
+            overlong_prompts=args.overlong_prompts,
+        )
 
         torch.manual_seed(args.seed)  # adapters are initialised at random
         policy = load_policy(model, args, quantization_config=quantization_config, peft_config=peft_config)
         adapter = None
         if isinstance(model, PeftModel) and args.beta and args.ref_model_name_or_path is None:
             adapter = freeze_adapter(model)
-        reference_model = load_reference_model(policy, model_path, args, self._device_map(args, args.ref_device))
+        reference_model = load_reference_model(policy, model_path, args, device_map(args, args.ref_device))
         if args.disable_dropout:
             disable_dropout_in_model(policy)
-        reward_map = self._device_map(args, args.reward_device)
-        rewards = load_rewards(reward_funcs, reward_processing_classes, args, reward_map)
+        rewards = load_rewards(specs, reward_processing_classes, args, device_map(args, args.reward_device))
         self.scorer = RewardScorer(rewards, timeout=args.reward_timeout)
         self.reward_names = self.scorer.names
         self.reward_weights = torch.tensor(args.reward_weights or [1.0] * len(rewards))
@@ -138,25 +148,18 @@ class GRPOTrainer(Trainer):
         self.train_sampling = train_sampling(args, policy, processing_class)
         self.eval_sampling = eval_sampling(args, self.train_sampling)
         self.sampling = self.train_sampling  # what `rollout` uses; `evaluate` swaps it
-        if self.train_sampling.truncates and not args.on_policy:
-            logger.warning(
-                "top_p, top_k, min_p or repetition_penalty truncate the sampling distribution, so the "
-                "log-probabilities of the update are not those that sampled, and the importance ratio leaves out the kept "
-                "mass. Set top_p=1, top_k=0, min_p=None and repetition_penalty=1 for an exact ratio."
-            )
-
         args.ignore_data_skip = True  # a resumed run restores the loader's state instead of skipping batches
         super().__init__(
             model=policy,
             args=args,
-            data_collator=lambda rows: rows,
+            data_collator=identity,  # pyright: ignore[reportArgumentType]
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self.reference = None
+        self.reference: Reference | None = None
         if args.beta:
             self.reference = make_reference(reference_model, lambda: self.model, self.accelerator, adapter=adapter)
         self.engine = make_engine(
@@ -164,22 +167,23 @@ class GRPOTrainer(Trainer):
             self.accelerator.unwrap_model(self.model),
             cache_implementation=args.cache_implementation,
         )
-        self.loader: RolloutLoader | None = None
         self.metrics = Metrics()
         self.num_tokens = 0
         self.completions_log: list[dict[str, Any]] = []
         self.recipe: dict[str, Any] | None = None  # set by the command line: model, data and reward sections
         self.model.add_model_tags(self._tag_names)
         logger.info("objective: %s", args.objective)
-        self._add_callbacks(reference_model)
+        for callback in default_callbacks(self, reference_model):
+            self.add_callback(callback)
 
     # ---- Data ----
 
     def get_train_dataloader(self) -> RolloutLoader:
         """Prompts in, micro-batches out; transformers sees micro-batches only."""
         prompts = StreamedPrompts if isinstance(self.train_dataset, IterableDataset) else IndexedPrompts
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         self.loader = RolloutLoader(
-            prompts(self.train_dataset, seed=self.args.data_seed or self.args.seed, shuffle=self.args.shuffle_dataset),
+            prompts(self.train_dataset, seed=seed, shuffle=self.args.shuffle_dataset),
             self.encode,
             self.collect,
             self.args,
@@ -218,7 +222,8 @@ class GRPOTrainer(Trainer):
         if not self.args.on_policy:
             batch.old_per_token_logps = self._in_micro_batches(batch, self._old_per_token_logps)
         if self.reference is not None:
-            batch.ref_per_token_logps = self._in_micro_batches(batch, self._ref_per_token_logps)
+            score = partial(self.reference.per_token_logps, temperature=self.args.temperature)
+            batch.ref_per_token_logps = self._in_micro_batches(batch, score)
         self._record_rollout(groups, rewards_per_func, rewards, batch)
         return batch
 
@@ -236,8 +241,7 @@ class GRPOTrainer(Trainer):
             yield from self.engine.generate(prompts, self.sampling)
 
     def score(self, groups: list[Group], metrics: Metrics) -> Tensor:
-        """Rewards of each completion by each function, (B, F); NaN: not applicable. Metrics that
-        functions log go to `metrics`."""
+        """Rewards of each completion by each function, (B, F); NaN: not applicable. `metrics` gets what they log."""
         calls = [[group] for group in groups] if self.args.reward_call == "group" else [groups]
         self._extra_columns: dict[str, list[Any]] = {}
         rewards = [
@@ -288,6 +292,7 @@ class GRPOTrainer(Trainer):
     ) -> Tensor:
         """The objective on one micro-batch, averaged by its token weights. Metrics stay on the device."""
         logps, entropies = per_token_logps(model, inputs, temperature=self.args.temperature, with_entropy=True)
+        assert inputs.advantages is not None and inputs.token_weights is not None and entropies is not None
         loss, metrics = policy_loss(
             logps,
             old_per_token_logps=inputs.old_per_token_logps,
@@ -312,9 +317,6 @@ class GRPOTrainer(Trainer):
         """Under the policy as it sampled: dropout off."""
         with evaluation_mode(self.model):
             return per_token_logps(self.model, batch, temperature=self.args.temperature)[0]
-
-    def _ref_per_token_logps(self, batch: RolloutBatch) -> Tensor:
-        return self.reference.per_token_logps(batch, self.args.temperature)
 
     @torch.no_grad()
     def _in_micro_batches(self, batch: RolloutBatch, score: Callable[[RolloutBatch], Tensor]) -> Tensor:
@@ -350,7 +352,7 @@ class GRPOTrainer(Trainer):
             with evaluation_mode(self.model):
                 for name, dataset in named.items():
                     prefix = metric_key_prefix if name is None else f"{metric_key_prefix}_{name}"
-                    results = evaluation.evaluate_prompts(self, dataset, prefix)
+                    results = {f"{prefix}_{key}": value for key, value in evaluate_prompts(self, dataset).items()}
                     self.log(results)
                     metrics |= results
         finally:
@@ -362,7 +364,7 @@ class GRPOTrainer(Trainer):
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum over ranks."""
-        return self.accelerator.reduce(tensor.to(self.args.device), reduction="sum")
+        return self.accelerator.reduce(tensor.to(self.args.device), reduction="sum")  # pyright: ignore[reportReturnType]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the metrics of the steps since the last log, reduced over ranks, to transformers' own."""
@@ -372,6 +374,7 @@ class GRPOTrainer(Trainer):
         super().log(logs, start_time)
         if training and self.args.log_completions:
             rows = gather_object(self.completions_log)
+            self.completions_log = []  # a rollout is shown once, however many passes are made over it
             if self.is_world_process_zero():
                 log_completions(rows, args=self.args, state=self.state)
 
@@ -379,9 +382,8 @@ class GRPOTrainer(Trainer):
         self, groups: list[Group], rewards_per_func: Tensor, rewards: Tensor, batch: RolloutBatch
     ) -> None:
         record_rollout(self.metrics, groups, rewards_per_func, rewards, self.reward_names)
-        tokens = batch.prompt_mask.sum() + batch.completion_mask.sum()
-        self.num_tokens += int(self.all_reduce(tokens))
-        if self.args.log_completions:
+        self.num_tokens += int(self.all_reduce(batch.prompt_mask.sum() + batch.completion_mask.sum()))
+        if self.args.log_completions and batch.advantages is not None:
             self.completions_log = completion_rows(
                 groups, rewards_per_func, batch.advantages, self.reward_names, self._extra_columns
             )
@@ -400,77 +402,34 @@ class GRPOTrainer(Trainer):
     def _track_num_input_tokens(self, inputs: RolloutBatch) -> None:
         self.state.num_input_tokens_seen = self.num_tokens
 
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        # transformers pickles the arguments, the Hub token among them, into a folder that may be pushed
+        token, self.args.hub_token = self.args.hub_token, None
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.args.hub_token = token
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         # private, but the one place that is called with the folder before trainer_state.json makes the checkpoint
         super()._save_optimizer_and_scheduler(output_dir)
-        checkpoint.save(output_dir, self.accelerator.process_index, self._state())
-
-    def _load_optimizer_and_scheduler(self, checkpoint_dir: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint_dir)
-        if checkpoint_dir is not None:
-            self._load_state(checkpoint.load(checkpoint_dir, self.accelerator.process_index))
-
-    def _state(self) -> dict[str, Any]:
-        return {
+        state = {
             "loader": self.loader.state_dict(),
             "metrics": self.metrics.state_dict(),
             "num_tokens": self.num_tokens,
         }
+        checkpoint.save(output_dir, self.accelerator.process_index, state)
 
-    def _load_state(self, state: dict[str, Any]) -> None:
-        self.loader.load_state_dict(state["loader"])
-        self.metrics.load_state_dict(state["metrics"])
-        self.num_tokens = state["num_tokens"]
+    def _load_optimizer_and_scheduler(self, checkpoint_dir: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint_dir)
+        if checkpoint_dir is not None:
+            state = checkpoint.load(checkpoint_dir, self.accelerator.process_index)
+            self.loader.load_state_dict(state["loader"])
+            self.metrics.load_state_dict(state["metrics"])
+            self.num_tokens = state["num_tokens"]
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None, **kwargs: Any
     ) -> None:
         """Writes README.md: objective with its paper, data, rewards, versions, citation."""
         create_model_card(self, model_name=model_name, dataset_name=dataset_name, tags=tags)
-
-    # ---- Construction ----
-
-    def _device_map(self, args: GRPOConfig, device: str | dict | None) -> DeviceMap:
-        return resolve_device_map(
-            device,
-            args.device,
-            num_gpus=torch.cuda.device_count(),
-            num_local_ranks=args.distributed_state.num_processes,
-        )
-
-    def _limit_prompts(self, dataset: Any, args: GRPOConfig) -> Any:
-        def length(example: dict[str, Any]) -> int:
-            return len(encode_prompt(example, self.processing_class, **self.chat_options)[0])
-
-        return limit_prompts(
-            dataset, length, max_prompt_length=args.max_prompt_length, overlong_prompts=args.overlong_prompts
-        )[0]
-
-    def _add_callbacks(self, reference_model: nn.Module | None) -> None:
-        self.add_callback(_EpochOfLoader(self))
-        self.add_callback(LossNoteCallback())
-        if self.args.plot_metrics:
-            self.add_callback(MetricsPlotCallback())
-        if self.args.save_epochs:
-            self.add_callback(EpochExportCallback(self))
-        if self.args.sync_ref_model:
-            self.add_callback(
-                SyncReferenceCallback(reference_model, self.args.ref_model_mixup_alpha, self.args.ref_model_sync_steps)
-            )
-
-
-LOSS_FIELDS = tuple(
-    name for name in GOVERNED if name not in ("scale_rewards", "token_weighting", "mask_truncated_completions")
-)
-
-
-class _EpochOfLoader(TrainerCallback):
-    """`state.epoch` from the loader's position: transformers counts it from the resume when no batch is skipped."""
-
-    def __init__(self, trainer: GRPOTrainer):
-        self.trainer = trainer
-
-    def on_step_end(self, args, state, control, **kwargs):
-        loader = self.trainer.loader
-        if loader is not None and loader.source.num_prompts is not None:
-            state.epoch = loader.position / len(loader)

@@ -13,7 +13,6 @@ from datasets import Dataset
 from matplotlib import image
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerState, default_data_collator
-from trl import ModelConfig, TrlParser
 
 from grpo_trl.callbacks import (
     EpochExportCallback,
@@ -27,6 +26,7 @@ from grpo_trl.callbacks import (
     plot_metrics,
     recipe_yaml,
 )
+from grpo_trl.cli import parse_recipe
 from grpo_trl.config import FIELD_NAMES, GRPOConfig
 from tests import tiny
 
@@ -118,52 +118,62 @@ def test_every_panel_shows_its_metric(tmp_path, steps):
     assert all(count > 5 for count in panels(tmp_path / "plot.png"))
 
 
-@pytest.mark.parametrize(
-    ("missing", "panel"),
-    [
-        ("reward", 1),
-        ("completions/mean_length", 2),
-        ("entropy", 3),
-        ("clip_ratio/region_mean", 4),
-        ("kl", 5),
-    ],
-)
-@pytest.mark.parametrize("value", ["absent", None, math.nan, math.inf])
-def test_a_missing_metric_leaves_its_panel_empty(tmp_path, missing, panel, value):
-    rows = history(3)
-    for row in rows:
-        if missing == "completions/mean_length":
-            del row["completions/min_length"]
-        row[missing] = value
-        if value == "absent":
-            del row[missing]
-    plot_metrics(rows, tmp_path / "plot.png", beta=0.0)
+PANELS = [
+    ("loss", "policy_loss", "kl"),
+    ("reward",),
+    ("completions/mean_length", "completions/min_length"),
+    ("entropy",),
+    ("clip_ratio/region_mean",),
+    ("kl",),
+]
+
+
+@pytest.mark.parametrize("panel", [1, 2, 3, 4, 5])
+def test_a_missing_metric_leaves_its_panel_empty(tmp_path, panel):
+    rows = [{name: value for name, value in row.items() if name not in PANELS[panel]} for row in history(3)]
+    plot_metrics(rows, tmp_path / "plot.png", beta=0.01)
     counts = panels(tmp_path / "plot.png")
     assert counts[panel] == 0
     assert all(count > 5 for index, count in enumerate(counts) if index != panel)
 
 
-def test_single_nan_leaves_the_rest_of_its_curve(tmp_path):
-    plot_metrics(history(5), tmp_path / "whole.png")
+@pytest.mark.parametrize("value", [None, math.nan, math.inf])
+def test_values_that_are_no_numbers_are_left_out(tmp_path, value):
+    rows = [dict.fromkeys(row, value) | {"step": row["step"]} for row in history(3)]
+    plot_metrics(rows, tmp_path / "plot.png", beta=0.01)
+    assert panels(tmp_path / "plot.png") == [0] * 6
+
+
+@pytest.fixture(scope="module")
+def five_steps(tmp_path_factory):
+    path = tmp_path_factory.mktemp("plot") / "plot.png"
+    plot_metrics(history(5), path)
+    return panels(path)
+
+
+def test_single_nan_leaves_the_rest_of_its_curve(tmp_path, five_steps):
     rows = history(5)
     rows[2]["entropy"] = math.nan
     plot_metrics(rows, tmp_path / "gap.png")
-    assert 0 < panels(tmp_path / "gap.png")[3] < panels(tmp_path / "whole.png")[3]
+    assert 0 < panels(tmp_path / "gap.png")[3] < five_steps[3]
 
 
-@pytest.mark.parametrize("name", ["eval_reward", "eval_gsm8k_reward", "eval_my_set_reward"])
-def test_evaluation_rewards_are_drawn(tmp_path, name):
-    plot_metrics(history(5), tmp_path / "without.png")
-    plot_metrics([*history(5), {"step": 3, name: 0.9}], tmp_path / "with.png")
-    assert panels(tmp_path / "with.png")[1] > panels(tmp_path / "without.png")[1] + 100
-    plot_metrics([*history(5), {"step": 3, "eval_rewards/accuracy/mean": 0.9}], tmp_path / "other.png")
-    assert panels(tmp_path / "other.png")[1] == panels(tmp_path / "without.png")[1]
+@pytest.mark.parametrize(
+    ("name", "drawn"),
+    [
+        ("eval_reward", True),
+        ("eval_my_set_reward", True),
+        ("eval_rewards/accuracy/mean", False),
+    ],
+)
+def test_evaluation_rewards_are_drawn(tmp_path, five_steps, name, drawn):
+    plot_metrics([*history(5), {"step": 3, name: 0.9}], tmp_path / "plot.png")
+    assert bool(panels(tmp_path / "plot.png")[1] > five_steps[1] + 100) is drawn
 
 
-def test_kl_part_is_drawn_with_its_weight(tmp_path):
-    plot_metrics(history(3), tmp_path / "without.png", beta=0.0)
-    plot_metrics(history(3), tmp_path / "with.png", beta=0.01)
-    assert panels(tmp_path / "with.png")[0] > panels(tmp_path / "without.png")[0] + 50
+def test_kl_part_is_drawn_with_its_weight(tmp_path, five_steps):
+    plot_metrics(history(5), tmp_path / "with.png", beta=0.01)
+    assert panels(tmp_path / "with.png")[0] > five_steps[0] + 50
 
 
 def test_empty_history_and_the_users_backend(tmp_path):
@@ -257,7 +267,7 @@ def script(tmp_path, monkeypatch):
 
 def test_every_epoch_leaves_a_model_its_recipe_and_its_script(tmp_path, qwen3, script):
     out = tmp_path / "out"
-    trainer = make_trainer(out, qwen3, hub_token="hf_secret")
+    trainer = make_trainer(out, qwen3, hub_token="hf_token_of_mine")
     trainer.add_callback(EpochExportCallback(trainer))
     trainer.train()
     assert sorted(path.name for path in out.iterdir() if path.is_dir()) == ["epoch_1", "epoch_2"]
@@ -266,7 +276,7 @@ def test_every_epoch_leaves_a_model_its_recipe_and_its_script(tmp_path, qwen3, s
     assert "training_args.bin" not in names
     assert (out / "epoch_2" / "train_script.py").read_text() == script.read_text()
     for path in (out / "epoch_2").iterdir():
-        assert b"hf_secret" not in path.read_bytes(), path.name
+        assert b"hf_token_of_mine" not in path.read_bytes(), path.name
     last = AutoModelForCausalLM.from_pretrained(out / "epoch_2").state_dict()
     assert all(torch.equal(last[name], value) for name, value in trainer.model.state_dict().items())
     first = AutoModelForCausalLM.from_pretrained(out / "epoch_1").state_dict()
@@ -323,7 +333,7 @@ def test_lora_folder_holds_the_trained_adapter_only(tmp_path, model_dir, script)
     assert (folder / "adapter_config.json").exists()
     assert not (folder / "ref").exists()
     assert not (folder / "model.safetensors").exists()
-    assert AutoConfig.from_pretrained(folder).model_type == "qwen3"
+    assert AutoConfig.from_pretrained(folder / "base_model").model_type == "qwen3"
     batch = {"input_ids": torch.arange(20)[None]}
     expected = trainer.model.eval()(**batch).logits
     plain = AutoModelForCausalLM.from_pretrained(model_dir)
@@ -372,7 +382,7 @@ def as_config(recipe: str) -> GRPOConfig:
         {"variant": "deepseekmath", "beta": 0.0},
         {"loss_type": "dr_grpo", "delta": 4.0},
         {"gradient_accumulation_steps": 2, "generation_batch_size": 16, "lr_scheduler_type": "cosine"},
-        {"eval_strategy": "steps", "eval_steps": 5, "generation_kwargs": {"no_repeat_ngram_size": 3}},
+        {"save_steps": 0.5, "generation_kwargs": {"no_repeat_ngram_size": 3}, "reward_weights": [0.5]},
         {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
     ],
 )
@@ -405,15 +415,19 @@ def test_recipe_holds_the_resolved_objective_and_what_was_changed(tmp_path, qwen
     assert "arXiv 2402.03300" in recipe
 
 
-def test_recipe_is_read_by_trls_parser(tmp_path, qwen3):
+def test_recipe_is_read_by_the_command(tmp_path, qwen3):
     trainer = make_trainer(tmp_path, qwen3)
-    trainer.recipe = {"model_name_or_path": "Qwen/Qwen3-0.6B"}
+    trainer.recipe = {
+        "model_name_or_path": "Qwen/Qwen3-0.6B",
+        "train_datasets": [{"path": "train.jsonl", "type": "jsonl", "input": "question"}],
+        "reward_funcs": ["accuracy"],
+    }
     (tmp_path / "recipe.yaml").write_text(recipe_yaml(trainer))
-    args, model_args = TrlParser((GRPOConfig, ModelConfig)).parse_args_and_config(
-        ["--config", str(tmp_path / "recipe.yaml")]
-    )
+    script_args, args, model_args = parse_recipe(["--config", str(tmp_path / "recipe.yaml")])
     assert args.to_dict() == trainer.args.to_dict()
     assert model_args.model_name_or_path == "Qwen/Qwen3-0.6B"
+    assert script_args.train_datasets == trainer.recipe["train_datasets"]
+    assert script_args.reward_funcs == ["accuracy"]
 
 
 def test_recipe_without_sections_names_them_in_comments(tmp_path, qwen3):
@@ -423,11 +437,11 @@ def test_recipe_without_sections_names_them_in_comments(tmp_path, qwen3):
 
 
 def test_recipe_holds_no_secrets_and_nothing_that_yaml_cannot_hold(tmp_path, qwen3):
-    trainer = make_trainer(tmp_path, qwen3, hub_token="hf_secret")
-    trainer.args.model_init_kwargs = {"token": "hf_secret", "dtype": "bfloat16"}
+    trainer = make_trainer(tmp_path, qwen3, hub_token="hf_token_of_mine")
+    trainer.args.model_init_kwargs = {"token": "hf_token_of_mine", "dtype": "bfloat16"}
     trainer.args.generation_kwargs = {"stopping": object()}
     recipe = recipe_yaml(trainer)
-    assert "secret" not in recipe
+    assert "token_of_mine" not in recipe
     assert yaml.safe_load(recipe)["model_init_kwargs"] == {"dtype": "bfloat16"}
     assert "# generation_kwargs: a dict, which YAML cannot hold; set it in code" in recipe
 

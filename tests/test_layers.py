@@ -14,15 +14,21 @@ LAYERS = [
     ["algorithm"],
     ["batch", "placement"],
     ["config"],
-    ["policy", "rollouts", "rewards", "data", "prompts", "metrics"],
-    ["loader", "checkpoint", "callbacks", "memory"],
+    ["policy", "rollouts", "rewards", "data", "data_forms", "prompts", "metrics"],
+    ["loader", "checkpoint", "callbacks", "memory", "evaluation", "model_card"],
+    ["assembly"],
     ["trainer"],
     ["selfcheck"],
     ["cli", "__main__"],
     [PACKAGE],  # the package itself: `__init__.py` hands out names of every layer, so nothing below imports from it
 ]
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
-BESIDE = {("rollouts", "policy"), ("rewards", "policy"), ("data", "prompts")}  # allowed inside a layer
+BESIDE = {  # allowed inside a layer
+    ("rollouts", "policy"),
+    ("rewards", "policy"),
+    ("data", "data_forms"),
+    ("data", "prompts"),
+}
 MATHEMATICS = {"torch", *sys.stdlib_module_names}  # what `algorithm` may import from outside
 
 

@@ -36,7 +36,9 @@ class KeepGradients(torch.optim.SGD):
         self.kept = []
 
     def step(self, closure=None):
-        grads = [p.grad.detach().clone().flatten() for g in self.param_groups for p in g["params"] if p.grad is not None]
+        grads = [
+            p.grad.detach().clone().flatten() for g in self.param_groups for p in g["params"] if p.grad is not None
+        ]
         self.kept.append(torch.cat(grads))
         return super().step(closure)
 

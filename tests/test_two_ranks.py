@@ -1,6 +1,7 @@
-"""Two gloo ranks train what one rank trains: the same completions, metrics and weights. Real processes, real sampling."""
+"""Two gloo ranks train what one rank trains: same completions, metrics, weights. Real processes, real sampling."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -35,8 +36,6 @@ def run(output: Path, world_size: int, per_device_train_batch_size: int, **optio
 
 
 def _environment() -> dict[str, str]:
-    import os
-
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 

@@ -18,9 +18,10 @@ def main(output: str, per_device_train_batch_size: int, options: dict) -> None:
     torch.set_num_threads(1)
     lora = options.pop("lora", False)
     args = GRPOConfig(
-        output, use_cpu=True, report_to="none", disable_tqdm=True, per_device_train_batch_size=per_device_train_batch_size,
+        output, use_cpu=True, report_to="none", disable_tqdm=True,
+        per_device_train_batch_size=per_device_train_batch_size,
         max_completion_length=10, max_steps=4, learning_rate=1e-2, logging_steps=1, beta=0.1, num_iterations=2,
-        num_generations_eval=2, per_device_eval_batch_size=4, eval_strategy="steps", eval_steps=2, save_epochs=False, **options,
+        num_generations_eval=2, per_device_eval_batch_size=4, eval_strategy="steps", eval_steps=2, **options,
     )  # fmt: skip
     peft_config = None
     if lora:
@@ -38,7 +39,8 @@ def main(output: str, per_device_train_batch_size: int, options: dict) -> None:
     with open(f"{output}/sampled_{rank}.json", "w") as file:
         json.dump({"world_size": world_size, "backend": backend, "sampled": trainer.sampled}, file)
     if rank == 0:
-        weights = {name: p.detach().clone() for name, p in trainer.accelerator.unwrap_model(trainer.model).named_parameters() if p.requires_grad}
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
         torch.save(weights, f"{output}/weights.pt")
         with open(f"{output}/log.json", "w") as file:
             json.dump(trainer.state.log_history, file)

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from peft import PeftModel
 from transformers import TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import AcceleratorConfig
 from trl.trainer.utils import get_config_model_id
 
-from grpo_trl.config import GOVERNED
+from ..config import GOVERNED
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ COMMAND_SCRIPT = '''"""This run was started by `grpo-trl train`; this file start
 import sys
 from pathlib import Path
 
-from grpo_trl.cli import main
+from ..cli import main
 
 if __name__ == "__main__":
     main(["train", "--config", str(Path(__file__).with_name("recipe.yaml")), *sys.argv[1:]])
@@ -49,8 +50,9 @@ class EpochExportCallback(TrainerCallback):
     tokens. It is written under another name and renamed when complete, and replaces one of an earlier run. A run that
     `max_steps` ends within an epoch writes that epoch too.
 
-    LoRA: the folder holds the trained adapter (an inactive one, such as a frozen reference, is left out) and the
-    `config.json` of its base model; `AutoModelForCausalLM.from_pretrained` loads both through `adapter_config.json`.
+    LoRA: the folder holds the adapter that is trained (one not in use, such as a frozen reference, is left out), and
+    `base_model/config.json`. Beside the adapter a `config.json` would make transformers take the folder for a whole
+    model: without it `AutoModelForCausalLM.from_pretrained` loads the base model and the adapter.
 
     Args:
         trainer: its `save_model`, `args`, `model` and `accelerator` are used, and what [`recipe_yaml`] reads.
@@ -86,8 +88,8 @@ class EpochExportCallback(TrainerCallback):
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         for adapter in inactive_adapters(model):
             shutil.rmtree(folder / adapter, ignore_errors=True)
-        if not (folder / "config.json").exists():
-            model.config.save_pretrained(folder)
+        if isinstance(model, PeftModel):
+            model.config.save_pretrained(folder / "base_model")
         if not any(folder.glob("*.safetensors")):
             logger.warning(
                 "%s holds no safetensors: the weights are sharded over ranks and were not gathered; set "
@@ -104,8 +106,8 @@ class EpochExportCallback(TrainerCallback):
 
 
 def inactive_adapters(model: Any) -> list[str]:
-    """Names of the adapters of a PeftModel that are not trained; [] for any other model."""
-    return sorted(set(getattr(model, "peft_config", {})) - set(getattr(model, "active_adapters", [])))
+    """Names of the adapters of a PeftModel that are not in use; [] for any other model."""
+    return sorted(set(model.peft_config) - set(model.active_adapters)) if isinstance(model, PeftModel) else []
 
 
 def train_script() -> str | None:

@@ -45,6 +45,8 @@ def plot_metrics(history: History, path: Path, *, beta: float | None = None) -> 
     axes = figure.subplots(2, 3).flatten()
     last_step = max((row["step"] for row in history if "step" in row), default=0)
     figure.suptitle(f"Training metrics, step {last_step}", fontsize=13, y=0.975)
+    if len(history) > FEW_POINTS:
+        figure.text(0.985, 0.97, "bold: running mean", ha="right", fontsize=8, color="gray")
     figure.subplots_adjust(left=0.06, right=0.985, bottom=0.08, top=0.875, wspace=0.24, hspace=0.34)
     _draw_loss(axes[0], history, beta)
     _draw_reward(axes[1], history)

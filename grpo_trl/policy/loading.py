@@ -7,7 +7,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 from trl.trainer.utils import create_model_from_path
 
-from ..config import GRPOConfig
+from ..config import GRPOConfig, mapping
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
@@ -23,15 +23,20 @@ def load_policy(
     """Loads a path on the one device of this rank's policy, or takes an instance, and adds the adapter.
 
     Raises:
-        ValueError: `peft_config` together with a model that already has an adapter, or an adapter on the LM head.
+        ValueError: `peft_config` together with a model that already has an adapter; a model with nothing to train.
     """
     if isinstance(model, str):
-        options = from_pretrained_options(args)
+        options: dict[str, Any] = {"device_map": policy_device_map(args)} | from_pretrained_options(args)
         if quantization_config is not None:
             options["quantization_config"] = quantization_config
-        model = create_model_from_path(model, **({"device_map": policy_device_map(args)} | options))
+        model = create_model_from_path(model, None, **options)
     if peft_config is not None:
         model = _add_adapter(model, args, peft_config)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "The model has no trainable parameter. Load its adapter with "
+            "`PeftModel.from_pretrained(..., is_trainable=True)`, or pass peft_config."
+        )
     if isinstance(model, PeftModel) and args.gradient_checkpointing:
         # a frozen embedding gives inputs without gradients, and checkpointing would cut the graph there
         model.enable_input_require_grads()
@@ -40,14 +45,13 @@ def load_policy(
 
 def from_pretrained_options(args: GRPOConfig) -> dict[str, Any]:
     """Arguments of `from_pretrained` for the policy and its reference."""
-    assert not isinstance(args.model_init_kwargs, str)  # parsed by TrainingArguments
-    return {"trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})
+    return {"trust_remote_code": args.trust_remote_code} | mapping(args.model_init_kwargs)
 
 
 def policy_device_map(args: GRPOConfig) -> dict[str, torch.device] | None:
     """One explicit device, never "auto", which may spread the policy over every visible GPU. DeepSpeed and FSDP place
     the weights themselves."""
-    if args.deepspeed or args.distributed_state.distributed_type in ("DEEPSPEED", "FSDP"):
+    if args.distributed_state is not None and args.distributed_state.distributed_type in ("DEEPSPEED", "FSDP"):
         return None
     return {"": args.device}
 
@@ -57,7 +61,7 @@ def is_quantized(model: PreTrainedModel | PeftModel) -> bool:
     return bool(getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False))
 
 
-def _add_adapter(model: PreTrainedModel, args: GRPOConfig, peft_config: PeftConfig) -> PeftModel:
+def _add_adapter(model: PreTrainedModel | PeftModel, args: GRPOConfig, peft_config: PeftConfig) -> PeftModel:
     if isinstance(model, PeftModel):
         raise ValueError(
             "peft_config was passed with a model that already has an adapter. Leave peft_config out to train that "
@@ -66,8 +70,8 @@ def _add_adapter(model: PreTrainedModel, args: GRPOConfig, peft_config: PeftConf
     plugin = args.deepspeed_plugin
     zero3 = plugin is not None and plugin.zero_stage == 3
     # ZeRO-3 gathers with one dtype, so adapters stay in that of the base (huggingface/trl#6089)
-    options = {"autocast_adapter_dtype": False} if zero3 and not is_quantized(model) else {}
-    peft_model = get_peft_model(model, peft_config, **options)
+    keep_dtype = zero3 and not is_quantized(model)
+    peft_model = get_peft_model(model, peft_config, autocast_adapter_dtype=not keep_dtype)
     if is_quantized(model):
         # QLoRA, arXiv 2305.14314, section 3: adapters in bf16. DoRA's magnitudes stay: their updates would round away
         for name, parameter in peft_model.named_parameters():

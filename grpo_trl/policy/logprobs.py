@@ -4,6 +4,7 @@
 """
 
 import inspect
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,6 @@ def _entropy(logits: Tensor, log_normalizer: Tensor) -> Tensor:
 
 
 def _takes_logits_to_keep(model: nn.Module) -> bool:
-    inner = getattr(model, "module", model)  # DDP, DeepSpeed
+    inner: Any = getattr(model, "module", model)  # DDP, DeepSpeed
     inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner  # PEFT
     return "logits_to_keep" in inspect.signature(inner.forward).parameters

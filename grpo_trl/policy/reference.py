@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -73,14 +73,14 @@ def load_reference_model(
     path = path or policy_path
     if path is None:
         return place(copy.deepcopy(policy), device_map)  # pyright: ignore[reportReturnType]
-    options = from_pretrained_options(args)
     zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
-    return create_model_from_path(path, **({"device_map": None if zero3 else device_map} | options))
+    options: dict[str, Any] = {"device_map": None if zero3 else device_map} | from_pretrained_options(args)
+    return create_model_from_path(path, None, **options)
 
 
 def freeze_adapter(model: PeftModel) -> str:
     """Keeps a copy of the active (trained) adapter as its own reference; returns the copy's name."""
-    active = model.active_adapter
+    active = str(model.active_adapter)
     model.add_adapter(REFERENCE_ADAPTER, copy.deepcopy(model.peft_config[active]))
     weights = get_peft_model_state_dict(model, adapter_name=active)
     set_peft_model_state_dict(model, weights, adapter_name=REFERENCE_ADAPTER)

@@ -4,14 +4,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from grpo_trl.rewards.format import answer_format, think_format
-    from grpo_trl.rewards.length import LengthPenalty
-    from grpo_trl.rewards.loading import check_rewards, load_rewards
-    from grpo_trl.rewards.math import AccuracyReward, accuracy, exact_match
-    from grpo_trl.rewards.model import RewardModel
-    from grpo_trl.rewards.registry import REWARDS, resolve_reward, reward_name
-    from grpo_trl.rewards.scoring import RewardScorer
-    from grpo_trl.rewards.text import completion_texts, final_answer
+    from .format import answer_format, think_format
+    from .length import LengthPenalty
+    from .loading import check_rewards, load_rewards
+    from .math import AccuracyReward, accuracy, exact_match
+    from .model import RewardModel
+    from .registry import REWARDS, resolve_reward, reward_name
+    from .scoring import RewardScorer
+    from .text import completion_texts, final_answer
 
 _MODULES = {
     "REWARDS": "registry",

@@ -5,7 +5,7 @@ from typing import Any
 
 from trl.rewards import think_format_reward  # pyright: ignore[reportPrivateImportUsage]
 
-from grpo_trl.rewards.text import completion_texts
+from .text import completion_texts
 
 _THINK_THEN_ANSWER = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")

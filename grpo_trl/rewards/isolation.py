@@ -25,8 +25,7 @@ from typing import Any
 START_TIMEOUT = 300.0  # seconds to import the function's module; not part of a call's time-out
 RECORDED = ("log_extra", "log_metric")  # callbacks of the parent: calls are recorded in the child and replayed
 _BOOT = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[2]); "
-    "from grpo_trl.rewards.isolation import serve; serve(int(sys.argv[1]))"
+    "import json, sys; sys.path[:] = json.loads(sys.argv[2]); from .isolation import serve; serve(int(sys.argv[1]))"
 )
 
 

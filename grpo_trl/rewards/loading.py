@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..config import GRPOConfig
+from ..config import GRPOConfig, mapping
 from ..placement import DeviceMap
 from .model import RewardModel
 from .registry import REWARDS, RewardFunction, resolve_reward
@@ -64,7 +64,7 @@ def is_reward_model(spec: RewardSpec) -> bool:
 def _load_model(
     spec: Any, tokenizer: PreTrainedTokenizerBase | None, args: GRPOConfig, device_map: DeviceMap
 ) -> RewardModel:
-    options = dict(args.reward_model_init_kwargs or {})
+    options = mapping(args.reward_model_init_kwargs)
     return RewardModel(
         spec,
         tokenizer,
@@ -74,6 +74,6 @@ def _load_model(
         max_length=args.reward_max_length,
         input_format=args.reward_input_format,
         trust_remote_code=args.trust_remote_code,
-        chat_template_kwargs=args.chat_template_kwargs,
+        chat_template_kwargs=mapping(args.chat_template_kwargs),
         model_init_kwargs=options,
     )

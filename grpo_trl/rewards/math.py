@@ -7,9 +7,9 @@ import logging
 import re
 from typing import Any
 
-from grpo_trl.rewards.isolation import IsolatedFunction, RewardTimeoutError
-from grpo_trl.rewards.math_verification import verify_answer
-from grpo_trl.rewards.text import completion_texts, final_answer, gold_answers, normalize_text, stated_answer
+from .isolation import IsolatedFunction, RewardTimeoutError
+from .math_verification import verify_answer
+from .text import completion_texts, final_answer, gold_answers, normalize_text, stated_answer
 
 logger = logging.getLogger(__name__)
 

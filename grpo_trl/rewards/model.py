@@ -6,8 +6,8 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from transformers.tokenization_utils_base import BatchEncoding, PreTrainedTokenizerBase
 
-from grpo_trl.placement import DeviceMap, freeze, input_device, place
-from grpo_trl.rewards.text import completion_text, message_text
+from ..placement import DeviceMap, freeze, input_device, place
+from .text import completion_text, message_text
 
 INPUT_FORMATS = ("auto", "pair", "chat", "text")
 _SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")  # accelerate's

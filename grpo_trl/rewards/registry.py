@@ -9,9 +9,9 @@ from typing import Any
 
 from trl.trainer.utils import get_callable_name
 
-from grpo_trl.rewards.format import answer_format, think_format
-from grpo_trl.rewards.length import LengthPenalty, repetition, soft_overlong
-from grpo_trl.rewards.math import accuracy, exact_match
+from .format import answer_format, think_format
+from .length import LengthPenalty, repetition, soft_overlong
+from .math import accuracy, exact_match
 
 RewardFunction = Callable[..., Any]
 

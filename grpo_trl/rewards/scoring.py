@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers.utils import logging
 from trl.trainer.utils import is_async_callable, shutdown_event_loop_in_daemon, start_event_loop_in_daemon
 
-from grpo_trl.batch import Group
-from grpo_trl.rewards.isolation import IsolatedFunction, RewardTimeoutError
-from grpo_trl.rewards.registry import RewardFunction, reward_name
+from ..batch import Group
+from .isolation import IsolatedFunction, RewardTimeoutError
+from .registry import RewardFunction, reward_name
 
 logger = logging.get_logger(__name__)
 

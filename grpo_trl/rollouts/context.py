@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from trl.models import unwrap_model_for_generation
 
-from ..config import GRPOConfig
+from ..config import GRPOConfig, mapping
 
 
 @contextlib.contextmanager
@@ -24,6 +24,6 @@ def weights_for_generation(model: nn.Module, accelerator: Accelerator, args: GRP
         model,  # pyright: ignore[reportArgumentType]
         accelerator,
         gather_deepspeed3_params=args.ds3_gather_for_generation,
-        gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
+        gradient_checkpointing_kwargs=mapping(args.gradient_checkpointing_kwargs) or None,
     ) as unwrapped:
         yield unwrapped

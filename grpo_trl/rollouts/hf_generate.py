@@ -24,7 +24,7 @@ class HFGenerateEngine:
     """Samples with `model.generate` on left-padded prompts; a logits processor picks the token (see `sampling`)."""
 
     def __init__(self, model: PreTrainedModel, *, cache_implementation: str | None = None):
-        self.model = model
+        self.model: Any = model
         self.cache_implementation = cache_implementation
 
     def sync_weights(self, model: PreTrainedModel) -> None:
@@ -102,11 +102,11 @@ class _Sampler(LogitsProcessor):
         self.padding = prompt_mask == 0
         self.per_token_logps: list[Tensor] = []
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
         scores = scores.float()
         if self.sampling.repetition_penalty != 1:
             penalty = RepetitionPenaltyLogitsProcessor(self.sampling.repetition_penalty)
-            scores = penalty(self._without_padding(input_ids), scores)
+            scores = penalty(self._without_padding(input_ids), scores)  # pyright: ignore[reportArgumentType]
         scores = self.warpers(input_ids, scores)
         u = uniforms(self.keys, input_ids.shape[1] - self.prompt_length)
         tokens, logps = sample(scores, u, greedy=self.sampling.temperature == 0)

@@ -76,9 +76,7 @@ def preferences(pairs: list[Pair], seed: int) -> Dataset:
 
 def questions(pairs: list[Pair]) -> Dataset:
     """What GRPO gets: no solutions, only the sum for the reward to compare with."""
-    return Dataset.from_dict(
-        {"prompt": [question(a, b) for a, b in pairs], "answer": [str(a + b) for a, b in pairs]}
-    )
+    return Dataset.from_dict({"prompt": [question(a, b) for a, b in pairs], "answer": [str(a + b) for a, b in pairs]})
 
 
 def correct_answer(completions, answer, **_) -> list[float]:

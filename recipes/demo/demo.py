@@ -8,38 +8,54 @@ Any field of `GRPOConfig` can be given on the command line.
 
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 from arithmetic import build_tokenizer, carry_of, correct_answer, questions, splits
 from rich.console import Console
 from rich.table import Table
+from transformers import PrinterCallback, TrainerCallback
 from trl import TrlParser
 from warm_start import build_policy, greedy_reply, warm_start
 
 from grpo_trl import GRPOConfig, GRPOTrainer
 
 DEFAULT_CONFIG = Path(__file__).with_name("demo.yaml")
+RIGHT = "rewards/correct_answer/mean"
+console = Console(highlight=False, emoji=False, markup=False)
+
+
+@dataclass
+class Measured:
+    """Held-out questions, greedy decoding: accuracy on all of them and on those with a carry, and one reply."""
+
+    accuracy: float
+    carry_accuracy: float
+    reply: str
 
 
 @dataclass
 class Result:
-    """Greedy accuracy on held-out questions (all, and those with a carry), before and after GRPO."""
-
-    before: dict[str, float] = field(default_factory=dict)
-    after: dict[str, float] = field(default_factory=dict)
-    reply_before: str = ""
-    reply_after: str = ""
-    question: str = ""
-    rewards: list[float] = field(default_factory=list)  # mean training reward at each log
-    warm_start_seconds: float = 0.0
-    grpo_seconds: float = 0.0
+    before: Measured
+    after: Measured
+    question: str
+    warm_start_seconds: float
+    grpo_seconds: float
 
     @property
     def gain(self) -> float:
         """Points of held-out greedy accuracy."""
-        return 100 * (self.after["all"] - self.before["all"])
+        return 100 * (self.after.accuracy - self.before.accuracy)
+
+
+class ShowCurve(TrainerCallback):
+    """One bar per log: how many of the sampled answers were right."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs and RIGHT in logs:
+            console.print(f"  step {state.global_step:3d}  {logs[RIGHT]:4.0%} right  {'█' * round(50 * logs[RIGHT])}")
 
 
 def parse_config(argv: list[str], default: Path = DEFAULT_CONFIG) -> GRPOConfig:
@@ -48,66 +64,57 @@ def parse_config(argv: list[str], default: Path = DEFAULT_CONFIG) -> GRPOConfig:
     return args
 
 
-def run(args: GRPOConfig) -> Result:
-    result = Result()
+def run(args: GRPOConfig, reward_funcs: Any = correct_answer, reward_processing_classes: Any = None) -> Result:
+    """Warm start, measure, GRPO, measure. `reward_funcs` must contain `correct_answer`, which measures."""
     train, held_out = splits()
     with_carry = [pair for pair in held_out if carry_of(*pair)]
     shown = with_carry[0]
-    result.question = f"What is {shown[0]} + {shown[1]}?"
 
+    console.print("Warm start: supervised, most examples forget the carry")
+    start = time.perf_counter()
     tokenizer = build_tokenizer()
     policy = build_policy(tokenizer, args.seed)
-    start = time.perf_counter()
     warm_start(policy, tokenizer, train, seed=args.seed, output_dir=f"{args.output_dir}/warm_start")
-    result.warm_start_seconds = time.perf_counter() - start
+    warm_start_seconds = time.perf_counter() - start
 
     trainer = GRPOTrainer(
         model=policy,
-        reward_funcs=correct_answer,
+        reward_funcs=reward_funcs,
         args=args,
         train_dataset=questions(train),
         eval_dataset={"all": questions(held_out), "carry": questions(with_carry)},
         processing_class=tokenizer,
+        reward_processing_classes=reward_processing_classes,
+        callbacks=[ShowCurve()],
     )
-    result.before, result.reply_before = accuracy(trainer), greedy_reply(policy, tokenizer, shown)
+    trainer.remove_callback(PrinterCallback)  # the bars instead of every metric
+
+    def measure() -> Measured:
+        metrics = trainer.evaluate()
+        reply = greedy_reply(policy, tokenizer, shown)
+        return Measured(metrics[f"eval_all_{RIGHT}"], metrics[f"eval_carry_{RIGHT}"], reply)
+
+    before = measure()
+    console.print(f"GRPO: answers sampled at temperature {args.temperature}")
     start = time.perf_counter()
     trainer.train()
-    result.grpo_seconds = time.perf_counter() - start
-    result.after, result.reply_after = accuracy(trainer), greedy_reply(policy, tokenizer, shown)
-    result.rewards = [log["reward"] for log in trainer.state.log_history if "reward" in log]
-    return result
-
-
-def accuracy(trainer: GRPOTrainer) -> dict[str, float]:
-    """The mean reward of greedy replies is their accuracy."""
-    metrics = trainer.evaluate()
-    return {name: metrics[f"eval_{name}_reward"] for name in ("all", "carry")}
-
-
-def sparkline(values: list[float]) -> str:
-    """Values between 0 and 1 as a row of bars."""
-    return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * value))] for value in values)
+    grpo_seconds = time.perf_counter() - start
+    return Result(before, measure(), "What is {} + {}?".format(*shown), warm_start_seconds, grpo_seconds)
 
 
 def report(result: Result, args: GRPOConfig) -> None:
-    table = Table(title=f"Held-out sums, greedy decoding (seed {args.seed})")
-    for column in ("", "before GRPO", "after GRPO"):
-        table.add_column(column, justify="right" if column else "left")
-    for name, label in (("all", "right answers"), ("carry", "... where there is a carry")):
-        table.add_row(label, f"{result.before[name]:.1%}", f"{result.after[name]:.1%}")
-    table.add_row(result.question, result.reply_before, result.reply_after)
-
-    console = Console()
+    before, after = result.before, result.after
+    table = Table("right answers", "before GRPO", "after GRPO", title=f"Held-out sums, greedy, seed {args.seed}")
+    table.add_row("all", f"{before.accuracy:.1%}", f"{after.accuracy:.1%}", style="bold")
+    table.add_row("with a carry", f"{before.carry_accuracy:.1%}", f"{after.carry_accuracy:.1%}")
     console.print(table)
-    console.print(f"Reward over {args.max_steps} steps: {sparkline(result.rewards)}", highlight=False)
-    console.print(f"  from {result.rewards[0]:.2f} to {result.rewards[-1]:.2f}, sampled at {args.temperature}")
-    console.print(f"Curves: {args.output_dir}/training_metrics.png")
-    console.print(f"Warm start {result.warm_start_seconds:.0f} s, GRPO {result.grpo_seconds:.0f} s.")
+    console.print(f"{result.question}\n  before: {before.reply}\n  after:  {after.reply}")
     console.print(
-        f"\n{result.gain:+.1f} points. What was learnt: not addition, which the warm start had taught, but to stop "
-        "forgetting the carry. The right digit already had a chance of about one in seven when sampling; the reward "
-        "for right answers made it the likely one."
+        f"\n{result.gain:+.1f} points. What was learnt: to stop forgetting the carry, a bad habit of the warm start. "
+        "Not addition: that was there, and the right digit was sampled now and then; the reward made it the usual one."
     )
+    console.print(f"\nWarm start {result.warm_start_seconds:.0f} s, GRPO {result.grpo_seconds:.0f} s.")
+    console.print(f"Curves: {args.output_dir}/training_metrics.png", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,8 @@ def warm_start(
         per_device_train_batch_size=128,
         learning_rate=3e-3,
         lr_scheduler_type="cosine",
+        warmup_steps=10,
+        adam_beta2=0.95,
         gradient_checkpointing=False,
         bf16=False,
         dataloader_pin_memory=False,

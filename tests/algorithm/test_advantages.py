@@ -124,6 +124,10 @@ def test_informative_groups():
     assert informative_groups(torch.tensor(5 * [0.1] + [0.2], dtype=torch.float64), 3).tolist() == [False, True]
 
 
+def test_missing_rewards_do_not_make_a_group_uninformative():
+    assert informative_groups(torch.tensor([1.0, NAN, 0, 0, 1.0, NAN, 1, 1]), 4).tolist() == [True, False]
+
+
 def test_one_different_completion_keeps_the_whole_group():
     rewards = torch.tensor([0.0] + 7 * [0.95])
     assert informative_groups(rewards, 8).tolist() == [True]

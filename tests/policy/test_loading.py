@@ -1,0 +1,114 @@
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from grpo_trl import GRPOConfig
+from grpo_trl.batch import Group, Prompt, RolloutBatch
+from grpo_trl.policy import load_policy, per_token_logps
+from grpo_trl.policy.loading import is_quantized, policy_device_map
+from tests.tiny import IM_END, PAD, tiny_model
+
+
+def lora(**options):
+    return LoraConfig(r=4, target_modules=["q_proj", "v_proj"], **options)
+
+
+@pytest.fixture
+def config(tmp_path):
+    def make(**options):
+        fixed = {"use_cpu": True, "bf16": False, "report_to": "none", "gradient_checkpointing": False}
+        return GRPOConfig(str(tmp_path / "out"), **(fixed | options))
+
+    return make
+
+
+def batch():
+    group = Group(Prompt([10, 11, 12], {}, draw=0), [[20, 21, IM_END], [30, 31]], [True, False])
+    return RolloutBatch.from_groups([group], pad_token_id=PAD)
+
+
+def test_path_is_loaded_on_one_device(config, model_dir):
+    args = config()
+    model = load_policy(model_dir, args)
+    assert args.device.type == "cpu"
+    assert policy_device_map(args) == {"": args.device}  # never "auto"
+    assert getattr(model, "hf_device_map", {"": args.device}) == {"": args.device}
+    assert {parameter.device for parameter in model.parameters()} == {args.device}
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    for name, weight in tiny_model("qwen3").state_dict().items():
+        assert torch.equal(model.state_dict()[name], weight)
+
+
+def test_instance_is_taken_as_it_is(config, qwen3):
+    weights = {name: weight.clone() for name, weight in qwen3.state_dict().items()}
+    assert load_policy(qwen3, config()) is qwen3
+    assert all(torch.equal(qwen3.state_dict()[name], weight) for name, weight in weights.items())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])
+def test_model_init_kwargs(config, model_dir, dtype):
+    model = load_policy(model_dir, config(model_init_kwargs={"dtype": dtype, "attn_implementation": "eager"}))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert model.config._attn_implementation == "eager"
+
+
+def test_model_init_kwargs_may_choose_the_devices(config, model_dir):
+    model = load_policy(model_dir, config(model_init_kwargs={"device_map": None}))
+    assert model.device.type == "cpu"
+
+
+def test_adapter_is_added_to_a_path_and_to_an_instance(config, model_dir, qwen3):
+    for source in (model_dir, qwen3):
+        model = load_policy(source, config(), peft_config=lora())
+        assert isinstance(model, PeftModel)
+        trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert len(trainable) == 2 * 2 * 2  # two layers, two projections, A and B
+        assert all("lora_" in name for name in trainable)
+
+
+def test_adapter_on_an_adapter_is_refused(config, qwen3):
+    with pytest.raises(ValueError, match=r"already has an adapter\. Leave peft_config out .* merge it first"):
+        load_policy(get_peft_model(qwen3, lora()), config(), peft_config=lora())
+
+
+def test_model_with_nothing_to_train_is_refused(config, qwen3, tmp_path):
+    get_peft_model(qwen3, lora()).save_pretrained(tmp_path / "adapter")
+    frozen = PeftModel.from_pretrained(tiny_model("qwen3"), tmp_path / "adapter")
+    with pytest.raises(ValueError, match="is_trainable=True"):
+        load_policy(frozen, config())
+
+
+def test_quantised_weights_are_recognised(qwen3):
+    assert not is_quantized(qwen3)
+    qwen3.is_loaded_in_4bit = True
+    assert is_quantized(get_peft_model(qwen3, lora()))
+
+
+def gradients(model):
+    model.train()
+    logps, _ = per_token_logps(model, batch())
+    logps.sum().backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("starts_with_adapter", [False, True], ids=["peft_config", "PeftModel"])
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_adapter_gets_gradients_through_checkpointing(config, use_reentrant, starts_with_adapter):
+    def policy(checkpointing):
+        torch.manual_seed(0)
+        model = tiny_model("qwen3")
+        adapter = lora(init_lora_weights=False)  # B is not 0, so that A has a gradient too
+        args = config(gradient_checkpointing=checkpointing)
+        if starts_with_adapter:
+            model = load_policy(get_peft_model(model, adapter), args)
+        else:
+            model = load_policy(model, args, peft_config=adapter)
+        if checkpointing:  # as transformers.Trainer does at the start of training
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+        return model
+
+    expected, actual = gradients(policy(False)), gradients(policy(True))
+    assert expected.keys() == actual.keys()
+    for name, gradient in expected.items():
+        assert gradient.abs().max() > 1e-4
+        torch.testing.assert_close(actual[name], gradient, rtol=1e-4, atol=1e-6)

@@ -1,0 +1,221 @@
+from functools import partial
+
+import pytest
+import torch
+from accelerate import Accelerator
+from peft import LoraConfig, PeftModel, get_peft_model
+from trl.trainer.utils import disable_dropout_in_model
+
+from grpo_trl import GRPOConfig
+from grpo_trl.batch import Group, Prompt, RolloutBatch
+from grpo_trl.policy import (
+    evaluation_mode,
+    freeze_adapter,
+    load_policy,
+    load_reference_model,
+    make_reference,
+    per_token_logps,
+)
+from grpo_trl.policy.reference import AdapterReference, FrozenReference
+from tests.tiny import IM_END, PAD, save, tiny_model, tiny_tokenizer
+
+CPU = {"": torch.device("cpu")}
+
+
+@pytest.fixture
+def config(tmp_path):
+    def make(**options):
+        fixed = {"use_cpu": True, "bf16": False, "report_to": "none", "gradient_checkpointing": False}
+        return GRPOConfig(str(tmp_path / "out"), **(fixed | options))
+
+    return make
+
+
+@pytest.fixture
+def batch():
+    groups = [
+        Group(Prompt([10, 11, 12], {}, draw=0), [[20, 21, IM_END], [30, 31, 32, 33]], [True, False]),
+        Group(Prompt([40], {}, draw=1), [[50, IM_END], [IM_END]], [True, True]),
+    ]
+    return RolloutBatch.from_groups(groups, pad_token_id=PAD)
+
+
+def logps(model, batch, temperature=1.0):
+    with torch.no_grad():
+        return per_token_logps(model, batch, temperature=temperature)[0] * batch.completion_mask
+
+
+def reference_logps(reference, batch, temperature=1.0):
+    result = reference.per_token_logps(batch, temperature)
+    assert not result.requires_grad and result.dtype == torch.float32
+    return result * batch.completion_mask
+
+
+def accelerator():
+    return Accelerator(cpu=True)
+
+
+def make(model, policy, adapter=None):
+    return make_reference(model, lambda: policy, accelerator(), adapter=adapter)
+
+
+def lora_model(trained: bool, **options):
+    """A tiny Qwen3 with an adapter: as initialised (no effect), or with weights as after some training."""
+    torch.manual_seed(3)
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=not trained, **options)
+    return get_peft_model(tiny_model("qwen3"), lora)
+
+
+def change(model, names=""):
+    """Moves the trainable weights, as an optimizer step does."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and names in name:
+                parameter.add_(torch.randn_like(parameter), alpha=0.3)
+
+
+# ---- A model of its own ----
+
+
+def test_copy_of_the_starting_policy_is_frozen(config, qwen3, batch):
+    qwen3.train()
+    start = logps(qwen3, batch)
+    model = load_reference_model(qwen3, None, config(), CPU)
+    reference = make(model, qwen3)
+    assert isinstance(reference, FrozenReference)
+    assert model is not qwen3
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert not any(module.training for module in model.modules())
+    assert torch.equal(reference_logps(reference, batch), start)  # KL is exactly 0 at step one
+    change(qwen3)
+    assert not torch.equal(logps(qwen3, batch), start)
+    assert torch.equal(reference_logps(reference, batch), start)
+    assert qwen3.training and all(parameter.requires_grad for parameter in qwen3.parameters())
+
+
+def test_reference_is_deterministic_when_the_policy_has_dropout(config, batch):
+    policy = tiny_model("qwen3", attention_dropout=0.5).train()
+    reference = make(load_reference_model(policy, None, config(), CPU), policy)
+    assert not torch.equal(logps(policy, batch), logps(policy, batch))
+    assert torch.equal(reference_logps(reference, batch), reference_logps(reference, batch))
+
+
+def test_policy_from_a_path_is_loaded_again(config, model_dir, batch):
+    args = config()
+    policy = load_policy(model_dir, args)
+    model = load_reference_model(policy, model_dir, args, CPU)
+    assert {parameter.device for parameter in model.parameters()} == {CPU[""]}
+    assert torch.equal(reference_logps(make(model, policy), batch), logps(policy, batch))
+    shared = {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in policy.parameters()}
+    assert not shared
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+def test_any_path_can_be_the_reference(config, tmp_path, batch, adapter):
+    other = tiny_model("qwen3", seed=5)
+    path = save(other, tiny_tokenizer(), tmp_path / "other")
+    policy = lora_model(trained=True) if adapter else tiny_model("qwen3")
+    model = load_reference_model(policy, None, config(ref_model_name_or_path=path), CPU)
+    assert torch.equal(reference_logps(make(model, policy), batch), logps(other, batch))
+
+
+def test_model_init_kwargs_reach_the_reference(config, model_dir):
+    args = config(model_init_kwargs={"dtype": "bfloat16"})
+    model = load_reference_model(load_policy(model_dir, args), model_dir, args, CPU)
+    assert model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+def test_no_reference_is_loaded_without_kl(config, model_dir, adapter):
+    policy = lora_model(trained=False) if adapter else tiny_model("qwen3")
+    assert load_reference_model(policy, model_dir, config(beta=0.0), CPU) is None
+    assert (load_reference_model(policy, model_dir, config(beta=0.1), CPU) is None) == adapter
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0])
+def test_temperature_reaches_the_reference(config, qwen3, batch, temperature):
+    frozen = make(load_reference_model(qwen3, None, config(), CPU), qwen3)
+    base = make(None, lora_model(trained=True))
+    for reference in (frozen, base):
+        assert torch.equal(reference_logps(reference, batch, temperature), logps(qwen3, batch, temperature))
+
+
+# ---- The policy itself, with another adapter or none ----
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_adapter_off_is_the_base_model(config, batch, trained):
+    policy = lora_model(trained)
+    base = logps(tiny_model("qwen3"), batch)
+    reference = make(load_reference_model(policy, "unused", config(), CPU), policy)
+    assert isinstance(reference, AdapterReference)
+    assert torch.equal(reference_logps(reference, batch), base)
+    assert torch.equal(logps(policy, batch), base) == (not trained)  # a new adapter starts at KL 0
+    change(policy)
+    assert torch.equal(reference_logps(reference, batch), base)
+    assert not torch.allclose(logps(policy, batch), base)
+
+
+@pytest.mark.parametrize("options", [{}, {"modules_to_save": ["lm_head"]}], ids=["lora", "lora and lm_head"])
+def test_trained_adapter_is_its_own_reference(batch, options):
+    policy = lora_model(trained=True, **options)
+    change(policy, "modules_to_save")
+    start = logps(policy, batch)
+    trainable = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
+    adapter = freeze_adapter(policy)
+    reference = make(None, policy, adapter)
+    assert torch.equal(reference_logps(reference, batch), start)  # KL is exactly 0 at step one
+    assert torch.equal(logps(policy, batch), start)
+    assert not torch.allclose(start, logps(tiny_model("qwen3"), batch))  # the base is another model
+
+    policy.train()
+    for _ in range(2):  # a rollout, an update, and the next
+        loss = per_token_logps(policy, batch)[0].sum() + reference.per_token_logps(batch, 1.0).sum()
+        loss.backward()
+        assert policy.active_adapter == "default"
+        assert {name for name, parameter in policy.named_parameters() if parameter.requires_grad} == trainable
+        with_gradient = {name for name, parameter in policy.named_parameters() if parameter.grad is not None}
+        assert with_gradient == trainable
+        change(policy)
+        assert torch.equal(reference_logps(reference, batch), start)
+        assert not torch.allclose(logps(policy, batch), start)
+
+
+def test_continued_adapter_from_disk(tmp_path, batch):
+    lora_model(trained=True).save_pretrained(tmp_path / "adapter")
+    policy = PeftModel.from_pretrained(tiny_model("qwen3"), tmp_path / "adapter", is_trainable=True)
+    start = logps(policy, batch)
+    assert torch.equal(start, logps(lora_model(trained=True), batch))
+    reference = make(None, policy, freeze_adapter(policy))
+    change(policy)
+    assert torch.equal(reference_logps(reference, batch), start)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_reference_leaves_modes_as_they_were(batch, trained):
+    policy = lora_model(trained, lora_dropout=0.5).train()
+    policy.lm_head.eval()
+    reference = make(None, policy, freeze_adapter(policy) if trained else None)
+    before = [module.training for module in policy.modules()]
+    assert torch.equal(reference_logps(reference, batch), reference_logps(reference, batch))
+    assert [module.training for module in policy.modules()] == before
+
+
+# ---- Dropout ----
+
+
+def test_dropout_turned_off_makes_the_first_ratio_one(config, batch):
+    def ratio(policy):
+        policy.train()
+        with evaluation_mode(policy):
+            old = logps(policy, batch)
+        return (logps(policy, batch) - old).exp()
+
+    lora = partial(LoraConfig, r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.1, init_lora_weights=False)
+    args = config()
+    with_dropout = load_policy(tiny_model("qwen3"), args, peft_config=lora())
+    assert (ratio(with_dropout) - 1).abs().max() > 1e-3
+    without = load_policy(tiny_model("qwen3"), args, peft_config=lora())
+    assert args.disable_dropout  # what GRPOTrainer asks before it does this:
+    disable_dropout_in_model(without)
+    assert torch.equal(ratio(without), torch.ones(4, 4))

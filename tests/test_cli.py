@@ -1,0 +1,367 @@
+import json
+import os
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import trl
+import yaml
+from datasets import Dataset
+from transformers import AutoModelForCausalLM
+from trl.trainer.model_config import ModelConfig
+
+from grpo_trl import cli
+from grpo_trl.algorithm import VARIANTS
+from grpo_trl.config import GOVERNED, REFUSED, GRPOConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+ENTRY = {"path": "train.jsonl", "type": "jsonl", "input": "question", "output": "answer"}
+RECIPE = {
+    "model_name_or_path": "some/model",
+    "train_datasets": [ENTRY],
+    "reward_funcs": ["accuracy"],
+    "learning_rate": 1e-5,
+    "report_to": "none",
+}
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes a recipe (RECIPE with changes; None removes a field) and returns the arguments that name it."""
+
+    def write_recipe(**changes):
+        path = tmp_path / "recipe.yaml"
+        recipe = {name: value for name, value in (RECIPE | changes).items() if value is not None}
+        path.write_text(yaml.safe_dump({"output_dir": str(tmp_path / "out")} | recipe))
+        return ["--config", str(path)]
+
+    return write_recipe
+
+
+# ---- parsing ----
+
+
+def test_yaml_gives_all_three_groups_of_fields(write):
+    script_args, args, model_args = cli.parse_recipe(write(num_generations=8, lora_r=4))
+    assert script_args.train_datasets == [ENTRY] and script_args.rewards == ["accuracy"]
+    assert (args.learning_rate, args.num_generations) == (1e-5, 8)
+    assert (model_args.model_name_or_path, model_args.lora_r) == ("some/model", 4)
+
+
+def test_command_line_wins_over_yaml(write):
+    argv = write(num_generations=8, plot_metrics=True)
+    argv += ["--learning_rate", "2e-6", "--num-generations=4", "--no_plot_metrics", "--dtype", "bfloat16"]
+    argv += ["--reward_funcs", "exact_match", "think_format", "--reward_weights", "1", "0.5"]
+    script_args, args, model_args = cli.parse_recipe(argv)
+    assert (args.learning_rate, args.num_generations, args.plot_metrics) == (2e-6, 4, False)
+    assert script_args.rewards == ["exact_match", "think_format"] and args.reward_weights == [1.0, 0.5]
+    assert model_args.dtype == "bfloat16"
+
+
+def test_config_flag_with_equals_sign(write):
+    _, path = write()
+    assert cli.parse_recipe([f"--config={path}"])[1].learning_rate == 1e-5
+
+
+def test_every_field_has_an_option():
+    options = set(cli.RecipeParser()._option_string_actions)
+    named = {f"--{f.name}" for cls in (cli.ScriptArguments, GRPOConfig, ModelConfig) for f in fields(cls) if f.init}
+    assert named <= options
+
+
+@pytest.mark.parametrize("device", ["cuda:1", "cpu"])
+def test_devices_from_the_command_line(write, device):
+    args = cli.parse_recipe([*write(), "--ref_device", device, "--reward_device", device])[1]
+    assert (args.ref_device, args.reward_device) == (device, device)
+
+
+@pytest.mark.parametrize(("given", "expected"), [("group", "group"), ("batch_relative", "batch_relative")])
+def test_scale_rewards_from_the_command_line(write, given, expected):
+    assert cli.parse_recipe([*write(), "--scale_rewards", given])[1].scale_rewards == expected
+
+
+def test_data_as_json_on_the_command_line(write):
+    other = ENTRY | {"path": "other.parquet", "type": "parquet", "split": "train[:64]"}
+    named = {"easy": [ENTRY], "hard": [other]}
+    argv = ["--train_datasets", json.dumps([other]), "--eval_datasets", json.dumps(named)]
+    script_args, *_ = cli.parse_recipe([*write(), *argv])
+    assert script_args.train_datasets == [other] and script_args.eval_datasets == named
+
+
+def test_data_that_is_not_json(write):
+    with pytest.raises(ValueError, match=r"--train_datasets takes JSON, e.g. .*; got 'train.jsonl'"):
+        cli.parse_recipe([*write(), "--train_datasets", "train.jsonl"])
+
+
+def test_reward_model_comes_first_and_one_name_is_a_list(write):
+    script_args, *_ = cli.parse_recipe(write(reward_funcs="accuracy", reward_model_name_or_path="some/rm"))
+    assert script_args.rewards == ["some/rm", "accuracy"]
+
+
+def test_resume_from_the_last_checkpoint(write):
+    assert cli.parse_recipe([*write(), "--resume_from_checkpoint", "true"])[1].resume_from_checkpoint is True
+    assert cli.parse_recipe([*write(), "--resume_from_checkpoint", "out/c-1"])[1].resume_from_checkpoint == "out/c-1"
+
+
+# ---- refusals ----
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_trl_option_names_its_remedy(write, name):
+    remedy = REFUSED[name][1]
+    plain = write()
+    for argv in ([*plain, f"--{name}", "unusual"], [*plain, f"--{name}=unusual"], write(**{name: "unusual"})):
+        with pytest.raises(ValueError) as error:
+            cli.parse_recipe(argv)
+        assert f"{name}='unusual'" in str(error.value) and remedy in str(error.value)
+
+
+def test_harmless_trl_options_are_dropped(write):
+    harmless = {"use_vllm": False, "vllm_mode": "colocate", "top_entropy_quantile": 1.0}
+    args = cli.parse_recipe(write(**harmless))[1]
+    assert not hasattr(args, "use_vllm")
+    argv = ["--use_vllm", "false", "--vllm_server_port=8000", "--router_aux_loss_coef", "none", "--max_steps", "3"]
+    assert cli.parse_recipe([*write(), *argv])[1].max_steps == 3
+
+
+def test_a_bare_refused_flag_means_true(write):
+    with pytest.raises(ValueError, match=r"use_vllm=True.*rollout_engine"):
+        cli.parse_recipe([*write(), "--use_vllm", "--max_steps", "3"])
+
+
+def test_misspelt_fields_name_the_closest_one_all_in_one_error(write):
+    with pytest.raises(ValueError) as error:
+        cli.parse_recipe([*write(num_generation=4), "--learning_rat", "1", "--zzzz"])
+    text = str(error.value)
+    assert "'num_generation' is no field; did you mean num_generations?" in text
+    assert "'learning_rat' is no field; did you mean learning_rate?" in text
+    assert "'zzzz' is no field; `grpo-trl train --help` lists the fields." in text
+
+
+def test_options_of_trls_script(write):
+    for name, remedy in cli.REFUSED_SCRIPT_OPTIONS.items():
+        with pytest.raises(ValueError) as error:
+            cli.parse_recipe(write(**{name: True}))
+        assert remedy in str(error.value)
+
+
+def test_trl_script_options_are_ours_or_refused():
+    ours = {f.name for f in fields(cli.ScriptArguments) if f.init}
+    theirs = {f.name for cls in (trl.ScriptArguments, trl.DatasetMixtureConfig) for f in fields(cls)}
+    assert theirs <= ours | set(cli.REFUSED_SCRIPT_OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_name_or_path": None}, "model_name_or_path is missing"),
+        ({"reward_funcs": None}, "no reward: set reward_funcs"),
+        ({"train_datasets": None}, "got neither"),
+        ({"dataset_name": "some/data"}, "got both"),
+        ({"eval_strategy": "epoch"}, "needs data: set eval_datasets"),
+        ({"train_datasets": [ENTRY | {"typ": "csv"}]}, "unknown key 'typ'"),
+        ({"eval_datasets": {"hard": [ENTRY | {"type": "xml"}]}}, r"eval_datasets\[hard\].*(?s:.)*unknown type 'xml'"),
+        ({"num_generations": "four"}, "num_generations.*invalid int value: 'four'"),
+        ({"num_generations": 3}, "num_generations=3 must divide the 8 completions"),
+        ({"dtype": "float8"}, "dtype='float8' is unknown; use one of auto, bfloat16"),
+    ],
+)
+def test_what_a_recipe_cannot_be(write, changes, message):
+    with pytest.raises(ValueError, match=message):
+        cli.parse_recipe(write(**changes))
+
+
+def test_several_problems_in_one_error(write):
+    with pytest.raises(ValueError) as error:
+        cli.parse_recipe(write(model_name_or_path=None, reward_funcs=None, train_datasets=None))
+    assert str(error.value).count("\n- ") == 3
+
+
+# ---- the command ----
+
+
+def test_usage_errors_end_with_code_2_and_the_message_alone(write, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["train", *write(learning_rat=1)])
+    assert exit_.value.code == 2
+    assert "did you mean learning_rate?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("argv", "message"), [([], "required: command"), (["tune"], "invalid choice: 'tune'")])
+def test_unknown_command(argv, message, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(argv)
+    assert exit_.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_positional_recipe_and_missing_file(write, tmp_path, capsys):
+    with pytest.raises(ValueError, match=r"a recipe is given as --config recipe\.yaml"):
+        cli.parse_recipe(["recipe.yaml"])
+    with pytest.raises(ValueError, match="--config needs the path"):
+        cli.parse_recipe(["--config"])
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--config", str(tmp_path / "none.yaml")])
+    assert "none.yaml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["train", "--help"]])
+def test_help(argv, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(argv)
+    out = capsys.readouterr().out
+    assert exit_.value.code == 0 and "train" in out
+    assert ("--num_generations" in out) is (argv[0] == "train")
+
+
+# ---- data ----
+
+
+def jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"path": str(path), "type": "jsonl", "input": "question", "output": "answer"}
+
+
+ROWS = [{"question": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(8)]
+
+
+def test_named_evaluation_sets_are_read_only_when_evaluated(write, tmp_path):
+    entry = jsonl(tmp_path / "rows.jsonl", ROWS)
+    named = {"first": [entry | {"split": "train[:2]"}], "rest": [entry | {"split": "train[2:]"}]}
+    argv = write(train_datasets=[entry], eval_datasets=named)
+    train_dataset, eval_dataset = cli.load_data(*cli.parse_recipe(argv)[:2])
+    assert len(train_dataset) == 8 and eval_dataset is None
+    _, eval_dataset = cli.load_data(*cli.parse_recipe([*argv, "--eval_strategy", "epoch"])[:2])
+    assert {name: len(rows) for name, rows in eval_dataset.items()} == {"first": 2, "rest": 6}
+    argv = write(train_datasets=[entry], eval_datasets=named["first"], eval_strategy="epoch")
+    assert len(cli.load_data(*cli.parse_recipe(argv)[:2])[1]) == 2
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_trls_dataset_name(write, tmp_path, streaming):
+    rows = [{"prompt": row["question"], "answer": row["answer"]} for row in ROWS]
+    for split in ("train", "test"):
+        Dataset.from_list(rows).to_parquet(tmp_path / "data" / f"{split}.parquet")
+    argv = write(train_datasets=None, dataset_name=str(tmp_path / "data"), eval_strategy="epoch", max_steps=1)
+    argv += ["--dataset_streaming", str(streaming)]
+    train_dataset, eval_dataset = cli.load_data(*cli.parse_recipe(argv)[:2])
+    assert [row["prompt"] for row in train_dataset] == [row["question"] for row in ROWS]
+    assert [row["answer"] for row in eval_dataset] == [row["answer"] for row in ROWS]
+    assert isinstance(train_dataset, Dataset) is not streaming
+
+
+def test_data_errors_come_before_the_model(write, tmp_path):
+    entry = jsonl(tmp_path / "rows.jsonl", [*ROWS, {"question": None, "answer": "1"}])
+    recipe = cli.parse_recipe(write(train_datasets=[entry], model_name_or_path="no/such-model"))
+    with pytest.raises(ValueError, match=r"rows\.jsonl, row 9, column 'question'"):
+        cli.make_trainer(*recipe)
+
+
+# ---- the whole way ----
+
+
+def test_script_trains_from_a_recipe_and_its_resolved_recipe_repeats_it(write, tmp_path, model_dir, reward_model_dir):
+    (tmp_path / "own_rewards.py").write_text(
+        "def brevity(completions, answer, **kwargs):\n    return [-len(text) / 100 for text in completions]\n"
+    )
+    argv = write(
+        model_name_or_path=model_dir,
+        train_datasets=[jsonl(tmp_path / "train.jsonl", ROWS)],
+        reward_model_name_or_path=reward_model_dir,
+        reward_funcs=["exact_match", "own_rewards.brevity"],
+        reward_weights=[1.0, 0.5, 0.25],
+        per_device_train_batch_size=8,
+        max_completion_length=8,
+        num_train_epochs=1,
+        num_iterations=2,
+        save_steps=4,
+        logging_steps=1,
+        gradient_checkpointing=False,
+        use_cpu=True,
+        model_init_kwargs={"use_cache": True},
+        **ENV,
+    )
+    out = tmp_path / "out"
+    run_script(argv, cwd=tmp_path)
+    state = json.loads((out / "checkpoint-8" / "trainer_state.json").read_text())
+    assert state["global_step"] == 8  # 8 prompts, 2 at a time, 2 passes
+    reward_names = {name.split("/")[1] for log in state["log_history"] for name in log if name.startswith("rewards/")}
+    assert reward_names >= {"exact_match", "brevity", Path(reward_model_dir).name}
+    assert (out / "training_metrics.png").stat().st_size > 0
+    assert (out / "epoch_1" / "train_script.py").read_text() == (ROOT / "recipes" / "grpo.py").read_text()
+    start, final = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (model_dir, out))
+    assert any(not start[name].equal(final[name]) for name in start)
+
+    resolved = str(out / "epoch_1" / "recipe.yaml")
+    script_args, args, model_args = cli.parse_recipe(["--config", resolved, "--dtype", "bfloat16"])
+    first = cli.parse_recipe(argv)
+    assert script_args == first[0]
+    assert args.objective == first[1].objective and args.num_iterations == 2
+    assert model_args.model_name_or_path == model_dir
+    # a later --dtype is not shadowed by the resolved arguments of from_pretrained
+    assert args.model_init_kwargs == {"use_cache": True}
+
+
+ENV = {"env": {"GRPO_TRL_TEST": "1"}}
+
+
+def run_script(argv, cwd):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "recipes" / "grpo.py"), *argv]
+    run = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr[-4000:]
+
+
+# ---- the documentation ----
+
+
+@pytest.fixture(scope="module")
+def document():
+    return (ROOT / "docs" / "configuration.md").read_text()
+
+
+def own_fields():
+    training = {f.name for f in fields(GRPOConfig.__mro__[1])}
+    return [f for f in fields(GRPOConfig) if f.name not in training or f.name in GRPOConfig.__annotations__]
+
+
+def test_documented_defaults_are_the_defaults(document):
+    rows = {
+        cells[0].strip("` "): cells[1].removesuffix("(variant) ").strip("` ")
+        for line in document.split("## What differs")[0].splitlines()
+        if line.startswith("| `") and (cells := line.strip("| ").split("|"))
+    }
+    assert rows
+    variant = VARIANTS["grpo"]
+    for field in own_fields():
+        default = getattr(variant, field.name) if field.name in GOVERNED else field.default
+        assert rows.get(field.name) == yaml_text(default), field.name
+    defaults = cli.ScriptArguments()
+    for field in fields(cli.ScriptArguments):
+        if field.init:
+            assert rows.get(field.name) == yaml_text(getattr(defaults, field.name)), field.name
+
+
+def yaml_text(value):
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def test_model_fields_are_documented(document):
+    assert [f.name for f in fields(ModelConfig) if f"`{f.name}`" not in document] == []
+
+
+def test_refused_options_and_remedies_are_documented(document):
+    plain = document.replace("\\|", "|")
+    for name, (_, remedy) in REFUSED.items():
+        assert any(f"`{name}`" in line and remedy in line for line in plain.splitlines()), name
+    for name in cli.REFUSED_SCRIPT_OPTIONS:
+        assert f"`{name}`" in document
+
+
+def test_every_default_that_differs_from_trl_is_in_the_table(document):
+    table = document.split("## What differs from TRL")[1].split("## TRL options")[0]
+    theirs = {f.name: f.default for f in fields(trl.GRPOConfig)}
+    differing = [f.name for f in own_fields() if f.name in theirs and f.default != theirs[f.name]]
+    assert "num_generations" in differing
+    assert [name for name in differing if f"`{name}`" not in table] == []

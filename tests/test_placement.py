@@ -1,0 +1,133 @@
+import copy
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from torch import nn
+from transformers import Trainer
+
+from grpo_trl import GRPOConfig
+from grpo_trl.placement import freeze, input_device, place, resolve_device_map
+from tests.tiny import tiny_model
+
+CPU = torch.device("cpu")
+
+
+def cuda(index):
+    return torch.device("cuda", index)
+
+
+@pytest.mark.parametrize(
+    ("device", "policy", "num_gpus", "num_local_ranks", "expected"),
+    [
+        # no GPU
+        ("auto", CPU, 0, 1, CPU),
+        (None, CPU, 0, 1, CPU),
+        ("auto", CPU, 0, 2, CPU),
+        ("cpu", CPU, 0, 1, CPU),
+        # one GPU: shared
+        ("auto", cuda(0), 1, 1, cuda(0)),
+        ("same", cuda(0), 1, 1, cuda(0)),
+        ("cpu", cuda(0), 1, 1, CPU),
+        ("cuda:0", cuda(0), 1, 1, cuda(0)),
+        # two GPUs: the seed's layout with one rank, shared with two
+        ("auto", cuda(0), 2, 1, cuda(1)),
+        (None, cuda(0), 2, 1, cuda(1)),
+        ("same", cuda(0), 2, 1, cuda(0)),
+        ("cuda:1", cuda(0), 2, 1, cuda(1)),
+        ("auto", cuda(0), 2, 2, cuda(0)),
+        ("auto", cuda(1), 2, 2, cuda(1)),
+        # four GPUs
+        ("auto", cuda(0), 4, 1, cuda(1)),
+        ("auto", cuda(0), 4, 2, cuda(2)),
+        ("auto", cuda(1), 4, 2, cuda(3)),  # each rank a spare one of its own
+        ("auto", cuda(2), 4, 3, cuda(3)),
+        ("auto", cuda(3), 4, 4, cuda(3)),
+        ("cuda:3", cuda(0), 4, 2, cuda(3)),
+        # a policy that was put on the CPU by choice keeps its frozen models there
+        ("auto", CPU, 2, 1, CPU),
+        ("same", CPU, 2, 1, CPU),
+    ],
+)
+def test_table(device, policy, num_gpus, num_local_ranks, expected):
+    resolved = resolve_device_map(device, policy, num_gpus=num_gpus, num_local_ranks=num_local_ranks)
+    assert resolved == {"": expected}
+
+
+def test_index_may_be_left_out():
+    assert resolve_device_map("cuda", cuda(0), num_gpus=1) == {"": torch.device("cuda")}
+    assert resolve_device_map("auto", torch.device("cuda"), num_gpus=2) == {"": cuda(1)}
+
+
+def test_accelerate_map_is_taken_as_it_is():
+    device_map = {"model.embed_tokens": 0, "model.layers": 1, "model.norm": 1, "lm_head": "cpu"}
+    assert resolve_device_map(device_map, cuda(0), num_gpus=2) is device_map
+
+
+@pytest.mark.parametrize(
+    ("device", "num_gpus", "message"),
+    [
+        ("cuda:1", 1, r"'cuda:1' does not exist: 1 GPU\(s\) are visible .* Use auto"),
+        ("cuda:0", 0, r"'cuda:0' does not exist: 0 GPU\(s\) are visible"),
+        ("cuda", 0, r"'cuda' does not exist"),
+        ("spare", 2, r"'spare' is unknown; use auto, same, cpu, cuda:N or an accelerate map"),
+        ("", 2, r"'' is unknown"),
+    ],
+)
+def test_devices_that_do_not_exist(device, num_gpus, message):
+    with pytest.raises(ValueError, match=message):
+        resolve_device_map(device, CPU if num_gpus == 0 else cuda(0), num_gpus=num_gpus)
+
+
+def test_place_on_one_device_adds_no_hooks(qwen3):
+    ids = torch.tensor([[10, 11, 12]])
+    expected = qwen3(ids).logits
+    placed = place(qwen3, {"": CPU})
+    assert placed is qwen3
+    assert not any(hasattr(module, "_hf_hook") for module in placed.modules())
+    assert input_device(placed) == CPU
+    assert torch.equal(placed(ids).logits, expected)
+
+
+def test_place_takes_an_accelerate_map(qwen3):
+    ids = torch.tensor([[10, 11, 12]])
+    expected = qwen3(ids).logits
+    placed = place(copy.deepcopy(qwen3), {"model": "cpu", "lm_head": "cpu"})
+    assert {parameter.device for parameter in placed.parameters()} == {CPU}
+    assert placed.hf_device_map == {"model": "cpu", "lm_head": "cpu"}
+    assert torch.equal(placed(ids).logits, expected)
+
+
+@pytest.mark.parametrize("part", ["embed_tokens", "layers", None])
+def test_input_device_of_offloaded_weights(qwen3, part):
+    ids = torch.tensor([[10, 11, 12]])
+    expected = qwen3(ids).logits
+    offloaded = qwen3 if part is None else getattr(qwen3.model, part)
+    cpu_offload(offloaded, execution_device=CPU)
+    assert {parameter.device.type for parameter in offloaded.parameters()} == {"meta"}
+    assert input_device(qwen3) == CPU
+    assert torch.equal(qwen3(ids.to(input_device(qwen3))).logits, expected)
+
+
+def test_freeze(qwen3):
+    frozen = freeze(qwen3.train())
+    assert frozen is qwen3
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+    assert not any(module.training for module in frozen.modules())
+
+
+def test_two_visible_gpus_do_not_double_the_batch(tmp_path):
+    # what transformers finds in a process with two visible GPUs and no launcher
+    args = GRPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none", per_device_train_batch_size=8)
+    args._n_gpu = 2
+    assert args.n_gpu == 1
+    assert args.train_batch_size == 8
+    assert args.eval_batch_size == args.per_device_eval_batch_size
+
+
+def test_trainer_does_not_split_the_policy_over_two_visible_gpus(tmp_path):
+    args = GRPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none", per_device_train_batch_size=8)
+    args._n_gpu = 2
+    trainer = Trainer(tiny_model("qwen3"), args)
+    assert trainer._train_batch_size == 8
+    assert not isinstance(trainer._wrap_model(trainer.model), nn.DataParallel)

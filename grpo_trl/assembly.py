@@ -20,6 +20,17 @@ from .rollouts import EVAL_STREAM, SamplingParams, check_engine
 
 logger = logging.getLogger(__name__)
 
+# each completion is one sample, ended by the EOS tokens of model and tokenizer
+UNUSABLE_GENERATION_KWARGS = (
+    "num_beams",
+    "num_return_sequences",
+    "do_sample",
+    "max_length",
+    "eos_token_id",
+    "pad_token_id",
+    "return_dict_in_generate",
+)
+
 
 def problems(
     args: GRPOConfig, reward_funcs: list[Any], train_dataset: Any, eval_dataset: Any, refused: dict[str, Any]
@@ -83,7 +94,7 @@ def train_sampling(args: GRPOConfig, policy: Any, tokenizer: Any) -> SamplingPar
     options = mapping(args.generation_kwargs)
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
     sampling = {name: options.pop(name, getattr(args, name)) for name in names}
-    unusable = [name for name in ("num_beams", "num_return_sequences", "do_sample", "max_length") if name in options]
+    unusable = [name for name in UNUSABLE_GENERATION_KWARGS if name in options]
     if unusable:
         raise ValueError(
             f"generation_kwargs {', '.join(unusable)} cannot be used: each completion is one sample. Use "

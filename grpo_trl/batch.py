@@ -43,6 +43,18 @@ class Group:
     completions: list[Any] = field(default_factory=list)
     rewards_per_func: Tensor | None = None
 
+    def __post_init__(self):
+        lengths = [len(ids) for ids in self.completion_ids]
+        if len(self.terminated) != len(lengths):
+            raise ValueError(f"Group: {len(self.terminated)} `terminated` flags for {len(lengths)} completions.")
+        for name in ("sampling_per_token_logps", "loss_masks"):
+            rows = getattr(self, name)
+            if rows is not None and [len(row) for row in rows] != lengths:
+                raise ValueError(
+                    f"Group.{name} must have one value per token: got rows of {[len(row) for row in rows]} for "
+                    f"completions of {lengths} tokens."
+                )
+
     def __len__(self) -> int:
         return len(self.completion_ids)
 

@@ -220,7 +220,10 @@ class GRPOConfig(TrainingArguments):
     def __post_init__(self):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        if self.load_best_model_at_end and self.metric_for_best_model is None:
+        judged = self.load_best_model_at_end or self.save_strategy == "best"
+        if self.metric_for_best_model is None and (
+            judged or self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
+        ):
             self.metric_for_best_model = "reward"  # transformers would look for eval_loss, which there is not
         super().__post_init__()
         problems = self._resolve_objective() + self._resolve_batches() + self._check_values()

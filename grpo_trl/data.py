@@ -8,8 +8,8 @@ from typing import Any, cast
 
 from datasets import Dataset, Json, LargeList, List, Value, concatenate_datasets, interleave_datasets
 
-from grpo_trl.data_forms import LOADERS, DatasetEntry, json_texts, place
-from grpo_trl.prompts import column_batches, prompt_problem, row_problems
+from .data_forms import LOADERS, DatasetEntry, json_texts, place
+from .prompts import column_batches, prompt_problem, row_problems
 
 logger = logging.getLogger(__name__)
 

@@ -265,7 +265,9 @@ class GRPOTrainer(Trainer):
             leave=False,
             disable=self.args.disable_tqdm or not self.is_world_process_zero(),
         )
-        by_draw = {group.prompt.draw: group for group in bar}
+        # PeftModel.generate does not pass through the forward that accelerate wraps in autocast
+        with self.accelerator.autocast():
+            by_draw = {group.prompt.draw: group for group in bar}
         missing = [prompt.draw for prompt in prompts if prompt.draw not in by_draw]
         wrong = [draw for draw, group in by_draw.items() if len(group) != size]
         if missing or wrong or len(by_draw) != len(prompts):
@@ -325,7 +327,7 @@ class GRPOTrainer(Trainer):
         result = torch.zeros_like(batch.completion_ids, dtype=torch.float32)
         for start in range(0, len(batch), size):
             rows = slice(start, start + size)
-            with self.compute_loss_context_manager():
+            with self.accelerator.autocast():  # as in the update, so that the first ratio and KL are exact
                 logps = score(batch.rows(rows))
             result[rows, : logps.shape[1]] = logps.float()
         return result

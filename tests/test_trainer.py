@@ -10,7 +10,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from grpo_trl import GRPOConfig, GRPOTrainer
+from grpo_trl import Group, GRPOConfig, GRPOTrainer, Prompt
 from tests.tiny import save, tiny_model, tiny_reward_model, tiny_tokenizer
 
 PROMPTS = [f"question {i}" * (1 + i % 3) for i in range(8)]
@@ -93,6 +93,25 @@ def test_dropout_in_an_adapter_leaves_the_first_ratio_at_one(tmp_path):
     run.train()
     assert logged(run, "importance_ratio/token")[0] == pytest.approx(1, abs=1e-6)
     assert logged(run, "kl")[0] == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("peft", [False, True])
+def test_bf16_samples_with_what_it_trains(tmp_path, peft):
+    run = trainer(tmp_path, bf16=True, max_steps=2, num_iterations=1, peft=adapter(0) if peft else None)
+    run.train()
+    # later steps differ by bf16 rounding between decoding and the full forward; the first, of tiny weights, does not
+    assert logged(run, "sampling/logp_gap")[0] < 1e-5 and logged(run, "kl")[0] == 0.0
+
+
+def test_a_group_with_masks_of_another_length_is_refused():
+    prompt = Prompt([1, 2], {"prompt": "a"}, 0)
+    with pytest.raises(ValueError, match=r"loss_masks must have one value per token: got rows of \[1, 1\]"):
+        Group(prompt, [[3, 4], [5]], [True, True], loss_masks=[[1], [1]])
+
+
+def test_generation_kwargs_that_cannot_work_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="num_beams, eos_token_id cannot be used"):
+        trainer(tmp_path, generation_kwargs={"num_beams": 2, "eos_token_id": 3})
 
 
 @pytest.mark.parametrize("options", [{"gradient_checkpointing": True}, {"bf16": True}, {"variant": "deepseekmath"}])

@@ -25,7 +25,7 @@ from typing import Any
 START_TIMEOUT = 300.0  # seconds to import the function's module; not part of a call's time-out
 RECORDED = ("log_extra", "log_metric")  # callbacks of the parent: calls are recorded in the child and replayed
 _BOOT = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[2]); from .isolation import serve; serve(int(sys.argv[1]))"
+    f"import json, sys; sys.path[:] = json.loads(sys.argv[2]); from {__name__} import serve; serve(int(sys.argv[1]))"
 )
 
 
@@ -100,7 +100,7 @@ class IsolatedFunction:
             self._kill()
             raise RuntimeError(
                 f"Reward function {self.name!r} could not be loaded in its own process: {type(error).__name__}: "
-                f"{error}. It must be importable from a module on sys.path; or unset reward_timeout."
+                f"{error} It must be importable from a module on sys.path; or unset reward_timeout."
             ) from error
 
     def _exchange(self, request: bytes, timeout: float) -> tuple[Any, list]:

@@ -43,7 +43,8 @@ class SamplingParams:
     def truncates(self) -> bool:
         """Whether the sampler's distribution is not the policy's: the importance ratio then leaves out the kept mass
         (huggingface/trl#6789)."""
-        return self.top_p < 1 or self.top_k > 0 or bool(self.min_p) or self.repetition_penalty != 1
+        others = self.generation_kwargs.keys() - {"use_cache", "cache_implementation"}  # min_new_tokens and the like
+        return self.top_p < 1 or self.top_k > 0 or bool(self.min_p) or self.repetition_penalty != 1 or bool(others)
 
 
 def row_keys(seed: int, stream: int, draws: Sequence[int], rows: Sequence[int]) -> Tensor:

@@ -163,6 +163,8 @@ def test_trained_adapter_is_its_own_reference(batch, options):
     start = logps(policy, batch)
     trainable = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
     adapter = freeze_adapter(policy)
+    # before the optimizer is made, which takes what is trainable
+    assert {name for name, parameter in policy.named_parameters() if parameter.requires_grad} == trainable
     reference = make(None, policy, adapter)
     assert torch.equal(reference_logps(reference, batch), start)  # KL is exactly 0 at step one
     assert torch.equal(logps(policy, batch), start)

@@ -37,6 +37,12 @@ def load_policy(
             "The model has no trainable parameter. Load its adapter with "
             "`PeftModel.from_pretrained(..., is_trainable=True)`, or pass peft_config."
         )
+    if is_quantized(model) and args.device.type == "cpu":
+        # bitsandbytes 0.50 repacks 4-bit weights at the first forward in eval mode, for a kernel without backward
+        raise ValueError(
+            "A policy with quantised weights cannot be trained on the CPU: its gradients would be zero after the "
+            "first rollout. Leave quantization_config (load_in_4bit, load_in_8bit) out, or train on a GPU."
+        )
     if isinstance(model, PeftModel) and args.gradient_checkpointing:
         # a frozen embedding gives inputs without gradients, and checkpointing would cut the graph there
         model.enable_input_require_grads()

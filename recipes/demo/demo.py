@@ -60,7 +60,7 @@ class ShowCurve(TrainerCallback):
 
 def parse_config(argv: list[str], default: Path = DEFAULT_CONFIG) -> GRPOConfig:
     argv = argv if "--config" in argv else ["--config", str(default), *argv]
-    (args,) = TrlParser((GRPOConfig,)).parse_args_and_config(argv)
+    (args,) = TrlParser(GRPOConfig).parse_args_and_config(argv)  # pyright: ignore[reportArgumentType]
     return args
 
 

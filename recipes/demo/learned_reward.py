@@ -20,30 +20,35 @@ from grpo_trl import GRPOConfig
 DEFAULT_CONFIG = Path(__file__).with_name("learned_reward.yaml")
 
 
+# The architecture of reward-model-deberta-v3-large-v2 with 0.1M parameters and, like it, one label.
+SMALL_DEBERTA = {
+    "hidden_size": 64,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "relative_attention": True,
+    "position_buckets": 32,
+    "pos_att_type": ["p2c", "c2p"],
+    "share_att_key": True,
+    "norm_rel_ebd": "layer_norm",
+    "position_biased_input": False,
+    "type_vocab_size": 0,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+    "num_labels": 1,
+}
+
+
 def build_reward_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> DebertaV2ForSequenceClassification:
-    """DeBERTa-v2's architecture (the one of reward-model-deberta-v3-large-v2) with 0.1M parameters and one label."""
+    """Randomly initialised."""
     set_seed(seed)
-    return DebertaV2ForSequenceClassification(
-        DebertaV2Config(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=256,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=64,
-            relative_attention=True,
-            position_buckets=32,
-            pos_att_type=["p2c", "c2p"],
-            share_att_key=True,
-            norm_rel_ebd="layer_norm",
-            position_biased_input=False,
-            type_vocab_size=0,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-            pad_token_id=tokenizer.pad_token_id,
-            num_labels=1,
-        )
+    config = DebertaV2Config(
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,  # pyright: ignore[reportArgumentType]
+        **SMALL_DEBERTA,
     )
+    return DebertaV2ForSequenceClassification(config)
 
 
 def train_reward_model(

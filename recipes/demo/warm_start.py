@@ -1,5 +1,7 @@
 """The demo's policy: a tiny Qwen3, taught on the spot to add two numbers and, mostly, to forget the carry."""
 
+from typing import Any
+
 import torch
 from arithmetic import Pair, demonstrations, question
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, set_seed
@@ -23,8 +25,8 @@ def build_policy(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausa
             head_dim=32,
             max_position_embeddings=128,
             tie_word_embeddings=True,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,  # pyright: ignore[reportArgumentType]
+            eos_token_id=tokenizer.eos_token_id,  # pyright: ignore[reportArgumentType]
             bos_token_id=None,
         )
     )
@@ -56,7 +58,7 @@ def warm_start(
 
 
 @torch.no_grad()
-def greedy_reply(policy: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, pair: Pair) -> str:
+def greedy_reply(policy: Any, tokenizer: Any, pair: Pair) -> str:
     """What the policy says to one question, to show to a reader."""
     inputs = tokenizer.apply_chat_template(
         question(*pair), add_generation_prompt=True, return_tensors="pt", return_dict=True

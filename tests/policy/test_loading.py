@@ -1,12 +1,13 @@
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from grpo_trl import GRPOConfig
 from grpo_trl.batch import Group, Prompt, RolloutBatch
 from grpo_trl.policy import load_policy, per_token_logps
-from grpo_trl.policy.loading import is_quantized, policy_device_map
-from tests.tiny import IM_END, PAD, tiny_model
+from grpo_trl.policy.loading import _add_adapter, is_quantized, policy_device_map
+from tests.tiny import IM_END, PAD, save, tiny_model, tiny_tokenizer
 
 
 def lora(**options):
@@ -112,3 +113,28 @@ def test_adapter_gets_gradients_through_checkpointing(config, use_reentrant, sta
     for name, gradient in expected.items():
         assert gradient.abs().max() > 1e-4
         torch.testing.assert_close(actual[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.fixture
+def quantized_path(tmp_path):
+    sizes = {"hidden_size": 128, "head_dim": 64, "intermediate_size": 128}  # blocks of 64 weights
+    return save(tiny_model("qwen3", **sizes), tiny_tokenizer(), tmp_path / "model")
+
+
+def test_a_quantised_policy_on_the_cpu_is_refused(config, quantized_path):
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    with pytest.raises(ValueError, match="cannot be trained on the CPU"):
+        load_policy(quantized_path, config(), quantization_config=quantization, peft_config=lora())
+
+
+def test_adapters_on_a_quantised_base_are_bf16_and_learn(config, quantized_path):
+    """QLoRA: the base stays in 4 bit, the adapters get gradients (one pass, before any in evaluation mode)."""
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="bfloat16")
+    base = AutoModelForCausalLM.from_pretrained(quantized_path, quantization_config=quantization)
+    model = _add_adapter(base, config(), lora()).train()
+    assert is_quantized(model)
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable and all("lora" in name and p.dtype == torch.bfloat16 for name, p in trainable.items())
+    with torch.autocast("cpu", torch.bfloat16):
+        per_token_logps(model, batch())[0].sum().backward()
+    assert all(p.grad is not None and (p.grad.norm() > 0) == ("lora_B" in name) for name, p in trainable.items())

@@ -58,7 +58,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add, numbers = parser.add_argument, lambda text: [int(number) for number in text.split(",")]
     add("--sides", type=lambda text: text.split(","), default=list(SIDES), help="comma-separated, in turn")
     add("--mu", type=numbers, default=[1, 4], help="num_iterations, comma-separated")
-    add("--repeats", type=int, default=2, help="measurements per side and mu, each with a seed of its own")
+    add("--repeats", type=int, default=1, help="measurements per side and mu, each with a seed of its own")
     add("--steps", type=int, default=1, help="timed rounds (a rollout and its mu updates), after one to warm up")
     add("--device", choices=["cpu", "cuda"], default="cpu")
     add("--dtype", default="float32", help="of policy and reference")
@@ -102,12 +102,20 @@ def build_tokenizer(load: argparse.Namespace) -> PreTrainedTokenizerFast:
 def save_model(load: argparse.Namespace, folder: str) -> None:
     """A Qwen3 with random weights, and the tokenizer. Both sides load policy and reference from here."""
     heads = 2 * max(1, load.hidden // 128)
-    sizes = {"vocab_size": load.vocab, "hidden_size": load.hidden, "intermediate_size": 3 * load.hidden}
-    attention = {"num_attention_heads": heads, "num_key_value_heads": heads // 2, "head_dim": 64}
-    torch.manual_seed(0)
-    model = Qwen3ForCausalLM(
-        Qwen3Config(**sizes, **attention, num_hidden_layers=load.layers, tie_word_embeddings=True, pad_token_id=PAD)
+    config = Qwen3Config(
+        vocab_size=load.vocab,
+        hidden_size=load.hidden,
+        intermediate_size=3 * load.hidden,
+        num_hidden_layers=load.layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 2,
+        head_dim=64,
+        tie_word_embeddings=True,
+        pad_token_id=PAD,
+        eos_token_id=EOS,
     )
+    torch.manual_seed(0)
+    model: Any = Qwen3ForCausalLM(config)
     model.generation_config.eos_token_id = eos_ids(load)
     model.save_pretrained(folder)
     build_tokenizer(load).save_pretrained(folder)
@@ -164,7 +172,7 @@ class Clock(TrainerCallback):
             "rollout_seconds": rollout,
             "rest_seconds": seconds - rollout,
             "mean_completion_length": mean(lengths),
-            "share_at_max_length": mean(length == load.max_completion_length for length in lengths),
+            "share_at_max_length": mean(float(length == load.max_completion_length) for length in lengths),
         }
 
 
@@ -198,13 +206,10 @@ def measure(load: argparse.Namespace, folder: str, mu: int, seed: int, side: str
         trainer.remove_callback(PrinterCallback)
         clock.time_rollouts(trainer, SIDES[side])
         trainer.train()
-    cuda = load.device == "cuda"
-    peak = (
-        torch.cuda.max_memory_allocated() / 2**20
-        if cuda
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    )
-    name = torch.cuda.get_device_name() if cuda else platform.machine()
+    if load.device == "cuda":
+        peak, name = torch.cuda.max_memory_allocated() / 2**20, torch.cuda.get_device_name()
+    else:
+        peak, name = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, platform.machine()
     figures = clock.figures(load) | {"peak_memory_mib": peak}
     return {"side": side, "mu": mu, "seed": seed, "device_name": name} | figures
 
@@ -255,8 +260,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, pool:
         save_model(load, folder)
         for mu, seed, side in runs:
+            # a process of its own, which is what max_tasks_per_child=1 gives
             measurements.append(pool.submit(measure, load, folder, mu, seed, side).result())
-            figures = {k: round(v, 2) for k, v in measurements[-1].items() if isinstance(v, float)}
+            figures = {name: round(value, 2) for name, value in measurements[-1].items() if isinstance(value, float)}
             print(f"{len(measurements)}/{len(runs)} {side}, mu {mu}: {figures}", file=sys.stderr, flush=True)
     result = report(load, measurements)
     load.output.parent.mkdir(parents=True, exist_ok=True)

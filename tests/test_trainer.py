@@ -172,7 +172,8 @@ def test_rewards_get_trls_arguments(tmp_path, call):
         assert [dict(zip(PROMPTS, "abcd", strict=False))[p] for p in prompts] == answer
         assert step == 0 and len(set(level)) == len(prompts) // 4
     assert logged(run, "calls") == [1.0]
-    assert "shout" in run.completions_log[0]
+    table = Dataset.from_parquet(str(next((tmp_path / "completions").glob("*.parquet"))))
+    assert table["shout"] == [text.upper() for text in table["completion"]] and len(table) == 8
 
 
 # ---- Models ----

@@ -55,5 +55,6 @@ def test_two_ranks_train_what_one_rank_trains(tmp_path, options):
     for first, second in zip(one["log"], two["log"], strict=True):
         assert first.keys() == second.keys()
         for name, value in first.items():
-            if "runtime" not in name and "per_second" not in name:
+            # times differ, and total_flos counts padding, which depends on the rows of a micro-batch
+            if not any(part in name for part in ("runtime", "per_second", "total_flos")):
                 assert second[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name

@@ -32,7 +32,7 @@ COMMAND_SCRIPT = '''"""This run was started by `grpo-trl train`; this file start
 import sys
 from pathlib import Path
 
-from ..cli import main
+from grpo_trl.cli import main
 
 if __name__ == "__main__":
     main(["train", "--config", str(Path(__file__).with_name("recipe.yaml")), *sys.argv[1:]])

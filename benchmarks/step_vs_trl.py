@@ -161,7 +161,7 @@ class Clock(TrainerCallback):
         counts = {len(self.marks) - 1, len(self.rollouts), len(self.lengths)}
         if counts != {load.steps + 1}:
             raise RuntimeError(
-                f"{load.steps + 1} rounds were asked for; counted were {counts}: SIDES needs an update."
+                f"expected {load.steps + 1} rounds, rollouts and reward calls, counted {counts}; fix SIDES."
             )
         seconds = (self.marks[-1] - self.marks[1]) / load.steps
         rollout = mean(self.rollouts[1:])

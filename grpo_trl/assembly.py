@@ -1,12 +1,13 @@
 """What the trainer is put together from: checked arguments, tokenizer, sampling parameters, devices, callbacks."""
 
-import logging
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
 from trl.trainer.utils import get_config_model_id
@@ -14,49 +15,72 @@ from trl.trainer.utils import get_config_model_id
 from .callbacks import EpochExportCallback, LossNoteCallback, MetricsPlotCallback, SyncReferenceCallback
 from .config import GRPOConfig, mapping
 from .placement import DeviceMap, resolve_device_map
-from .prompts import check_prompt_dataset
+from .prompts import check_prompt_dataset, encode_prompt
 from .rewards import check_rewards
+from .rewards.scoring import RESERVED
 from .rollouts import EVAL_STREAM, SamplingParams, check_engine
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)  # of accelerate: speaks on the main process only
 
-# each completion is one sample, ended by the EOS tokens of model and tokenizer
-UNUSABLE_GENERATION_KWARGS = (
-    "num_beams",
-    "num_return_sequences",
-    "do_sample",
-    "max_length",
-    "eos_token_id",
-    "pad_token_id",
-    "return_dict_in_generate",
-)
+
+def named_datasets(train_dataset: Any, eval_dataset: Any) -> dict[str, Any]:
+    """Every dataset under the name that messages use for it."""
+    datasets = {"train_dataset": train_dataset}
+    if isinstance(eval_dataset, dict):
+        datasets |= {f"eval_dataset {name!r}": dataset for name, dataset in eval_dataset.items()}
+    elif eval_dataset is not None:
+        datasets["eval_dataset"] = eval_dataset
+    return datasets
 
 
 def problems(
-    args: GRPOConfig, reward_funcs: list[Any], train_dataset: Any, eval_dataset: Any, refused: dict[str, Any]
+    args: GRPOConfig,
+    rewards: list[Any],
+    reward_processing_classes: Any,
+    datasets: dict[str, Any],
+    with_adapter: bool,
+    refused: dict[str, Any],
 ) -> list[str]:
-    """Everything that can be known to be wrong before a model is loaded."""
+    """Everything that can be known to be wrong without a tokenizer or a model."""
     found = [
         f"{name} is a TRL argument that is not available here; override GRPOTrainer.rollout (see docs/rollouts.md)."
         for name, value in refused.items()
         if value is not None
     ]
-    eval_datasets = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset} if eval_dataset else {}
-    checks: list[Callable[[], Any]] = [
-        lambda: check_engine(args.rollout_engine),
-        lambda: check_rewards(reward_funcs, args),
-        lambda: check_prompt_dataset(train_dataset, where="train_dataset"),
-    ]
-    for name, dataset in eval_datasets.items():
-        checks.append(
-            lambda name=name, dataset=dataset: check_prompt_dataset(dataset, where=f"eval_dataset {name}".strip())
+    if args.sync_ref_model and with_adapter:
+        found.append(
+            "sync_ref_model=True needs a reference model of its own, but a policy with an adapter is its own "
+            "reference; set sync_ref_model=False, or train all weights."
         )
+    found += _errors_of(
+        partial(check_engine, args.rollout_engine),
+        partial(check_rewards, rewards, reward_processing_classes, args),
+        *(partial(check_prompt_dataset, dataset, where=name) for name, dataset in datasets.items()),
+    )
+    return found
+
+
+def prompt_problems(datasets: dict[str, Any], tokenizer: Any, chat_options: dict[str, Any]) -> list[str]:
+    """What is wrong with the first row of each dataset once it meets the tokenizer: no chat template, say, or a column
+    whose name is that of an argument of every reward."""
+    found = []
+    for name, dataset in datasets.items():
+        first = next(iter(dataset))
+        found += [f"{name}: {error}" for error in _errors_of(partial(encode_prompt, first, tokenizer, **chat_options))]
+        taken = sorted(set(RESERVED) & set(first))
+        if taken:
+            found.append(f"{name} has columns {', '.join(taken)}, which rewards get as arguments; rename them.")
+    return found
+
+
+def _errors_of(*checks: Callable[[], Any]) -> list[str]:
+    errors = []
     for check in checks:
         try:
             check()
-        except (ValueError, TypeError) as error:
-            found.append(str(error))
-    return found
+        except (ValueError, TypeError, OSError) as error:
+            errors.append(str(error))
+    return errors
 
 
 def load_tokenizer(
@@ -75,6 +99,8 @@ def load_tokenizer(
             f"processing_class must be a tokenizer (PreTrainedTokenizerBase), got {type(processing_class).__name__}; "
             "multimodal processors are not supported, pass processor.tokenizer."
         )
+    if processing_class.pad_token is None and processing_class.eos_token is None:
+        raise ValueError("The tokenizer has neither a pad nor an EOS token; set tokenizer.pad_token to one it has.")
     if processing_class.pad_token is None:
         processing_class.pad_token = processing_class.eos_token
     return processing_class
@@ -91,29 +117,24 @@ def train_sampling(args: GRPOConfig, policy: Any, tokenizer: Any) -> SamplingPar
             "Neither the tokenizer nor the model's generation config has an EOS token, so no completion could end; "
             "set tokenizer.eos_token."
         )
-    options = mapping(args.generation_kwargs)
-    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-    sampling = {name: options.pop(name, getattr(args, name)) for name in names}
-    unusable = [name for name in UNUSABLE_GENERATION_KWARGS if name in options]
-    if unusable:
-        raise ValueError(
-            f"generation_kwargs {', '.join(unusable)} cannot be used: each completion is one sample. Use "
-            "num_generations, max_completion_length and temperature instead."
-        )
     params = SamplingParams(
         num_generations=args.num_generations,
-        max_completion_length=options.pop("max_new_tokens", args.max_completion_length),
+        max_completion_length=args.max_completion_length,
         eos_token_ids=eos,
         pad_token_id=tokenizer.pad_token_id,
         seed=args.seed,
-        generation_kwargs=options,
-        **sampling,
+        generation_kwargs=mapping(args.generation_kwargs),
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
     )
     if params.truncates:
         logger.warning(
-            "top_p, top_k, min_p or repetition_penalty truncate the sampling distribution: the log-probabilities "
-            "of the update are not those that sampled, and the importance ratio leaves out the kept mass. Set "
-            "top_p=1, top_k=0, min_p=None and repetition_penalty=1 for an exact ratio."
+            "top_p, top_k, min_p, repetition_penalty or generation_kwargs change the sampling distribution: the "
+            "log-probabilities of the update are not those that sampled, and the importance ratio leaves out the kept "
+            "mass. Set top_p=1, top_k=0, min_p=None, repetition_penalty=1 and no generation_kwargs for an exact ratio."
         )
     return params
 
@@ -143,7 +164,7 @@ def default_callbacks(trainer: Any, reference_model: nn.Module | None) -> list[T
         callbacks.append(MetricsPlotCallback())
     if args.save_epochs:
         callbacks.append(EpochExportCallback(trainer))
-    if args.sync_ref_model and reference_model is not None:
+    if args.sync_ref_model:
         mixup, every = args.ref_model_mixup_alpha, args.ref_model_sync_steps
         callbacks.append(SyncReferenceCallback(reference_model, mixup, every))
     return callbacks
@@ -157,5 +178,5 @@ class _EpochOfLoader(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         loader = self.trainer.loader
-        if loader.source.num_prompts is not None:
-            state.epoch = loader.position / len(loader)
+        streaming = loader.source.num_prompts is None
+        state.epoch = state.global_step / state.max_steps if streaming else loader.position / len(loader)

@@ -7,7 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, load_model, save_file, save_model
+from torch import nn
+
+from .placement import input_device
+
+REFERENCE_NAME = "reference.safetensors"
 
 
 def save(folder: str, rank: int, state: dict[str, Any]) -> None:
@@ -36,6 +41,16 @@ def load(folder: str, rank: int) -> dict[str, Any]:
     state = json.loads(numbers.read_text())
     state["loader"]["buffer"] = load_file(tensors)
     return state
+
+
+def save_reference(folder: str, model: nn.Module) -> None:
+    """Writes a reference that changes during the run (`sync_ref_model`)."""
+    save_model(model, str(Path(folder) / REFERENCE_NAME))
+
+
+def load_reference(folder: str, model: nn.Module) -> None:
+    """Restores what `save_reference` wrote."""
+    load_model(model, Path(folder) / REFERENCE_NAME, device=str(input_device(model)))
 
 
 def _files(folder: str, rank: int) -> tuple[Path, Path]:

@@ -16,8 +16,9 @@ from trl.scripts.utils import TrlParser
 from trl.trainer.model_config import ModelConfig
 from trl.trainer.utils import get_peft_config, get_quantization_config
 
-from .config import GRPOConfig, raise_all, refuse
+from .config import GRPOConfig
 from .data import load_datasets, parse_entries
+from .refused import raise_all, refuse
 
 # Options of TRL's GRPO script that this one does not have: name -> what to do instead.
 REFUSED_SCRIPT_OPTIONS = {

@@ -1,4 +1,4 @@
-"""`GRPOConfig`: TRL's names and meanings, the seed document's defaults, and every refusal in one place."""
+"""`GRPOConfig`: TRL's names and meanings, the seed document's defaults, and every check that needs no model."""
 
 import functools
 import os
@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from .algorithm import KL_ESTIMATORS, LOSS_TYPES, SURROGATES, VARIANTS
 from .algorithm.advantages import SCALE_REWARDS
 from .algorithm.token_weights import TOKEN_WEIGHTINGS
+from .refused import raise_all, refuse
 
 # The fields that a row of VARIANTS governs: None means "as the row says".
 GOVERNED = (
@@ -26,73 +27,25 @@ GOVERNED = (
     "mask_truncated_completions",
 )
 
-_NO_VLLM = "remove it: rollouts run in this process; see `rollout_engine`"
-_NO_ENTROPY = "remove it: there is no entropy term; raise `temperature` or `epsilon_high` to keep exploration"
-
-# TRL options that this package does not have: name -> (values that change nothing here, what to do instead).
-REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "router_aux_loss_coef": ((None, 0.0), "remove it: no load-balancing loss is added to the objective"),
-    "cast_lm_head_to_fp32": ((False,), "remove it: log-softmax is in fp32; load with dtype float32 for an fp32 head"),
-    "pad_to_multiple_of": ((None, "auto"), "remove it: batches are padded to their own longest row"),
-    "use_vllm": ((False,), _NO_VLLM),
-    "vllm_mode": (("colocate",), _NO_VLLM),
-    "vllm_model_impl": (("vllm",), _NO_VLLM),
-    "vllm_enable_sleep_mode": ((False,), _NO_VLLM),
-    "vllm_structured_outputs_regex": ((None,), _NO_VLLM),
-    "vllm_server_base_url": ((None,), _NO_VLLM),
-    "vllm_server_host": (("0.0.0.0",), _NO_VLLM),
-    "vllm_server_port": ((8000,), _NO_VLLM),
-    "vllm_server_timeout": ((240.0,), _NO_VLLM),
-    "vllm_group_port": ((51216,), _NO_VLLM),
-    "vllm_gpu_memory_utilization": ((0.3,), _NO_VLLM),
-    "vllm_max_model_length": ((None,), _NO_VLLM),
-    "vllm_tensor_parallel_size": ((1,), _NO_VLLM),
-    "vllm_importance_sampling_correction": ((True, False), _NO_VLLM),
-    "vllm_importance_sampling_mode": (("sequence_mask",), _NO_VLLM),
-    "vllm_importance_sampling_clip_max": ((3.0,), _NO_VLLM),
-    "vllm_importance_sampling_clip_min": ((None,), _NO_VLLM),
-    "vllm_importance_sampling_cap": ((None,), _NO_VLLM),
-    "use_transformers_continuous_batching": ((False,), "remove it; see `rollout_engine`"),
-    "transformers_continuous_batching_config": ((None,), "remove it; see `rollout_engine`"),
-    "use_transformers_paged": ((False,), "remove it; see `rollout_engine`"),
-    "sapo_temperature_neg": ((1.05,), "remove it: use the clipped surrogate (`loss_type: grpo | dapo | dr_grpo`)"),
-    "sapo_temperature_pos": ((1.0,), "remove it: use the clipped surrogate (`loss_type: grpo | dapo | dr_grpo`)"),
-    "vespo_k_pos": ((2.0,), "remove it: use the clipped surrogate (`loss_type: grpo | dapo | dr_grpo`)"),
-    "vespo_lambda_pos": ((3.0,), "remove it: use the clipped surrogate (`loss_type: grpo | dapo | dr_grpo`)"),
-    "vespo_k_neg": ((3.0,), "remove it: use the clipped surrogate (`loss_type: grpo | dapo | dr_grpo`)"),
-    "vespo_lambda_neg": ((2.0,), "remove it: use the clipped surrogate (`loss_type: grpo | dapo | dr_grpo`)"),
-    "multi_objective_aggregation": (("sum_then_normalize",), "remove it: weighted rewards are summed, then scaled"),
-    "top_entropy_quantile": ((1.0,), "remove it: every token of a completion counts in the loss"),
-    "entropy_coef": ((0.0,), _NO_ENTROPY),
-    "use_adaptive_entropy": ((False,), _NO_ENTROPY),
-    "entropy_coef_min": ((0.0,), _NO_ENTROPY),
-    "entropy_coef_max": ((1.0,), _NO_ENTROPY),
-    "entropy_coef_delta": ((0.005,), _NO_ENTROPY),
-    "entropy_target": ((0.2,), _NO_ENTROPY),
-    "max_tool_calling_iterations": ((None,), "override `GRPOTrainer.rollout` to run tools, with `Group.loss_masks`"),
-    "off_policy_mask_threshold": ((None,), "use `delta` to bound the loss of off-policy negative samples"),
-    "log_multimodal": ((True, False), "remove it: prompts and completions are text"),
-    "log_completions_hub_repo": ((None,), "push the folder `completions/` of output_dir with huggingface_hub"),
+# `generation_kwargs` that are fields of ours, and those that cannot be honoured
+GENERATION_FIELDS = {
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "max_new_tokens": "max_completion_length",
+    "cache_implementation": "cache_implementation",
 }
-
-
-def refuse(options: dict[str, Any]) -> dict[str, Any]:
-    """Drops TRL options that change nothing here and raises one ValueError for all that would."""
-    problems = []
-    kept = {}
-    for name, value in options.items():
-        if name not in REFUSED:
-            kept[name] = value
-        elif value not in REFUSED[name][0]:
-            problems.append(f"{name}={value!r} is a TRL option that is not available here; {REFUSED[name][1]}.")
-    raise_all(problems)
-    return kept
-
-
-def raise_all(problems: list[str]) -> None:
-    """One ValueError that lists every problem, so that none is found only after the previous one is fixed."""
-    if problems:
-        raise ValueError("\n".join(["GRPO cannot start:", *(f"- {problem}" for problem in problems)]))
+UNUSABLE_GENERATION_KWARGS = (
+    "num_beams",
+    "num_return_sequences",
+    "do_sample",
+    "max_length",
+    "eos_token_id",
+    "pad_token_id",
+    "return_dict_in_generate",
+)
 
 
 def mapping(option: Any) -> dict[str, Any]:
@@ -137,7 +90,7 @@ class GRPOConfig(TrainingArguments):
         "Passed to `from_pretrained` when the model is a path or id."
     )
     trust_remote_code: bool = _help("Allow model and tokenizer code from the Hub.", False)
-    disable_dropout: bool = _help("Turn dropout off, so that the ratio is 1 on the first pass. TRL: False.", True)
+    disable_dropout: bool = _help("Turn all dropout off, so that the ratio is 1 on the first pass. TRL: False.", True)
     ref_model_name_or_path: str | None = _help("Reference policy; default: a frozen copy of the starting policy.")
     ref_device: dict | str | None = _help(
         "Device of the reference: auto (a spare GPU, else the policy's), same, cpu, cuda:N, or an accelerate map.",
@@ -208,7 +161,9 @@ class GRPOConfig(TrainingArguments):
     num_generations_eval: int | None = _help("Completions per evaluation prompt. Default: num_generations.")
     eval_temperature: float | None = _help("Temperature in evaluation; 0: greedy. Default: temperature.")
     eval_max_completion_length: int | None = _help("Longest completion in evaluation. Default: max_completion_length.")
-    eval_pass_threshold: float = _help("A completion passes (pass@k) when its reward is at least this.", 1.0)
+    eval_pass_threshold: float = _help(
+        "A completion passes (pass@k) a reward function when its reward is at least this.", 1.0
+    )
 
     # Outputs
     log_completions: bool = _help("Show sampled completions at every log and save them as parquet.", False)
@@ -226,7 +181,8 @@ class GRPOConfig(TrainingArguments):
         ):
             self.metric_for_best_model = "reward"  # transformers would look for eval_loss, which there is not
         super().__post_init__()
-        problems = self._resolve_objective() + self._resolve_batches() + self._check_values()
+        problems = self._resolve_objective() + self._resolve_batches() + self._resolve_generation_kwargs()
+        problems += self._check_values()
         raise_all(problems)
 
     @property
@@ -316,6 +272,22 @@ class GRPOConfig(TrainingArguments):
             )
         return problems
 
+    def _resolve_generation_kwargs(self) -> list[str]:
+        """`generation_kwargs` override the fields of the same meaning, as in TRL, and so reach the log-probabilities
+        and the length rewards too."""
+        options = mapping(self.generation_kwargs)
+        for name, own in GENERATION_FIELDS.items():
+            if name in options:
+                setattr(self, own, options.pop(name))
+        self.generation_kwargs = options or None
+        unusable = [name for name in UNUSABLE_GENERATION_KWARGS if name in options]
+        if not unusable:
+            return []
+        return [
+            f"generation_kwargs {', '.join(unusable)} cannot be used: each completion is one sample, ended by the EOS "
+            "tokens of model and tokenizer. Use num_generations, max_completion_length and temperature."
+        ]
+
     def _check_values(self) -> list[str]:
         """Ranges and names of the remaining fields, and combinations that cannot work."""
         problems = [
@@ -370,8 +342,16 @@ class GRPOConfig(TrainingArguments):
                 "auto_find_batch_size would break up groups when it shrinks the batch; set it to False and lower "
                 "per_device_train_batch_size."
             )
-        if self.sync_ref_model and not self.beta:
-            problems.append("sync_ref_model=True needs a reference, but beta=0 loads none; set beta above 0.")
+        if (self.sync_ref_model or self.ref_model_name_or_path) and not self.beta:
+            problems.append(
+                "sync_ref_model and ref_model_name_or_path need the reference, but beta=0 loads none; set beta above "
+                "0 or leave them out."
+            )
+        if self.neftune_noise_alpha is not None:
+            problems.append(
+                "neftune_noise_alpha adds noise in training that is not there in sampling, so the importance ratio "
+                "would be wrong; leave it out."
+            )
         return problems
 
 

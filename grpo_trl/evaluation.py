@@ -6,7 +6,7 @@ from typing import Any
 
 from accelerate.utils import gather_object
 from datasets import IterableDataset
-from torch import Tensor, tensor
+from torch import Tensor, float64, tensor
 
 from .algorithm import combine_rewards
 from .batch import Group
@@ -24,8 +24,9 @@ def evaluate_prompts(trainer: Any, dataset: Any) -> dict[str, float]:
     results, logged = [], Metrics()
     for start in range(0, len(mine), size):
         prompts = [trainer.encode(rows[min(row, len(rows) - 1)], row) for row in mine[start : start + size]]
-        groups = trainer.sample(prompts)
-        results += records(groups, trainer.score(groups, logged), len(rows))
+        groups = [group for group in trainer.sample(prompts) if group.prompt.draw < len(rows)]
+        if groups:
+            results += records(groups, trainer.score(groups, logged))
     results = gather_object(results)
     summary = summarize(results, trainer.reward_names, trainer.reward_weights, trainer.args.eval_pass_threshold)
     return logged.reduce(gather_object) | summary
@@ -33,11 +34,11 @@ def evaluate_prompts(trainer: Any, dataset: Any) -> dict[str, float]:
 
 def rows_of_rank(num_rows: int, rank: int, world_size: int) -> list[int]:
     """Rows are dealt out over the ranks in turn; every rank gets the same number, so that none waits for another in
-    a collective. Numbers beyond the last row are repeats to be dropped (`records`)."""
+    a collective. Numbers beyond the last row stand for repeats, to be dropped."""
     return [rank + i * world_size for i in range(ceil(num_rows / world_size))]
 
 
-def records(groups: Sequence[Group], rewards_per_func: Tensor, num_rows: int) -> list[dict[str, Any]]:
+def records(groups: Sequence[Group], rewards_per_func: Tensor) -> list[dict[str, Any]]:
     """One picklable record per prompt, from rewards (B, F) in the order of the groups."""
     sizes = [len(group) for group in groups]
     return [
@@ -48,7 +49,6 @@ def records(groups: Sequence[Group], rewards_per_func: Tensor, num_rows: int) ->
             "terminated": group.terminated,
         }
         for group, rewards in zip(groups, rewards_per_func.split(sizes), strict=True)
-        if group.prompt.draw < num_rows
     ]
 
 
@@ -57,23 +57,25 @@ def summarize(
 ) -> dict[str, float]:
     """Means over the completions of all prompts, k each.
 
-    A completion passes when its reward reaches `pass_threshold`; avg@k is the share of completions that pass, pass@k
-    the share of prompts with at least one. A reward that never applied is left out.
+    A completion passes a reward function when its reward reaches `pass_threshold`; avg@k is the share of completions
+    that pass, pass@k the share of prompts with at least one. Each function has its `rewards/<name>/pass@k`; `avg@k`
+    and `pass@k` alone are those of the first function. A reward that never applied is left out.
     """
     results = sorted(results, key=lambda record: record["row"])  # so that sums do not depend on the ranks
-    rewards_per_func = tensor([row for record in results for row in record["rewards"]])  # (N k, F)
+    rewards_per_func = tensor([row for record in results for row in record["rewards"]], dtype=float64)  # (N k, F)
     rewards = combine_rewards(rewards_per_func, reward_weights)
     applied = rewards[~rewards.isnan()]
     k = len(results[0]["lengths"])
-    passed = (rewards >= pass_threshold).double().view(-1, k)
     lengths = tensor([record["lengths"] for record in results]).double()
     truncated = ~tensor([record["terminated"] for record in results])
     values = {"reward": applied.mean(), "reward_std": applied.std(correction=min(1, len(applied) - 1))}
-    for name, column in zip(reward_names, rewards_per_func.T, strict=True):
+    for index, (name, column) in enumerate(zip(reward_names, rewards_per_func.T, strict=True)):
+        passed = (column >= pass_threshold).double().view(-1, k)
         values[f"rewards/{name}/mean"] = column.nanmean()
+        values[f"rewards/{name}/pass@{k}"] = passed.amax(1).mean()
+        if index == 0:
+            values |= {f"avg@{k}": passed.mean(), f"pass@{k}": passed.amax(1).mean()}
     values |= {
-        f"avg@{k}": passed.mean(),
-        f"pass@{k}": passed.amax(1).mean(),
         "completions/mean_length": lengths.mean(),
         "completions/clipped_ratio": truncated.double().mean(),
     }

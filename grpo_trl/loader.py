@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from itertools import count, islice
-from math import ceil, gcd
+from math import ceil
 from typing import Any, Protocol
 
 from datasets import IterableDataset
@@ -152,17 +152,42 @@ class RolloutLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """Position and buffer at the last optimizer-step boundary. Tensors under "buffer", numbers elsewhere."""
-        state: dict[str, Any] = {"position": self.position, "collection": None, "buffer": {}}
+        state: dict[str, Any] = {"position": self.position, "layout": self._layout()}
+        state |= {"collection": None, "buffer": {}}
         if self._buffer is not None and self.position % self.micro_batches_per_collection:
             state["collection"], batch = self._buffer[0], self._buffer[1]
             state["buffer"] = batch.tensors()
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues where `state_dict` was taken, without sampling the buffered collection again."""
+        """Continues where `state_dict` was taken, without sampling the buffered collection again.
+
+        Raises:
+            ValueError: the state was taken with other batch sizes, ranks, seed or number of prompts, so that its
+                position means something else here.
+        """
+        then, now = state["layout"], self._layout()
+        changed = [f"{name}: {then[name]} then, {now[name]} now" for name in now if then[name] != now[name]]
+        if changed:
+            raise ValueError(
+                "This run cannot continue from the checkpoint, because the position in its data means something else "
+                f"now: {'; '.join(changed)}. Restore these values, or start a new run from its weights (model=)."
+            )
         self.position, self._buffer, self._window = state["position"], None, None
         if state["collection"] is not None:
             self._buffer = (state["collection"], RolloutBatch(**state["buffer"]).to(self.args.device))
+
+    def _layout(self) -> dict[str, int | None]:
+        """What the meaning of `position` depends on."""
+        args = self.args
+        names = (
+            "per_device_train_batch_size",
+            "gradient_accumulation_steps",
+            "steps_per_generation",
+            "num_generations",
+        )
+        layout = {name: getattr(args, name) for name in (*names, "num_iterations", "seed", "data_seed")}
+        return layout | {"ranks": self.world_size, "prompts": self.source.num_prompts}
 
     def _micro_batch(self) -> RolloutBatch:
         step, micro_batch = divmod(self.position, self.micro_batches_per_step)
@@ -192,17 +217,19 @@ class RolloutLoader:
     def _order(self, collection: int, iteration: int) -> list[list[int]]:
         """Row numbers of each optimizer step of a pass.
 
-        Passes after the first reshuffle the groups over the optimizer steps. Each slot of a step is permuted over the
-        steps by itself, so a group stays on its rank and the groups of a step are the same for any number of ranks.
+        Where a step is whole groups, passes after the first reshuffle them over the optimizer steps. Each slot of a
+        step is permuted over the steps by itself, so a group stays on its rank and the groups of a step are the same
+        for any number of ranks.
         """
         args = self.args
         num_steps = self.micro_batches_per_pass // self.micro_batches_per_step
         rows_per_step = args.per_device_train_batch_size * self.micro_batches_per_step
-        piece = gcd(rows_per_step, args.num_generations)  # a whole group wherever steps are whole groups
+        whole_groups = rows_per_step % args.num_generations == 0
+        piece = args.num_generations if whole_groups else rows_per_step
         order: list[list[int]] = [[] for _ in range(num_steps)]
         for slot in range(rows_per_step // piece):
             steps = list(range(num_steps))
-            if iteration:
+            if iteration and whole_groups:
                 random.Random(f"{args.seed}/{collection}/{iteration}/{slot * self.world_size + self.rank}").shuffle(
                     steps
                 )

@@ -30,10 +30,13 @@ class Metrics:
         """Adds to a mean. Nothing is counted when `count` is 0."""
         self._sums.setdefault(name, []).append((total, count))
 
-    def add_all(self, pairs: Mapping[str, tuple[Value, Value]]) -> None:
-        """Adds several (sum, count) pairs."""
-        for name, (total, count) in pairs.items():
-            self.add(name, total, count)
+    def add_all(self, values: Mapping[str, tuple[Value, Value] | Tensor]) -> None:
+        """Adds several: (sum, count) pairs to means, tensors to extremes."""
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                self.add_extreme(name, value)
+            else:
+                self.add(name, *value)
 
     def add_mean(self, name: str, values: Tensor) -> None:
         """Adds each finite value with weight 1; NaN means "not applicable"."""
@@ -47,7 +50,7 @@ class Metrics:
         self._sums.setdefault(name, []).append((values.sum(), valid.sum(), values.square().sum()))
 
     def add_extreme(self, name: str, values: Tensor) -> None:
-        """Adds to a minimum (`min` in the last part of the name) or a maximum, if there is any value."""
+        """Adds to a minimum (`min` in the last part of the name) or a maximum; infinite values do not count."""
         if values.numel():
             self._extremes.setdefault(name, []).append(values.min() if _is_min(name) else values.max())
 
@@ -80,7 +83,7 @@ class Metrics:
         sums = {name: _total(pairs) for name, pairs in self._sums.items()}
         pick = {name: min if _is_min(name) else max for name in self._extremes}
         extremes = {name: pick[name](float(value) for value in values) for name, values in self._extremes.items()}
-        return {"sums": sums, "extremes": extremes}
+        return {"sums": sums, "extremes": {name: value for name, value in extremes.items() if math.isfinite(value)}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` returned."""

@@ -1,6 +1,6 @@
 """`GRPOTrainer`: the order of the steps. What a step does is in the modules it calls."""
 
-import logging
+import shutil
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -19,20 +19,31 @@ from transformers import (
     Trainer,
     TrainerCallback,
 )
-from trl.trainer.utils import disable_dropout_in_model, get_config_model_id, identity
+from trl.trainer.utils import get_config_model_id, identity
 
 from . import checkpoint
 from .algorithm import combine_rewards, group_advantages, policy_loss
-from .assembly import default_callbacks, device_map, eval_sampling, load_tokenizer, problems, train_sampling
+from .assembly import (
+    default_callbacks,
+    device_map,
+    eval_sampling,
+    load_tokenizer,
+    named_datasets,
+    problems,
+    prompt_problems,
+    train_sampling,
+)
 from .batch import Group, Prompt, RolloutBatch
 from .callbacks import log_completions
-from .config import GOVERNED, GRPOConfig, mapping, raise_all
+from .config import GOVERNED, GRPOConfig, mapping
 from .evaluation import evaluate_prompts
 from .loader import IndexedPrompts, RolloutLoader, StreamedPrompts
 from .metrics import Metrics, completion_rows, record_rollout
 from .model_card import create_model_card
 from .policy import (
+    FrozenReference,
     Reference,
+    disable_dropout,
     evaluation_mode,
     freeze_adapter,
     load_policy,
@@ -40,12 +51,12 @@ from .policy import (
     make_reference,
     per_token_logps,
 )
-from .prompts import encode_prompt, limit_prompts, truncate_prompt
+from .policy.reference import REFERENCE_ADAPTER
+from .prompts import check_prompt_dataset, encode_prompt, limit_prompts, truncate_prompt
+from .refused import raise_all
 from .rewards import RewardScorer, load_rewards
 from .rollouts import make_engine
 from .rollouts.context import weights_for_generation
-
-logger = logging.getLogger(__name__)
 
 # what `policy_loss` takes of the fields that a variant governs
 LOSS_FIELDS = tuple(
@@ -113,9 +124,12 @@ class GRPOTrainer(Trainer):
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = GRPOConfig(f"{Path(name).name or 'model'}-GRPO")
-        specs: list[Any] = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs] * bool(reward_funcs)
+        several = isinstance(reward_funcs, list | tuple)
+        specs: list[Any] = list(reward_funcs) if several else [reward_funcs] if reward_funcs else []
         refused = {"tools": tools, "rollout_func": rollout_func, "environment_factory": environment_factory}
-        raise_all(problems(args, specs, train_dataset, eval_dataset, refused))
+        with_adapter = peft_config is not None or isinstance(model, PeftModel)
+        datasets = named_datasets(train_dataset, eval_dataset)
+        raise_all(problems(args, specs, reward_processing_classes, datasets, with_adapter, refused))
 
         self.processing_class = processing_class = load_tokenizer(model, args, processing_class)
         self.chat_options = {
@@ -123,21 +137,21 @@ class GRPOTrainer(Trainer):
             "system_prompt": args.system_prompt,
             "chat_template_kwargs": mapping(args.chat_template_kwargs),
         }
-        train_dataset, _ = limit_prompts(
-            train_dataset,
-            lambda example: len(encode_prompt(example, processing_class, **self.chat_options)[0]),
-            max_prompt_length=args.max_prompt_length,
-            overlong_prompts=args.overlong_prompts,
-        )
+        raise_all(prompt_problems(datasets, processing_class, self.chat_options))
+        train_dataset = self._limit(train_dataset, args)
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {name: self._limit(dataset, args) for name, dataset in eval_dataset.items()}
+        elif eval_dataset is not None:
+            eval_dataset = self._limit(eval_dataset, args)
 
         torch.manual_seed(args.seed)  # adapters are initialised at random
         policy = load_policy(model, args, quantization_config=quantization_config, peft_config=peft_config)
         adapter = None
-        if isinstance(model, PeftModel) and args.beta and args.ref_model_name_or_path is None:
-            adapter = freeze_adapter(model)
+        if isinstance(policy, PeftModel) and peft_config is None and args.beta and not args.ref_model_name_or_path:
+            adapter = freeze_adapter(policy)
         reference_model = load_reference_model(policy, model_path, args, device_map(args, args.ref_device))
         if args.disable_dropout:
-            disable_dropout_in_model(policy)
+            disable_dropout(policy)
         rewards = load_rewards(specs, reward_processing_classes, args, device_map(args, args.reward_device))
         self.scorer = RewardScorer(rewards, timeout=args.reward_timeout)
         self.reward_names = self.scorer.names
@@ -172,7 +186,8 @@ class GRPOTrainer(Trainer):
         self.completions_log: list[dict[str, Any]] = []
         self.recipe: dict[str, Any] | None = None  # set by the command line: model, data and reward sections
         self.model.add_model_tags(self._tag_names)
-        logger.info("objective: %s", args.objective)
+        if self.is_world_process_zero():
+            print("objective:", ", ".join(f"{name} {value}" for name, value in args.objective.items()))
         for callback in default_callbacks(self, reference_model):
             self.add_callback(callback)
 
@@ -181,6 +196,7 @@ class GRPOTrainer(Trainer):
     def get_train_dataloader(self) -> RolloutLoader:
         """Prompts in, micro-batches out; transformers sees micro-batches only."""
         prompts = StreamedPrompts if isinstance(self.train_dataset, IterableDataset) else IndexedPrompts
+        self.metrics, self.num_tokens = Metrics(), 0
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         self.loader = RolloutLoader(
             prompts(self.train_dataset, seed=seed, shuffle=self.args.shuffle_dataset),
@@ -199,6 +215,14 @@ class GRPOTrainer(Trainer):
         if self.args.max_prompt_length is not None:
             ids = truncate_prompt(ids, self.args.max_prompt_length, self.processing_class.bos_token_id)
         return Prompt(ids, {**example, "prompt": prompt}, draw)
+
+    def _limit(self, dataset: Any, args: GRPOConfig) -> Any:
+        return limit_prompts(
+            dataset,
+            lambda example: len(encode_prompt(example, self.processing_class, **self.chat_options)[0]),
+            max_prompt_length=args.max_prompt_length,
+            overlong_prompts=args.overlong_prompts,
+        )[0]
 
     # ---- Rollout ----
 
@@ -253,7 +277,14 @@ class GRPOTrainer(Trainer):
             )
             for call in calls
         ]
-        return torch.cat(rewards)
+        rewards_per_func = torch.cat(rewards)
+        for column, values in self._extra_columns.items():
+            if len(values) != len(rewards_per_func):
+                raise ValueError(
+                    f"log_extra({column!r}, ...) was given {len(values)} values for {len(rewards_per_func)} "
+                    "completions; give one per completion."
+                )
+        return rewards_per_func
 
     def sample(self, prompts: list[Prompt]) -> list[Group]:
         """`rollout`, with the groups in the order of the prompts and decoded; refuses an incomplete one."""
@@ -304,7 +335,7 @@ class GRPOTrainer(Trainer):
             loss_mask=inputs.loss_mask,
             **{name: getattr(self.args, name) for name in LOSS_FIELDS},
         )
-        # the micro-batches of a step add up to its loss
+        # the micro-batches of a step add up to its loss, so each counts for a part of it
         self.metrics.add("policy_loss", metrics.pop("policy_loss")[0], 1 / self.args.gradient_accumulation_steps)
         self.metrics.add_all(metrics)
         mask = inputs.loss_mask.bool()
@@ -340,7 +371,8 @@ class GRPOTrainer(Trainer):
         """Samples and scores one or several sets with the evaluation's own sampling parameters.
 
         Returns `eval_reward`, `eval_rewards/<name>/mean`, `eval_avg@k`, `eval_pass@k`, lengths and truncation; with
-        named sets `eval_<name>_reward` and so on. Training is not affected: nothing random is shared with it.
+        named sets `eval_<name>_reward` and so on, and their mean as `eval_reward`. Training is not affected: nothing
+        random is shared with it.
         """
         datasets = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(datasets, str):
@@ -348,6 +380,8 @@ class GRPOTrainer(Trainer):
         if datasets is None:
             raise ValueError("evaluate() needs an eval_dataset; pass one here or to GRPOTrainer.")
         named = datasets if isinstance(datasets, dict) else {None: datasets}
+        for name, dataset in named.items():
+            check_prompt_dataset(dataset, where=f"eval_dataset {name or ''}".strip())
         metrics: dict[str, float] = {}
         self.sampling = self.eval_sampling
         try:
@@ -359,8 +393,15 @@ class GRPOTrainer(Trainer):
                     metrics |= results
         finally:
             self.sampling = self.train_sampling
+        if len(named) > 1:  # what a best model is judged by, when no set is named
+            rewards = [metrics[f"{metric_key_prefix}_{name}_reward"] for name in named]
+            metrics[f"{metric_key_prefix}_reward"] = sum(rewards) / len(rewards)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Not available: there are no labels to predict. `evaluate(dataset)` samples and scores."""
+        raise ValueError("GRPOTrainer has no predict(): use evaluate(dataset), which samples and scores completions.")
 
     # ---- Metrics ----
 
@@ -411,6 +452,8 @@ class GRPOTrainer(Trainer):
             super()._save(output_dir, state_dict)
         finally:
             self.args.hub_token = token
+        # PEFT saves every adapter in a folder of its name; the frozen copy of the start is no result
+        shutil.rmtree(Path(output_dir or str(self.args.output_dir)) / REFERENCE_ADAPTER, ignore_errors=True)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         # private, but the one place that is called with the folder before trainer_state.json makes the checkpoint
@@ -421,6 +464,8 @@ class GRPOTrainer(Trainer):
             "num_tokens": self.num_tokens,
         }
         checkpoint.save(output_dir, self.accelerator.process_index, state)
+        if self.args.sync_ref_model and self.args.should_save:
+            checkpoint.save_reference(output_dir, self._synced_reference)
 
     def _load_optimizer_and_scheduler(self, checkpoint_dir: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint_dir)
@@ -429,6 +474,13 @@ class GRPOTrainer(Trainer):
             self.loader.load_state_dict(state["loader"])
             self.metrics.load_state_dict(state["metrics"])
             self.num_tokens = state["num_tokens"]
+            if self.args.sync_ref_model:
+                checkpoint.load_reference(checkpoint_dir, self._synced_reference)
+
+    @property
+    def _synced_reference(self) -> nn.Module:
+        assert isinstance(self.reference, FrozenReference)
+        return self.reference.model
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None, **kwargs: Any

@@ -14,7 +14,8 @@ from trl.trainer.model_config import ModelConfig
 
 from grpo_trl import cli
 from grpo_trl.algorithm import VARIANTS
-from grpo_trl.config import GOVERNED, REFUSED, GRPOConfig
+from grpo_trl.config import GOVERNED, GRPOConfig
+from grpo_trl.refused import REFUSED
 
 ROOT = Path(__file__).resolve().parent.parent
 ENTRY = {"path": "train.jsonl", "type": "jsonl", "input": "question", "output": "answer"}

@@ -11,7 +11,8 @@ from transformers import TrainingArguments
 
 import grpo_trl
 from grpo_trl import VARIANTS, GRPOConfig, GRPOTrainer
-from grpo_trl.config import FIELD_NAMES, GOVERNED, REFUSED
+from grpo_trl.config import FIELD_NAMES, GOVERNED
+from grpo_trl.refused import REFUSED
 
 TRL_FIELDS = {field.name: field for field in dataclasses.fields(trl.GRPOConfig)}
 OWN_FIELDS = FIELD_NAMES - {field.name for field in dataclasses.fields(TrainingArguments)}
@@ -294,7 +295,10 @@ def test_on_policy(config, options, on_policy):
         ({"reward_call": "row"}, "reward_call='row' is unknown; use one of batch, group"),
         ({"reward_input_format": "xml"}, "reward_input_format='xml' is unknown; use one of auto, pair, chat, text"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size would break up groups .* set it to False"),
-        ({"sync_ref_model": True, "beta": 0.0}, "sync_ref_model=True needs a reference, but beta=0"),
+        (
+            {"sync_ref_model": True, "beta": 0.0},
+            "sync_ref_model and ref_model_name_or_path need the reference, but beta=0",
+        ),
     ],
 )
 def test_refusals(config, options, message):

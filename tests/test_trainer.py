@@ -451,3 +451,153 @@ def test_model_instances_are_not_shared_with_the_reference(tmp_path):
     run = trainer(tmp_path, model=model)
     run.train()
     assert_same(before, dict(run.reference.model.named_parameters()))
+
+
+# ---- What is refused, and what stays true after a resume ----
+
+
+def test_a_synced_reference_survives_a_resume(tmp_path):
+    options = {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5}
+    straight = trainer(tmp_path / "straight", **options)
+    straight.train()
+    trainer(tmp_path / "cut", save_strategy="steps", save_steps=2, **options).train()
+    resumed = trainer(tmp_path / "cut", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-2"))
+    assert_same(weights(straight), weights(resumed))
+    assert logged(straight, "kl") == logged(resumed, "kl")
+
+
+def test_syncing_a_reference_that_is_an_adapter_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="a policy with an adapter is its own reference"):
+        trainer(tmp_path, sync_ref_model=True, peft=adapter(0))
+
+
+def test_resume_with_another_layout_names_what_changed(tmp_path):
+    trainer(tmp_path, save_strategy="steps", save_steps=3, num_iterations=2).train()
+    changed = trainer(tmp_path, num_iterations=2, per_device_train_batch_size=16, data=dataset(6))
+    with pytest.raises(ValueError, match="per_device_train_batch_size: 8 then, 16 now; prompts: 4 then, 6 now"):
+        changed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+
+def test_a_stream_resumes_with_its_prompts_and_epoch(tmp_path):
+    def run(path, **options):
+        return trainer(path, data=dataset(5).to_iterable_dataset(), max_steps=6, num_iterations=2, **options)
+
+    straight, cut = run(tmp_path / "straight"), run(tmp_path / "cut", save_strategy="steps", save_steps=3)
+    straight.train()
+    cut.train()
+    resumed = run(tmp_path / "cut")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-3"))
+    assert_same(weights(straight), weights(resumed))
+    assert logged(straight, "epoch") == logged(resumed, "epoch")
+
+
+def test_overrides_in_generation_kwargs_reach_the_log_probabilities(tmp_path):
+    run = trainer(tmp_path, generation_kwargs={"temperature": 0.5, "max_new_tokens": 4}, max_steps=1)
+    run.train()
+    assert run.args.temperature == 0.5 and run.args.max_completion_length == 4
+    assert logged(run, "sampling/logp_gap")[0] < 1e-5 and logged(run, "completions/max_length") == [4]
+
+
+@pytest.mark.parametrize("kind", ["opt", "qwen3"])
+def test_dropout_that_is_no_module_is_off_too(tmp_path, kind):
+    """OPT keeps its rate as a number on the layer, Qwen3's attention too; both apply it by function."""
+    sizes = {"dropout": 0.5, "ffn_dim": 64} if kind == "opt" else {"attention_dropout": 0.5}
+    run = trainer(tmp_path, model=tiny_model(kind, **sizes), num_iterations=2, max_steps=2)
+    run.train()
+    assert logged(run, "importance_ratio/token")[0] == pytest.approx(1, abs=1e-6)
+    assert logged(run, "kl")[0] == pytest.approx(0, abs=1e-9)
+
+
+def test_an_adapter_run_can_be_trained_further_from_its_folder(tmp_path):
+    base = save(tiny_model("qwen3"), tiny_tokenizer(), tmp_path / "base")
+    first = trainer(tmp_path / "first", model=base, peft=adapter(0))
+    first.train()
+    first.save_model(str(tmp_path / "adapter"))
+    second = trainer(tmp_path / "second", model=str(tmp_path / "adapter"))
+    assert_same(lora_weights(first), lora_weights(second))
+    second.train()
+    assert logged(second, "kl")[0] == 0.0
+    second.save_model(str(tmp_path / "again"))
+    assert not list((tmp_path / "again").rglob("*/adapter_model.safetensors"))  # the frozen copy is no result
+
+
+def lora_weights(run):
+    return {name: p for name, p in weights(run).items() if "lora" in name and "frozen_reference" not in name}
+
+
+def test_a_peft_model_can_be_given_to_a_second_trainer(tmp_path):
+    model = trained_adapter()
+    for _ in range(2):
+        run = trainer(tmp_path, model=model, max_steps=1)
+        run.train()
+        assert logged(run, "kl") == [0.0]
+
+
+def test_named_sets_and_the_best_model(tmp_path):
+    run = trainer(
+        tmp_path, eval_dataset={"a": dataset(1), "b": dataset(2)}, eval_strategy="steps", eval_steps=2,
+        save_strategy="steps", save_steps=2, load_best_model_at_end=True,
+    )  # fmt: skip
+    run.train()
+    assert run.state.best_metric == pytest.approx(max(
+        (a + b) / 2 for a, b in zip(logged(run, "eval_a_reward"), logged(run, "eval_b_reward"), strict=True)
+    ))  # fmt: skip
+
+
+def test_passing_is_judged_by_the_first_reward(tmp_path):
+    def right(completions, **kwargs):
+        return [0.0] * len(completions)
+
+    def tidy(completions, **kwargs):
+        return [1.0] * len(completions)
+
+    metrics = trainer(tmp_path, rewards=(right, tidy), eval_dataset=dataset(2)).evaluate()
+    assert metrics["eval_pass@4"] == 0 and metrics["eval_rewards/tidy/pass@4"] == 1 and metrics["eval_reward"] == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data": Dataset.from_dict({"prompt": ["a"], "trainer_state": ["b"]})}, "columns trainer_state"),
+        ({"eval_dataset": Dataset.from_dict({"prompt": []})}, "eval_dataset has no rows"),
+        ({"prompt_format": "text", "system_prompt": "be brief"}, "system_prompt needs a chat template"),
+        ({"rewards": ["/no/such/judge"]}, "no/such/judge"),
+        ({"ref_model_name_or_path": "/no/such/model"}, "no/such/model"),
+        ({"rewards": lambda completions, **_: [0.0], "reward_timeout": 1.0}, "define it at module level"),
+        ({"reward_weights": [1.0, 2.0]}, "reward_weights has 2 values for 1 reward functions"),
+    ],
+)
+def test_refused_before_the_model_is_loaded(tmp_path, options, message, monkeypatch):
+    monkeypatch.setattr("grpo_trl.trainer.load_policy", lambda *args, **kwargs: pytest.fail("a model was loaded"))
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, **options)
+
+
+def test_evaluate_and_predict_say_what_they_need(tmp_path):
+    run = trainer(tmp_path)
+    with pytest.raises(ValueError, match="eval_dataset has no 'prompt' column"):
+        run.evaluate(Dataset.from_dict({"text": ["a"]}))
+    with pytest.raises(ValueError, match="use evaluate"):
+        run.predict(dataset(1))
+
+
+def test_a_model_with_too_few_positions_is_said_so(tmp_path):
+    model = tiny_model("gpt2", max_position_embeddings=16)
+    with pytest.raises(ValueError, match=r"tokens and max_completion_length=8 need more than the 16 positions"):
+        trainer(tmp_path, model=model).train()
+
+
+def test_log_extra_of_another_length_names_the_column(tmp_path):
+    def reward(completions, log_extra, **kwargs):
+        log_extra("note", ["only one"])
+        return [1.0] * len(completions)
+
+    with pytest.raises(ValueError, match=r"log_extra\('note', ...\) was given 1 values for 8 completions"):
+        trainer(tmp_path, rewards=reward).train()
+
+
+def test_the_resolved_objective_is_shown(tmp_path, capsys):
+    trainer(tmp_path, variant="deepseekmath")
+    shown = capsys.readouterr().out
+    assert "variant deepseekmath" in shown and "arXiv 2402.03300" in shown and "kl_estimator k3" in shown

@@ -8,6 +8,8 @@ from torch import Tensor
 # exp(20) = 4.9e8: far outside any trust region and far inside fp32. Clamped before exp, because a log-ratio of 200
 # overflows, and clamping afterwards leaves 0 x inf = NaN in the gradient.
 MAX_LOG_RATIO = 20.0
+
+Metric = tuple[Tensor, Tensor] | Tensor  # (sum, count) of a mean, or a minimum or maximum
 IMPORTANCE_SAMPLING_LEVELS = ("token", "sequence")
 
 
@@ -26,7 +28,7 @@ def policy_loss(
     delta: float | None = None,
     beta: float = 0.0,
     kl_estimator: str = "k3_ratio",
-) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+) -> tuple[Tensor, dict[str, Metric]]:
     """Clipped policy-gradient loss with an optional KL penalty, already averaged by `token_weights`.
 
     Args:
@@ -39,12 +41,12 @@ def policy_loss(
         surrogate: a name in `SURROGATES`.
         importance_sampling_level: "token", or "sequence": one ratio per completion (GSPO, arXiv 2507.18071, eq. 7).
         epsilon, epsilon_high: ratios are clipped to [1 - epsilon, 1 + epsilon_high]; default: symmetric.
-        delta: upper bound on the ratio when the advantage is negative (two-sided clip, arXiv 2505.07291, eq. 5).
+        delta: upper bound on the ratio when the advantage is negative (two-sided clip, arXiv 2505.07291, section 4.1).
         beta: weight of the KL penalty, in nats per token.
         kl_estimator: a name in `KL_ESTIMATORS`.
 
     Returns:
-        The scalar loss, and metrics as (sum, count) pairs over this micro-batch, detached.
+        The scalar loss, and metrics of this micro-batch, detached: (sum, count) pairs for means, scalars for extremes.
 
     References: DeepSeekMath, arXiv 2402.03300, equations 3 and 4; PPO, arXiv 1707.06347, equation 7.
     """
@@ -90,7 +92,7 @@ def clipped_surrogate(
     ratio: Tensor, advantages: Tensor, epsilon: float, epsilon_high: float, delta: float | None
 ) -> Tensor:
     """-min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A), elementwise over (B, T). `delta` bounds r in the unclipped
-    branch, and so the loss for negative advantages. PPO equation 7; arXiv 2505.07291, equation 5."""
+    branch, and so the loss for negative advantages. PPO equation 7; arXiv 2505.07291, section 4.1."""
     clipped_ratio = ratio.clamp(1 - epsilon, 1 + epsilon_high)
     bounded_ratio = ratio if delta is None else ratio.clamp(max=delta)
     return -torch.minimum(bounded_ratio * advantages, clipped_ratio * advantages)
@@ -131,18 +133,22 @@ KL_ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 def clip_metrics(
     ratio: Tensor, advantages: Tensor, mask: Tensor, epsilon: float, epsilon_high: float
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Fractions of tokens whose gradient the clip removes: below (A < 0), above (A > 0), either."""
+) -> dict[str, Metric]:
+    """Fractions of tokens whose gradient the clip removes: below (A < 0), above (A > 0), either; and the smallest and
+    largest such fraction of a completion (infinite when there is no completion)."""
     low = (ratio < 1 - epsilon) & (advantages < 0)
     high = (ratio > 1 + epsilon_high) & (advantages > 0)
+    rows, lengths = mask.any(1), mask.sum(1).clamp(min=1)
     return {
+        "clip_ratio/low_min": torch.where(rows, (low & mask).sum(1) / lengths, torch.inf).amin(),
+        "clip_ratio/high_max": torch.where(rows, (high & mask).sum(1) / lengths, -torch.inf).amax(),
         "clip_ratio/low_mean": _masked(low, mask),
         "clip_ratio/high_mean": _masked(high, mask),
         "clip_ratio/region_mean": _masked(low | high, mask),
     }
 
 
-def ratio_metrics(log_ratio: Tensor, mask: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+def ratio_metrics(log_ratio: Tensor, mask: Tensor) -> dict[str, Metric]:
     """Mean importance ratio per token, and per completion as geometric mean and as product over its tokens."""
     rows = mask.any(1)
     total = (log_ratio * mask).sum(1)

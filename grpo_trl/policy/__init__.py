@@ -2,11 +2,13 @@
 
 from .loading import load_policy
 from .logprobs import per_token_logps
-from .mode import evaluation_mode
-from .reference import Reference, freeze_adapter, load_reference_model, make_reference
+from .mode import disable_dropout, evaluation_mode
+from .reference import FrozenReference, Reference, freeze_adapter, load_reference_model, make_reference
 
 __all__ = [
+    "FrozenReference",
     "Reference",
+    "disable_dropout",
     "evaluation_mode",
     "freeze_adapter",
     "load_policy",

@@ -1,9 +1,10 @@
 """The policy from what the user passed: a path or a model, with or without an adapter."""
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 from trl.trainer.utils import create_model_from_path
 
@@ -26,10 +27,7 @@ def load_policy(
         ValueError: `peft_config` together with a model that already has an adapter; a model with nothing to train.
     """
     if isinstance(model, str):
-        options: dict[str, Any] = {"device_map": policy_device_map(args)} | from_pretrained_options(args)
-        if quantization_config is not None:
-            options["quantization_config"] = quantization_config
-        model = create_model_from_path(model, None, **options)
+        model = _from_path(model, args, quantization_config)
     if peft_config is not None:
         model = _add_adapter(model, args, peft_config)
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -49,14 +47,24 @@ def load_policy(
     return model
 
 
+def _from_path(path: str, args: GRPOConfig, quantization_config: Any) -> PreTrainedModel | PeftModel:
+    """A whole model; or, from a folder with an adapter (what a LoRA run saves), its base with that adapter."""
+    options: dict[str, Any] = {"device_map": policy_device_map(args)} | from_pretrained_options(args)
+    if quantization_config is not None:
+        options["quantization_config"] = quantization_config
+    if os.path.isfile(os.path.join(path, "adapter_config.json")):
+        return AutoPeftModelForCausalLM.from_pretrained(path, is_trainable=True, **options)
+    return create_model_from_path(path, None, **options)
+
+
 def from_pretrained_options(args: GRPOConfig) -> dict[str, Any]:
     """Arguments of `from_pretrained` for the policy and its reference."""
     return {"trust_remote_code": args.trust_remote_code} | mapping(args.model_init_kwargs)
 
 
 def policy_device_map(args: GRPOConfig) -> dict[str, torch.device] | None:
-    """One explicit device, never "auto", which may spread the policy over every visible GPU. DeepSpeed and FSDP place
-    the weights themselves."""
+    """One explicit device, where the default of `from_pretrained` wrappers, "auto", may spread the policy over every
+    visible GPU (`model_init_kwargs` can still say so). DeepSpeed and FSDP place the weights themselves."""
     if args.distributed_state is not None and args.distributed_state.distributed_type in ("DEEPSPEED", "FSDP"):
         return None
     return {"": args.device}

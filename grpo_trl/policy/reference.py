@@ -19,7 +19,7 @@ from .loading import from_pretrained_options
 from .logprobs import per_token_logps
 from .mode import evaluation_mode
 
-REFERENCE_ADAPTER = "ref"
+REFERENCE_ADAPTER = "frozen_reference"
 
 
 class Reference(Protocol):
@@ -81,7 +81,8 @@ def load_reference_model(
 def freeze_adapter(model: PeftModel) -> str:
     """Keeps a copy of the active (trained) adapter as its own reference; returns the copy's name."""
     active = str(model.active_adapter)
-    model.add_adapter(REFERENCE_ADAPTER, copy.deepcopy(model.peft_config[active]))
+    if REFERENCE_ADAPTER not in model.peft_config:  # there is one when the model was in a trainer before
+        model.add_adapter(REFERENCE_ADAPTER, copy.deepcopy(model.peft_config[active]))
     weights = get_peft_model_state_dict(model, adapter_name=active)
     set_peft_model_state_dict(model, weights, adapter_name=REFERENCE_ADAPTER)
     model.set_adapter(active)  # adding one left it inactive but trainable

@@ -4,27 +4,41 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import GRPOConfig, mapping
 from ..placement import DeviceMap
 from .model import RewardModel
 from .registry import REWARDS, RewardFunction, resolve_reward
+from .scoring import RewardScorer
 
 RewardSpec = str | PreTrainedModel | RewardFunction
 
 
-def check_rewards(specs: Sequence[RewardSpec], args: GRPOConfig) -> None:
+def check_rewards(specs: Sequence[RewardSpec], processing_classes: Any, args: GRPOConfig) -> None:
     """Everything about the rewards that can be wrong before a model is loaded.
 
     Raises:
-        ValueError: no reward, a name or path that leads to no function, or another number of weights than rewards.
+        ValueError: no reward, a name or path that leads to no function, a reward model or reference without a config,
+            another number of weights or tokenizers than rewards, a time-out on a function that no process can import.
     """
     if not specs:
         raise ValueError("reward_funcs is empty; pass at least one function, registered name or reward model.")
-    for spec in specs:
-        if not is_reward_model(spec):
-            resolve_reward(spec, max_completion_length=args.max_completion_length)
+    paths = [spec for spec in (*specs, args.ref_model_name_or_path) if isinstance(spec, str) and is_reward_model(spec)]
+    for path in paths:
+        AutoConfig.from_pretrained(path, trust_remote_code=args.trust_remote_code)
+    functions = [
+        resolve_reward(spec, max_completion_length=args.max_completion_length)
+        for spec in specs
+        if not is_reward_model(spec)
+    ]
+    if functions:
+        RewardScorer(functions, timeout=args.reward_timeout).close()  # processes start at the first call
+    if isinstance(processing_classes, Sequence) and len(processing_classes) != len(specs):
+        raise ValueError(
+            f"reward_processing_classes has {len(processing_classes)} entries for {len(specs)} rewards; give one each "
+            "(None for functions)."
+        )
     if args.reward_weights is not None and len(args.reward_weights) != len(specs):
         raise ValueError(
             f"reward_weights has {len(args.reward_weights)} values for {len(specs)} reward functions; give one each."
@@ -41,11 +55,6 @@ def load_rewards(
     if processing_classes is None or isinstance(processing_classes, PreTrainedTokenizerBase):
         processing_classes = [processing_classes] * len(specs)  # pyright: ignore[reportAssignmentType]
     assert isinstance(processing_classes, Sequence)
-    if len(processing_classes) != len(specs):
-        raise ValueError(
-            f"reward_processing_classes has {len(processing_classes)} entries for {len(specs)} rewards; give one each "
-            "(None for functions)."
-        )
     return [
         _load_model(spec, tokenizer, args, device_map)
         if is_reward_model(spec)

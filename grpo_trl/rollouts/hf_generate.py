@@ -34,6 +34,7 @@ class HFGenerateEngine:
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> Iterator[Group]:
         """Yields the groups in the order of the prompts, all at the end of one `generate` call."""
         num_generations = sampling.num_generations
+        check_positions(self.model.config, max(len(prompt.ids) for prompt in prompts), sampling.max_completion_length)
         rows = RolloutBatch.from_groups(
             [Group(prompt, [[] for _ in range(num_generations)], [False] * num_generations) for prompt in prompts],
             pad_token_id=sampling.pad_token_id,
@@ -120,6 +121,22 @@ class _Sampler(LogitsProcessor):
         prompt = ids[:, : self.prompt_length]
         prompt[self.padding] = prompt.gather(1, self.first_token).expand_as(prompt)[self.padding]
         return ids
+
+
+def check_positions(config: Any, prompt_length: int, completion_length: int) -> None:
+    """Raises a ValueError when a model with a table of positions (GPT-2, OPT) has too few; rotary ones have no end."""
+    text_config = config.get_text_config()
+    positions = getattr(text_config, "max_position_embeddings", None)
+    if (
+        positions is None
+        or getattr(text_config, "rope_parameters", None)
+        or prompt_length + completion_length <= positions
+    ):
+        return
+    raise ValueError(
+        f"A prompt of {prompt_length} tokens and max_completion_length={completion_length} need more than the "
+        f"{positions} positions of the model; lower max_completion_length or set max_prompt_length."
+    )
 
 
 def completion_lengths(ids: Tensor, eos_token_ids: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ HELD_OUT = 500  # of 90 x 90 questions
 SPECIAL_TOKENS = ["<|pad|>", "<|unk|>", "<|im_start|>", "<|im_end|>"]
 WORDS = ["\n", " ", "system", "user", "assistant", "What", "is", "?", "+", "=", ","]
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
+PIECES = "|".join([*map(re.escape, TAGS), "[A-Za-z]+", "\n|."])
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -47,12 +48,23 @@ def solution(a: int, b: int, carry: int | None = None) -> str:
 
 
 def mistake(a: int, b: int, chance: random.Random) -> str:
-    """A wrong solution: as often the carry is wrong (forgotten, or made up) as one digit somewhere is."""
-    if chance.random() < 0.5:
+    """A wrong solution: half the time the carry is wrong (forgotten, or made up), else one digit is, or all is garbled.
+
+    Garbled text is in because a reward model that never saw it may well prefer it, and GRPO finds such texts.
+    """
+    right = solution(a, b)
+    kind = chance.choice(["carry", "carry", "digit", "garbled"])
+    if kind == "carry":
         return solution(a, b, carry=1 - carry_of(a, b))
-    text = solution(a, b)
-    at = chance.choice([i for i, character in enumerate(text) if character.isdigit()])
-    return text[:at] + chance.choice([digit for digit in "0123456789" if digit != text[at]]) + text[at + 1 :]
+    pieces = re.findall(PIECES, right)
+    if kind == "digit":
+        at = chance.choice([i for i, piece in enumerate(pieces) if piece.isdigit()])
+        pieces[at] = chance.choice([digit for digit in "0123456789" if digit != pieces[at]])
+        return "".join(pieces)
+    start = chance.randrange(len(pieces))
+    noise = chance.choices([*TAGS, *"0123456789+=,"], k=chance.randint(1, 24 - start))
+    text = "".join([*pieces[:start], *noise])
+    return text if text != right else mistake(a, b, chance)
 
 
 def demonstrations(pairs: list[Pair], forget_share: float, seed: int) -> Dataset:
@@ -91,8 +103,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     """29 tokens: one per digit, word, sign and tag; chat messages in Qwen's form."""
     vocab = [*SPECIAL_TOKENS, *WORDS, *TAGS, *"0123456789"]
     tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocab)}, unk_token="<|unk|>"))
-    pieces = "|".join([*map(re.escape, TAGS), "[A-Za-z]+", "\n|."])
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pieces), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(PIECES), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

@@ -7,8 +7,9 @@ from arithmetic import Pair, demonstrations, question
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, set_seed
 from trl import SFTConfig, SFTTrainer
 
-# Greedy decoding then forgets the carry always; sampling remembers it one time in seven, which is what GRPO needs.
-FORGET_SHARE = 0.85
+# Greedy decoding then always forgets the carry; sampling remembers it one time in five, which is what GRPO needs. At
+# 0.85 some seeds see too few carries to learn the sum that follows one.
+FORGET_SHARE = 0.8
 
 
 def build_policy(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalLM:

@@ -65,6 +65,7 @@ def test_symmetric_clip():
     assert mean_of(metrics, "clip_ratio/high_mean") == 1 / 8
     assert mean_of(metrics, "clip_ratio/low_mean") == 1 / 8
     assert mean_of(metrics, "clip_ratio/region_mean") == 2 / 8
+    assert metrics["clip_ratio/high_max"] == 1 / 4 and metrics["clip_ratio/low_min"] == 0  # of a completion
 
 
 def test_asymmetric_clip():
@@ -365,7 +366,9 @@ def test_extreme_log_ratios_stay_finite(level, kl_estimator, surrogate, dtype):
         )
         (gradient,) = torch.autograd.grad(loss, logps)
         assert loss.isfinite() and gradient.isfinite().all()
-        assert all(total.isfinite() for total, _ in metrics.values())
+        means = {name: value for name, value in metrics.items() if isinstance(value, tuple)}
+        assert all(total.isfinite() for total, _ in means.values())
+        assert metrics.keys() - means.keys() == {"clip_ratio/low_min", "clip_ratio/high_max"}
 
 
 def test_clamp_is_far_outside_the_trust_region():
@@ -425,6 +428,7 @@ def test_nothing_to_count(level, advantage):
     loss, gradient, metrics = loss_gradient_metrics(inputs, importance_sampling_level=level)
     assert loss.item() == 0
     assert gradient.eq(0).all()
+    assert metrics.pop("clip_ratio/low_min") == math.inf and metrics.pop("clip_ratio/high_max") == -math.inf
     for name, (total, count) in metrics.items():
         assert total.item() == 0
         assert count.item() == (name == "policy_loss")
@@ -433,7 +437,7 @@ def test_nothing_to_count(level, advantage):
 # --- metrics and errors ----------------------------------------------------------------------------------------------
 
 
-def test_metrics_are_sums_and_counts():
+def test_metrics_are_sums_and_counts_and_extremes():
     mask = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
     reference = torch.full((3, 3), -1.5).double()  # so that log ref/pi = -log ratio
     ratios = [[1.5, 1.0, 0.5], [0.5, 9.0, 9.0], [9.0, 9.0, 9.0]]
@@ -452,6 +456,8 @@ def test_metrics_are_sums_and_counts():
         "kl": (kl, 4),
         "policy_loss": (policy_term, 1),
     }
+    assert metrics.pop("clip_ratio/low_min").item() == 0  # the first completion has none
+    assert metrics.pop("clip_ratio/high_max").item() == pytest.approx(1 / 3)
     assert metrics.keys() == expected.keys()
     for name, (total, count) in expected.items():
         assert metrics[name][0].item() == pytest.approx(total, abs=1e-6), name
@@ -465,7 +471,8 @@ def test_metrics_carry_no_graph():
     _, metrics = policy_loss(
         logps, advantages=torch.ones(1), token_weights=ones, loss_mask=ones, ref_per_token_logps=ones, beta=0.1
     )
-    assert not any(value.requires_grad for pair in metrics.values() for value in pair)
+    values = [value for pair in metrics.values() for value in (pair if isinstance(pair, tuple) else [pair])]
+    assert not any(value.requires_grad for value in values)
 
 
 def test_beta_without_reference_is_refused():

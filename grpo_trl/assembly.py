@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
+from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
 from trl.trainer.utils import get_config_model_id
@@ -15,7 +16,8 @@ from trl.trainer.utils import get_config_model_id
 from .callbacks import EpochExportCallback, LossNoteCallback, MetricsPlotCallback, SyncReferenceCallback
 from .config import GRPOConfig, mapping
 from .placement import DeviceMap, resolve_device_map
-from .prompts import check_prompt_dataset, encode_prompt
+from .policy import disable_dropout, freeze_adapter, load_policy, load_reference_model
+from .prompts import check_prompt_dataset, encode_prompt, limit_prompts
 from .rewards import check_rewards
 from .rewards.scoring import RESERVED
 from .rollouts import EVAL_STREAM, SamplingParams, check_engine
@@ -73,6 +75,20 @@ def prompt_problems(datasets: dict[str, Any], tokenizer: Any, chat_options: dict
     return found
 
 
+def limit(dataset: Any, tokenizer: Any, chat_options: dict[str, Any], args: GRPOConfig) -> Any:
+    """Applies `max_prompt_length` and `overlong_prompts` to a dataset, or to each of several named ones."""
+    if isinstance(dataset, dict):
+        return {name: limit(part, tokenizer, chat_options, args) for name, part in dataset.items()}
+    if dataset is None:
+        return None
+    return limit_prompts(
+        dataset,
+        lambda example: len(encode_prompt(example, tokenizer, **chat_options)[0]),
+        max_prompt_length=args.max_prompt_length,
+        overlong_prompts=args.overlong_prompts,
+    )[0]
+
+
 def _errors_of(*checks: Callable[[], Any]) -> list[str]:
     errors = []
     for check in checks:
@@ -81,6 +97,25 @@ def _errors_of(*checks: Callable[[], Any]) -> list[str]:
         except (ValueError, TypeError, OSError) as error:
             errors.append(str(error))
     return errors
+
+
+def load_models(
+    model: Any, args: GRPOConfig, quantization_config: Any, peft_config: PeftConfig | None
+) -> tuple[Any, Any, str | None]:
+    """The policy; a reference model of its own, or None; and the name of the frozen adapter that serves as reference.
+
+    Without KL term there is neither. With an adapter that starts from scratch the reference is the policy without it.
+    """
+    torch.manual_seed(args.seed)  # adapters are initialised at random
+    policy = load_policy(model, args, quantization_config=quantization_config, peft_config=peft_config)
+    adapter = None
+    if isinstance(policy, PeftModel) and peft_config is None and args.beta and not args.ref_model_name_or_path:
+        adapter = freeze_adapter(policy)
+    path = model if isinstance(model, str) else None
+    reference_model = load_reference_model(policy, path, args, device_map(args, args.ref_device))
+    if args.disable_dropout:
+        disable_dropout(policy)
+    return policy, reference_model, adapter
 
 
 def load_tokenizer(

@@ -11,6 +11,28 @@ from torch import Tensor, float64, tensor
 from .algorithm import combine_rewards
 from .batch import Group
 from .metrics import Metrics
+from .prompts import check_prompt_dataset
+
+
+def evaluate_sets(trainer: Any, datasets: Any, prefix: str) -> dict[str, float]:
+    """Evaluates and logs one set, or several named ones, whose mean reward is then `<prefix>_reward`.
+
+    Raises:
+        ValueError: there is no set, or one has no prompts.
+    """
+    if datasets is None:
+        raise ValueError("evaluate() needs an eval_dataset; pass one here or to GRPOTrainer.")
+    named = datasets if isinstance(datasets, dict) else {"": datasets}
+    metrics: dict[str, float] = {}
+    for name, dataset in named.items():
+        check_prompt_dataset(dataset, where=f"eval_dataset {name}".strip())
+        set_prefix = f"{prefix}_{name}" if name else prefix
+        results = {f"{set_prefix}_{key}": value for key, value in evaluate_prompts(trainer, dataset).items()}
+        trainer.log(results)
+        metrics |= results
+    if len(named) > 1:  # what a best model is judged by, when no set is named
+        metrics[f"{prefix}_reward"] = sum(metrics[f"{prefix}_{name}_reward"] for name in named) / len(named)
+    return metrics
 
 
 def evaluate_prompts(trainer: Any, dataset: Any) -> dict[str, float]:

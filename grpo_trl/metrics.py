@@ -126,6 +126,12 @@ def completion_rows(
     extra: Mapping[str, Sequence[Any]],
 ) -> list[dict[str, Any]]:
     """One row per completion for tables: prompt, completion, rewards, advantage, and columns that rewards added."""
+    for column, values in extra.items():
+        if len(values) != len(rewards_per_func):
+            raise ValueError(
+                f"log_extra({column!r}, ...) was given {len(values)} values for {len(rewards_per_func)} completions; "
+                "give one per completion."
+            )
     texts = [(group.prompt.example["prompt"], completion) for group in groups for completion in group.completions]
     return [
         {

@@ -1,6 +1,5 @@
 """`GRPOTrainer`: the order of the steps. What a step does is in the modules it calls."""
 
-import shutil
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -16,17 +15,17 @@ from transformers import (
     BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainerCallback,
 )
 from trl.trainer.utils import get_config_model_id, identity
 
-from . import checkpoint
 from .algorithm import combine_rewards, group_advantages, policy_loss
 from .assembly import (
     default_callbacks,
     device_map,
     eval_sampling,
+    limit,
+    load_models,
     load_tokenizer,
     named_datasets,
     problems,
@@ -36,27 +35,20 @@ from .assembly import (
 from .batch import Group, Prompt, RolloutBatch
 from .callbacks import log_completions
 from .config import GOVERNED, GRPOConfig, mapping
-from .evaluation import evaluate_prompts
+from .evaluation import evaluate_sets
+from .hooks import TrainerHooks
 from .loader import IndexedPrompts, RolloutLoader, StreamedPrompts
 from .metrics import Metrics, completion_rows, record_rollout
-from .model_card import create_model_card
 from .policy import (
-    FrozenReference,
     Reference,
-    disable_dropout,
     evaluation_mode,
-    freeze_adapter,
-    load_policy,
-    load_reference_model,
     make_reference,
     per_token_logps,
 )
-from .policy.reference import REFERENCE_ADAPTER
-from .prompts import check_prompt_dataset, encode_prompt, limit_prompts, truncate_prompt
+from .prompts import encode_prompt, truncate_prompt
 from .refused import raise_all
 from .rewards import RewardScorer, load_rewards
-from .rollouts import make_engine
-from .rollouts.context import weights_for_generation
+from .rollouts import decode_completions, make_engine, ordered_groups, weights_for_generation
 
 # what `policy_loss` takes of the fields that a variant governs
 LOSS_FIELDS = tuple(
@@ -66,7 +58,7 @@ LOSS_FIELDS = tuple(
 RewardFunc = str | PreTrainedModel | Callable[..., Any]
 
 
-class GRPOTrainer(Trainer):
+class GRPOTrainer(TrainerHooks):
     """Group Relative Policy Optimization on `transformers.Trainer`, with TRL's constructor.
 
     Args:
@@ -90,19 +82,6 @@ class GRPOTrainer(Trainer):
     To bring your own completions (tools, environments, replay), override [`rollout`][GRPOTrainer.rollout].
     """
 
-    # tells transformers that the loss is already averaged over the accumulation window: the weights see to it
-    loss_is_scaled_for_ga = True
-    _tag_names = ["grpo_trl", "grpo"]
-
-    # narrower than transformers' annotations, which are unions for every kind of trainer
-    args: GRPOConfig
-    model: Any
-    model_wrapped: Any
-    processing_class: Any
-    train_dataset: Any
-    eval_dataset: Any
-    loader: RolloutLoader
-
     def __init__(
         self,
         model: str | PreTrainedModel | PeftModel,
@@ -120,7 +99,6 @@ class GRPOTrainer(Trainer):
         rollout_func: None = None,
         environment_factory: None = None,
     ):
-        model_path = model if isinstance(model, str) else None
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = GRPOConfig(f"{Path(name).name or 'model'}-GRPO")
@@ -138,20 +116,10 @@ class GRPOTrainer(Trainer):
             "chat_template_kwargs": mapping(args.chat_template_kwargs),
         }
         raise_all(prompt_problems(datasets, processing_class, self.chat_options))
-        train_dataset = self._limit(train_dataset, args)
-        if isinstance(eval_dataset, dict):
-            eval_dataset = {name: self._limit(dataset, args) for name, dataset in eval_dataset.items()}
-        elif eval_dataset is not None:
-            eval_dataset = self._limit(eval_dataset, args)
+        train_dataset = limit(train_dataset, processing_class, self.chat_options, args)
+        eval_dataset = limit(eval_dataset, processing_class, self.chat_options, args)
 
-        torch.manual_seed(args.seed)  # adapters are initialised at random
-        policy = load_policy(model, args, quantization_config=quantization_config, peft_config=peft_config)
-        adapter = None
-        if isinstance(policy, PeftModel) and peft_config is None and args.beta and not args.ref_model_name_or_path:
-            adapter = freeze_adapter(policy)
-        reference_model = load_reference_model(policy, model_path, args, device_map(args, args.ref_device))
-        if args.disable_dropout:
-            disable_dropout(policy)
+        policy, reference_model, adapter = load_models(model, args, quantization_config, peft_config)
         rewards = load_rewards(specs, reward_processing_classes, args, device_map(args, args.reward_device))
         self.scorer = RewardScorer(rewards, timeout=args.reward_timeout)
         self.reward_names = self.scorer.names
@@ -216,14 +184,6 @@ class GRPOTrainer(Trainer):
             ids = truncate_prompt(ids, self.args.max_prompt_length, self.processing_class.bos_token_id)
         return Prompt(ids, {**example, "prompt": prompt}, draw)
 
-    def _limit(self, dataset: Any, args: GRPOConfig) -> Any:
-        return limit_prompts(
-            dataset,
-            lambda example: len(encode_prompt(example, self.processing_class, **self.chat_options)[0]),
-            max_prompt_length=args.max_prompt_length,
-            overlong_prompts=args.overlong_prompts,
-        )[0]
-
     # ---- Rollout ----
 
     def collect(self, prompts: list[Prompt]) -> RolloutBatch:
@@ -277,18 +237,10 @@ class GRPOTrainer(Trainer):
             )
             for call in calls
         ]
-        rewards_per_func = torch.cat(rewards)
-        for column, values in self._extra_columns.items():
-            if len(values) != len(rewards_per_func):
-                raise ValueError(
-                    f"log_extra({column!r}, ...) was given {len(values)} values for {len(rewards_per_func)} "
-                    "completions; give one per completion."
-                )
-        return rewards_per_func
+        return torch.cat(rewards)
 
     def sample(self, prompts: list[Prompt]) -> list[Group]:
         """`rollout`, with the groups in the order of the prompts and decoded; refuses an incomplete one."""
-        size = self.sampling.num_generations
         bar = tqdm(
             self.rollout(prompts),
             "rollout",
@@ -298,25 +250,10 @@ class GRPOTrainer(Trainer):
         )
         # PeftModel.generate does not pass through the forward that accelerate wraps in autocast
         with self.accelerator.autocast():
-            by_draw = {group.prompt.draw: group for group in bar}
-        missing = [prompt.draw for prompt in prompts if prompt.draw not in by_draw]
-        wrong = [draw for draw, group in by_draw.items() if len(group) != size]
-        if missing or wrong or len(by_draw) != len(prompts):
-            raise ValueError(
-                f"rollout() must give one group of {size} completions for each of its {len(prompts)} prompts; draws "
-                f"without a group: {missing}, draws with another number of completions: {wrong}."
-            )
-        for group in by_draw.values():
-            if not group.completions:
-                group.completions = self._decode(group)
-        return [by_draw[prompt.draw] for prompt in prompts]
-
-    def _decode(self, group: Group) -> list[Any]:
-        """What rewards and logs read: text, or an assistant message when the prompt is a conversation."""
-        texts = self.processing_class.batch_decode(group.completion_ids, skip_special_tokens=True)
-        if isinstance(group.prompt.example["prompt"], str):
-            return texts
-        return [[{"role": "assistant", "content": text}] for text in texts]
+            groups = ordered_groups(prompts, bar, self.sampling.num_generations)
+        for group in groups:
+            group.completions = group.completions or decode_completions(group, self.processing_class)
+        return groups
 
     # ---- Update ----
 
@@ -377,31 +314,14 @@ class GRPOTrainer(Trainer):
         datasets = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(datasets, str):
             datasets = {datasets: self.eval_dataset[datasets]}
-        if datasets is None:
-            raise ValueError("evaluate() needs an eval_dataset; pass one here or to GRPOTrainer.")
-        named = datasets if isinstance(datasets, dict) else {None: datasets}
-        for name, dataset in named.items():
-            check_prompt_dataset(dataset, where=f"eval_dataset {name or ''}".strip())
-        metrics: dict[str, float] = {}
         self.sampling = self.eval_sampling
         try:
             with evaluation_mode(self.model):
-                for name, dataset in named.items():
-                    prefix = metric_key_prefix if name is None else f"{metric_key_prefix}_{name}"
-                    results = {f"{prefix}_{key}": value for key, value in evaluate_prompts(self, dataset).items()}
-                    self.log(results)
-                    metrics |= results
+                metrics = evaluate_sets(self, datasets, metric_key_prefix)
         finally:
             self.sampling = self.train_sampling
-        if len(named) > 1:  # what a best model is judged by, when no set is named
-            rewards = [metrics[f"{metric_key_prefix}_{name}_reward"] for name in named]
-            metrics[f"{metric_key_prefix}_reward"] = sum(rewards) / len(rewards)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-    def predict(self, *args: Any, **kwargs: Any) -> Any:
-        """Not available: there are no labels to predict. `evaluate(dataset)` samples and scores."""
-        raise ValueError("GRPOTrainer has no predict(): use evaluate(dataset), which samples and scores completions.")
 
     # ---- Metrics ----
 
@@ -430,60 +350,3 @@ class GRPOTrainer(Trainer):
             self.completions_log = completion_rows(
                 groups, rewards_per_func, batch.advantages, self.reward_names, self._extra_columns
             )
-
-    # ---- Hooks of transformers.Trainer ----
-
-    def _prepare_inputs(self, inputs: RolloutBatch) -> RolloutBatch:
-        # transformers would cast every float tensor to DeepSpeed's dtype; log-probs and advantages stay fp32
-        return inputs.to(self.args.device)
-
-    def floating_point_ops(self, inputs: RolloutBatch) -> int:
-        """6 x parameters x tokens of this micro-batch."""
-        tokens = inputs.prompt_ids.numel() + inputs.completion_ids.numel()
-        return 6 * tokens * self.model.num_parameters(exclude_embeddings=True)
-
-    def _track_num_input_tokens(self, inputs: RolloutBatch) -> None:
-        self.state.num_input_tokens_seen = self.num_tokens
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        # transformers pickles the arguments, the Hub token among them, into a folder that may be pushed
-        token, self.args.hub_token = self.args.hub_token, None
-        try:
-            super()._save(output_dir, state_dict)
-        finally:
-            self.args.hub_token = token
-        # PEFT saves every adapter in a folder of its name; the frozen copy of the start is no result
-        shutil.rmtree(Path(output_dir or str(self.args.output_dir)) / REFERENCE_ADAPTER, ignore_errors=True)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        # private, but the one place that is called with the folder before trainer_state.json makes the checkpoint
-        super()._save_optimizer_and_scheduler(output_dir)
-        state = {
-            "loader": self.loader.state_dict(),
-            "metrics": self.metrics.state_dict(),
-            "num_tokens": self.num_tokens,
-        }
-        checkpoint.save(output_dir, self.accelerator.process_index, state)
-        if self.args.sync_ref_model and self.args.should_save:
-            checkpoint.save_reference(output_dir, self._synced_reference)
-
-    def _load_optimizer_and_scheduler(self, checkpoint_dir: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint_dir)
-        if checkpoint_dir is not None:
-            state = checkpoint.load(checkpoint_dir, self.accelerator.process_index)
-            self.loader.load_state_dict(state["loader"])
-            self.metrics.load_state_dict(state["metrics"])
-            self.num_tokens = state["num_tokens"]
-            if self.args.sync_ref_model:
-                checkpoint.load_reference(checkpoint_dir, self._synced_reference)
-
-    @property
-    def _synced_reference(self) -> nn.Module:
-        assert isinstance(self.reference, FrozenReference)
-        return self.reference.model
-
-    def create_model_card(
-        self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None, **kwargs: Any
-    ) -> None:
-        """Writes README.md: objective with its paper, data, rewards, versions, citation."""
-        create_model_card(self, model_name=model_name, dataset_name=dataset_name, tags=tags)

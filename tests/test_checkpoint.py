@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 
 from grpo_trl import checkpoint
 from grpo_trl.batch import Group, Prompt, RolloutBatch
+from tests.tiny import tiny_model
 
 
 def batch(draw=0):
@@ -167,3 +168,26 @@ def test_a_write_that_failed_leaves_no_state_that_loads(tmp_path):
     assert not any(name.endswith(".json") for name in files(tmp_path))
     with pytest.raises(FileNotFoundError):
         checkpoint.load(str(tmp_path), 0)
+
+
+# ---- Reference ----
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_reference_that_changed_comes_back(tmp_path, tied):
+    changed = tiny_model("qwen3", seed=1, tie_word_embeddings=tied)
+    checkpoint.save_reference(str(tmp_path), changed)
+    with safe_open(tmp_path / checkpoint.REFERENCE_NAME, "pt") as tensors:
+        assert ("lm_head.weight" in tensors.keys()) != tied  # noqa: SIM118: no mapping
+    model = tiny_model("qwen3", seed=2, tie_word_embeddings=tied)
+    embeddings = model.get_input_embeddings().weight
+    checkpoint.load_reference(str(tmp_path), model)
+    for name, weight in changed.state_dict().items():
+        assert torch.equal(model.state_dict()[name], weight), name
+    assert model.get_input_embeddings().weight is embeddings  # in place: whoever holds the model sees it
+    assert (model.get_output_embeddings().weight is embeddings) == tied
+
+
+def test_a_missing_reference_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="reference"):
+        checkpoint.load_reference(str(tmp_path), tiny_model("qwen3"))

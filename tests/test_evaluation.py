@@ -199,7 +199,6 @@ def test_when_no_reward_applied_at_all():
 
 
 def test_nearly_equal_rewards_have_an_exact_spread():
-    # in fp32 the sum of 4,000 such rewards is off in its fourth digit
     values = [1000.0 + i % 2 for i in range(4000)]
     result = summary(*(record(row, value) for row, value in enumerate(values)), threshold=1001)
     assert result["reward"] == 1000.5

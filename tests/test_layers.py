@@ -17,7 +17,7 @@ LAYERS = [
     ["config"],
     ["policy", "rollouts", "rewards", "data", "data_forms", "prompts", "metrics"],
     ["loader", "checkpoint", "callbacks", "memory", "evaluation", "model_card"],
-    ["assembly"],
+    ["assembly", "hooks"],
     ["trainer"],
     ["selfcheck"],
     ["cli", "__main__"],

@@ -569,7 +569,7 @@ def test_passing_is_judged_by_the_first_reward(tmp_path):
     ],
 )
 def test_refused_before_the_model_is_loaded(tmp_path, options, message, monkeypatch):
-    monkeypatch.setattr("grpo_trl.trainer.load_policy", lambda *args, **kwargs: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("grpo_trl.assembly.load_policy", lambda *args, **kwargs: pytest.fail("a model was loaded"))
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path, **options)
 
@@ -594,7 +594,7 @@ def test_log_extra_of_another_length_names_the_column(tmp_path):
         return [1.0] * len(completions)
 
     with pytest.raises(ValueError, match=r"log_extra\('note', ...\) was given 1 values for 8 completions"):
-        trainer(tmp_path, rewards=reward).train()
+        trainer(tmp_path, rewards=reward, log_completions=True).train()
 
 
 def test_the_resolved_objective_is_shown(tmp_path, capsys):

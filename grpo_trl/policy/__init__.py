@@ -3,9 +3,17 @@
 from .loading import load_policy
 from .logprobs import per_token_logps
 from .mode import disable_dropout, evaluation_mode
-from .reference import FrozenReference, Reference, freeze_adapter, load_reference_model, make_reference
+from .reference import (
+    REFERENCE_ADAPTER,
+    FrozenReference,
+    Reference,
+    freeze_adapter,
+    load_reference_model,
+    make_reference,
+)
 
 __all__ = [
+    "REFERENCE_ADAPTER",
     "FrozenReference",
     "Reference",
     "disable_dropout",

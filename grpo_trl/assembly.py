@@ -121,6 +121,11 @@ def load_models(
 def load_tokenizer(
     model: Any, args: GRPOConfig, processing_class: PreTrainedTokenizerBase | None
 ) -> PreTrainedTokenizerBase:
+    """The tokenizer that was passed, or the model's own, with a pad token.
+
+    Raises:
+        TypeError: a multimodal processor. ValueError: neither a pad nor an EOS token.
+    """
     if processing_class is None:
         path = model if isinstance(model, str) else get_config_model_id(model.config)
         processing_class = AutoTokenizer.from_pretrained(

@@ -34,7 +34,9 @@ def per_token_logps(
     # the logits at position i are of token i + 1, so the completion needs one position more, and the last is dropped
     keep = {"logits_to_keep": length + 1} if _takes_logits_to_keep(model) else {}
     logits = model(input_ids=ids, attention_mask=mask, position_ids=position_ids, use_cache=False, **keep).logits
-    logits = logits[:, -length - 1 : -1].float() / temperature
+    logits = logits[:, -length - 1 : -1].float()
+    if temperature != 1:  # spares a copy of the largest tensor of the step
+        logits = logits / temperature
     log_normalizer = logits.logsumexp(-1)
     logps = logits.gather(-1, batch.completion_ids[..., None])[..., 0] - log_normalizer
     return logps, _entropy(logits, log_normalizer) if with_entropy else None

@@ -48,7 +48,7 @@ def solution(a: int, b: int, carry: int | None = None) -> str:
 
 
 def mistake(a: int, b: int, chance: random.Random) -> str:
-    """A wrong solution: half the time the carry is wrong (forgotten or made up), else a digit is or the text is garbled.
+    """A wrong solution: half the time the carry is wrong (forgotten or made up), else a digit or the whole text.
 
     Garbled text is in because a reward model that never saw it may well prefer it, and GRPO finds such texts.
     """

@@ -12,35 +12,35 @@ TWO_GROUPS = torch.tensor([1.0, 0.0, 3.0, 1.0])
 RELATIVE = torch.tensor([0.5, -0.5, 1.0, -1.0])
 
 
-def close(actual, expected, tolerance=1e-6):
+def assert_close(actual, expected, tolerance=1e-6):
     torch.testing.assert_close(actual, torch.as_tensor(expected), atol=tolerance, rtol=0)
 
 
 def test_none_is_reward_minus_group_mean():
-    close(group_advantages(torch.tensor([1.0, 0, 0, 0]), 4, "none"), [0.75, -0.25, -0.25, -0.25])
+    assert_close(group_advantages(torch.tensor([1.0, 0, 0, 0]), 4, "none"), [0.75, -0.25, -0.25, -0.25])
 
 
 def test_group_divides_by_the_sample_std_of_the_group():
     # squares .5625 + 3 x .0625 = .75; / (4 - 1) = .25; std .5 (the population std would be .433)
     expected = torch.tensor([0.75, -0.25, -0.25, -0.25]) / 0.5001
-    close(group_advantages(torch.tensor([1.0, 0, 0, 0]), 4, "group"), expected)
+    assert_close(group_advantages(torch.tensor([1.0, 0, 0, 0]), 4, "group"), expected)
 
 
 def test_batch_divides_by_the_std_of_the_raw_rewards():
     # mean 1.25; squares .0625 + 1.5625 + 3.0625 + .0625 = 4.75; / 3 = 1.58333
-    close(group_advantages(TWO_GROUPS, 2, "batch"), RELATIVE / (math.sqrt(4.75 / 3) + 1e-4))
+    assert_close(group_advantages(TWO_GROUPS, 2, "batch"), RELATIVE / (math.sqrt(4.75 / 3) + 1e-4))
 
 
 def test_batch_relative_divides_by_the_std_of_the_relative_rewards():
     # mean 0; squares .25 + .25 + 1 + 1 = 2.5; / 3 = .83333
     expected = RELATIVE / (math.sqrt(2.5 / 3) + 1e-4)
-    close(group_advantages(TWO_GROUPS, 2, "batch_relative"), expected)
-    close(group_advantages(TWO_GROUPS, 2), expected)  # the default
+    assert_close(group_advantages(TWO_GROUPS, 2, "batch_relative"), expected)
+    assert_close(group_advantages(TWO_GROUPS, 2), expected)  # the default
 
 
 def test_batch_relative_ignores_how_hard_prompts_are():
     easy_and_hard = TWO_GROUPS + torch.tensor([100.0, 100, 0, 0])
-    close(group_advantages(easy_and_hard, 2), group_advantages(TWO_GROUPS, 2))
+    assert_close(group_advantages(easy_and_hard, 2), group_advantages(TWO_GROUPS, 2))
     assert group_advantages(easy_and_hard, 2, "batch").abs().max() < 0.02
 
 
@@ -57,7 +57,7 @@ def test_trl_formulas(num_generations, seed):
         "batch": exact.std(),
     }
     for scale_rewards, value in std.items():
-        close(group_advantages(rewards, num_generations, scale_rewards), (relative / (value + 1e-4)).float())
+        assert_close(group_advantages(rewards, num_generations, scale_rewards), (relative / (value + 1e-4)).float())
 
 
 @pytest.mark.parametrize("scale_rewards", SCALE_REWARDS)
@@ -78,7 +78,7 @@ def test_smallest_group(scale_rewards):
     better, worse = group_advantages(torch.tensor([0.9, 0.2]), 2, scale_rewards)
     # relative +-.35; std of (.9, .2) and of (.35, -.35) is .7 / sqrt(2)
     expected = 0.35 if scale_rewards == "none" else 0.35 / (0.7 / math.sqrt(2) + 1e-4)
-    close(torch.stack([better, worse]), [expected, -expected])
+    assert_close(torch.stack([better, worse]), [expected, -expected])
 
 
 @pytest.mark.parametrize("function", [group_advantages, informative_groups])
@@ -95,7 +95,7 @@ def test_refuses_an_unknown_scale():
 
 
 def test_missing_reward_gets_zero_and_does_not_move_the_mean():
-    close(group_advantages(torch.tensor([1.0, NAN, 0, 0]), 4, "none"), [2 / 3, 0, -1 / 3, -1 / 3])
+    assert_close(group_advantages(torch.tensor([1.0, NAN, 0, 0]), 4, "none"), [2 / 3, 0, -1 / 3, -1 / 3])
 
 
 @pytest.mark.parametrize("scale_rewards", SCALE_REWARDS)
@@ -104,7 +104,7 @@ def test_missing_rewards_are_in_no_statistic(scale_rewards):
     rewards = torch.tensor([1.0, 0.0, NAN, 4.0, NAN, 2.0])
     without = torch.tensor([1.0, 0.0, 4.0, 2.0])
     advantages = group_advantages(rewards, 3, scale_rewards)
-    close(advantages[[0, 1, 3, 5]], group_advantages(without, 2, scale_rewards))
+    assert_close(advantages[[0, 1, 3, 5]], group_advantages(without, 2, scale_rewards))
     assert advantages[[2, 4]].eq(0).all()
 
 
@@ -153,7 +153,7 @@ def test_order_is_kept(scale_rewards):
     assert advantages.sign().tolist() == [1, -1, -1, -1, 1, 1, -1, -1, -1, -1, 1, 1]
     order = torch.tensor([2, 0, 1])
     swapped = group_advantages(rewards.view(3, 4)[order].flatten(), 4, scale_rewards)
-    close(swapped, advantages.view(3, 4)[order].flatten())
+    assert_close(swapped, advantages.view(3, 4)[order].flatten())
 
 
 def test_interleaved_prompts_sorted_into_groups_and_back():
@@ -162,4 +162,4 @@ def test_interleaved_prompts_sorted_into_groups_and_back():
     to_groups = torch.arange(12).view(4, 3).T.flatten()
     advantages = torch.empty(12)
     advantages[to_groups] = group_advantages(interleaved[to_groups], 4, "none")
-    close(advantages, [0.75, 1.25, -0.5, -0.25, 0.25, -0.5, -0.25, -0.75, 0.5, -0.25, -0.75, 0.5])
+    assert_close(advantages, [0.75, 1.25, -0.5, -0.25, 0.25, -0.5, -0.25, -0.75, 0.5, -0.25, -0.75, 0.5])

@@ -11,7 +11,7 @@ from grpo_trl.algorithm.loss import IMPORTANCE_SAMPLING_LEVELS, MAX_LOG_RATIO
 LEVELS = IMPORTANCE_SAMPLING_LEVELS
 
 
-def close(actual, expected, tolerance=1e-6):
+def assert_close(actual, expected, tolerance=1e-6):
     expected = torch.as_tensor(expected, dtype=actual.dtype)
     torch.testing.assert_close(actual, expected, atol=tolerance, rtol=0)
 
@@ -40,9 +40,9 @@ def test_on_policy_loss_is_minus_the_weighted_advantages():
     weights = torch.tensor([[0.1, 0.2], [0.3, 0.4]])
     advantages = torch.tensor([2.0, -1.0])
     loss, metrics = policy_loss(logps, advantages=advantages, token_weights=weights, loss_mask=torch.ones(2, 2))
-    close(loss, -(0.1 * 2 + 0.2 * 2 - 0.3 - 0.4))
+    assert_close(loss, -(0.1 * 2 + 0.2 * 2 - 0.3 - 0.4))
     # on-policy the gradient is REINFORCE's, -w A for each log-probability: it is not lost with the ratio of 1
-    close(torch.autograd.grad(loss, logps)[0], [[-0.2, -0.4], [0.3, 0.4]])
+    assert_close(torch.autograd.grad(loss, logps)[0], [[-0.2, -0.4], [0.3, 0.4]])
     assert mean_of(metrics, "importance_ratio/token") == 1
     assert mean_of(metrics, "policy_loss") == loss.item()
     assert "kl" not in metrics
@@ -59,9 +59,9 @@ def test_symmetric_clip():
     # A > 0: min(r, 1.2); A < 0: max(r, .8)
     ratios = [[0.5, 1.0, 1.1, 1.5], [0.5, 1.0, 0.9, 1.5]]
     loss, gradient, metrics = loss_of_ratios(ratios, [2.0, -1.0], epsilon=0.2)
-    close(loss, -2 * (0.5 + 1.0 + 1.1 + 1.2) + (0.8 + 1.0 + 0.9 + 1.5))
+    assert_close(loss, -2 * (0.5 + 1.0 + 1.1 + 1.2) + (0.8 + 1.0 + 0.9 + 1.5))
     # d loss / d logp = -r A inside the trust region or where the clip does not hold it back, else 0
-    close(gradient, [[-1.0, -2.0, -2.2, 0.0], [0.0, 1.0, 0.9, 1.5]])
+    assert_close(gradient, [[-1.0, -2.0, -2.2, 0.0], [0.0, 1.0, 0.9, 1.5]])
     assert mean_of(metrics, "clip_ratio/high_mean") == 1 / 8
     assert mean_of(metrics, "clip_ratio/low_mean") == 1 / 8
     assert mean_of(metrics, "clip_ratio/region_mean") == 2 / 8
@@ -70,30 +70,30 @@ def test_symmetric_clip():
 
 def test_asymmetric_clip():
     loss, gradient, metrics = loss_of_ratios([[1.25, 1.5], [0.75, 0.85]], [1.0, -1.0], epsilon=0.2, epsilon_high=0.28)
-    close(loss, -(1.25 + 1.28) + (0.8 + 0.85))
-    close(gradient, [[-1.25, 0.0], [0.0, 0.85]])
+    assert_close(loss, -(1.25 + 1.28) + (0.8 + 0.85))
+    assert_close(gradient, [[-1.25, 0.0], [0.0, 0.85]])
     assert mean_of(metrics, "clip_ratio/high_mean") == 1 / 4
     assert mean_of(metrics, "clip_ratio/low_mean") == 1 / 4
 
 
 def test_epsilon_high_of_zero_is_not_the_default():
     loss, _, _ = loss_of_ratios([[1.1]], [1.0], epsilon=0.2, epsilon_high=0.0)
-    close(loss, -1.0)
+    assert_close(loss, -1.0)
 
 
 def test_delta_bounds_the_loss_of_negative_advantages_only():
     ratios = [[10.0, 3.0], [10.0, 3.0]]
     loss, gradient, _ = loss_of_ratios(ratios, [1.0, -1.0], delta=4.0)
-    close(loss, -(1.2 + 1.2) + (4.0 + 3.0))
-    close(gradient, [[0.0, 0.0], [0.0, 3.0]])
+    assert_close(loss, -(1.2 + 1.2) + (4.0 + 3.0))
+    assert_close(gradient, [[0.0, 0.0], [0.0, 3.0]])
     without, _, _ = loss_of_ratios(ratios, [1.0, -1.0])
-    close(without, -(1.2 + 1.2) + (10.0 + 3.0))
+    assert_close(without, -(1.2 + 1.2) + (10.0 + 3.0))
 
 
 def test_per_token_advantages():
     loss, gradient, metrics = loss_of_ratios([[1.0, 1.5, 1.5]], [[1.0, -2.0, 3.0]])
-    close(loss, -1.0 + 3.0 - 3.6)
-    close(gradient, [[-1.0, 3.0, 0.0]])
+    assert_close(loss, -1.0 + 3.0 - 3.6)
+    assert_close(gradient, [[-1.0, 3.0, 0.0]])
     assert mean_of(metrics, "clip_ratio/high_mean") == pytest.approx(1 / 3)
 
 
@@ -102,8 +102,8 @@ def test_advantages_per_row_equal_the_same_per_token(level):
     ratios = [[0.7, 1.1, 1.4], [0.7, 1.1, 1.4]]
     per_row = loss_of_ratios(ratios, [1.0, -2.0], importance_sampling_level=level)
     per_token = loss_of_ratios(ratios, [[1.0] * 3, [-2.0] * 3], importance_sampling_level=level)
-    close(per_row[0], per_token[0], 0)
-    close(per_row[1], per_token[1], 0)
+    assert_close(per_row[0], per_token[0], 0)
+    assert_close(per_row[1], per_token[1], 0)
 
 
 # --- the ratio -------------------------------------------------------------------------------------------------------
@@ -116,9 +116,9 @@ def test_sequence_ratio_is_the_geometric_mean():
         [[1.1, 1.2], [0.9, 7.0]], [1.0, -1.0], loss_mask=mask, importance_sampling_level="sequence"
     )
     ratio = math.sqrt(1.1 * 1.2)
-    close(loss, -2 * ratio + 0.9)
+    assert_close(loss, -2 * ratio + 0.9)
     # the row's two tokens each have the ratio, and each log-probability moves it by 1 / length
-    close(gradient, [[-ratio, -ratio], [0.9, 0.0]])
+    assert_close(gradient, [[-ratio, -ratio], [0.9, 0.0]])
     assert mean_of(metrics, "importance_ratio/sequence_mean") == pytest.approx((ratio + 0.9) / 2)
     assert mean_of(metrics, "importance_ratio/sequence_product") == pytest.approx((1.1 * 1.2 + 0.9) / 2)
     assert mean_of(metrics, "importance_ratio/token") == pytest.approx((1.1 + 1.2 + 0.9) / 3)
@@ -128,8 +128,8 @@ def test_sequence_clip_is_of_the_whole_completion():
     # tokens of 2 and .5 cancel: the token level clips the first, the sequence level (ratio 1) nothing
     token_loss, _, _ = loss_of_ratios([[2.0, 0.5]], [1.0])
     sequence_loss, _, metrics = loss_of_ratios([[2.0, 0.5]], [1.0], importance_sampling_level="sequence")
-    close(token_loss, -(1.2 + 0.5))
-    close(sequence_loss, -2.0)
+    assert_close(token_loss, -(1.2 + 0.5))
+    assert_close(sequence_loss, -2.0)
     assert mean_of(metrics, "clip_ratio/region_mean") == 0
 
 
@@ -148,8 +148,8 @@ def test_sequence_level_equals_token_level_on_one_token_completions(epsilon_high
     options |= {"beta": 0.1, "ref_per_token_logps": reference}
     token = loss_of_ratios(ratios, **options)
     sequence = loss_of_ratios(ratios, **options, importance_sampling_level="sequence")
-    close(sequence[0], token[0], 1e-12)
-    close(sequence[1], token[1], 1e-12)
+    assert_close(sequence[0], token[0], 1e-12)
+    assert_close(sequence[1], token[1], 1e-12)
 
 
 def test_stored_old_log_probabilities_make_the_ratio():
@@ -161,7 +161,7 @@ def test_stored_old_log_probabilities_make_the_ratio():
     loss, second_pass = policy_loss(logps, old_per_token_logps=old, **inputs)
     assert mean_of(first_pass, "importance_ratio/token") == 1
     assert mean_of(second_pass, "importance_ratio/token") == pytest.approx((math.exp(0.1) + math.exp(-0.2)) / 2)
-    close(loss, -(math.exp(0.1) + math.exp(-0.2)))
+    assert_close(loss, -(math.exp(0.1) + math.exp(-0.2)))
 
 
 # --- the KL penalty --------------------------------------------------------------------------------------------------
@@ -188,7 +188,7 @@ def test_kl_estimators_by_hand(kl_estimator, expected):
         beta=0.1,
         kl_estimator=kl_estimator,
     )
-    close(loss, 0.1 * 0.5 * expected)
+    assert_close(loss, 0.1 * 0.5 * expected)
     assert mean_of(metrics, "kl") == pytest.approx(expected)  # in nats per token: without beta and weights
     assert mean_of(metrics, "policy_loss") == 0
 
@@ -251,18 +251,18 @@ def test_gradient_is_that_of_the_reverse_kl(options, sampler):
 @pytest.mark.parametrize("sampler", [None, STALE])
 def test_default_estimator_has_the_value_of_the_reverse_kl(sampler):
     value, true_kl, _, _ = toy_gradients(sampler)
-    close(value, true_kl, 1e-9)
+    assert_close(value, true_kl, 1e-9)
 
 
 def test_k1_in_the_loss_does_not_regularise():
     value, true_kl, gradient, _ = toy_gradients(kl_estimator="k1")
-    close(value, true_kl, 1e-9)
+    assert_close(value, true_kl, 1e-9)
     assert gradient.abs().max() < 1e-9
 
 
 def test_k3_in_the_loss_has_another_gradient():
     value, true_kl, gradient, true_gradient = toy_gradients(kl_estimator="k3")
-    close(value, true_kl, 1e-9)
+    assert_close(value, true_kl, 1e-9)
     assert (gradient - true_gradient).abs().max() > 0.1
 
 
@@ -287,8 +287,8 @@ def test_sequence_level_keeps_the_per_token_ratio_in_the_kl():
         without = loss_of_ratios(ratios, **options)
         return with_kl[0] - without[0], with_kl[1] - without[1]
 
-    close(kl_part("sequence")[0], kl_part("token")[0], 1e-12)
-    close(kl_part("sequence")[1], kl_part("token")[1], 1e-12)
+    assert_close(kl_part("sequence")[0], kl_part("token")[0], 1e-12)
+    assert_close(kl_part("sequence")[1], kl_part("token")[1], 1e-12)
     assert kl_part("token")[1].abs().min() > 1e-3
 
 
@@ -336,8 +336,8 @@ def test_trl_parity(epsilon_high, delta, bias_correction, loss_type):
         kl_estimator="k3_ratio" if bias_correction else "k3",
         **options,
     )
-    close(loss, expected)
-    close(torch.autograd.grad(loss, logps)[0], torch.autograd.grad(expected, logps)[0])
+    assert_close(loss, expected)
+    assert_close(torch.autograd.grad(loss, logps)[0], torch.autograd.grad(expected, logps)[0])
     assert mean_of(metrics, "clip_ratio/region_mean") > 0.1  # so the clip was exercised
 
 
@@ -373,7 +373,7 @@ def test_extreme_log_ratios_stay_finite(level, kl_estimator, surrogate, dtype):
 
 def test_clamp_is_far_outside_the_trust_region():
     _, gradient, _ = loss_of_ratios([[math.exp(MAX_LOG_RATIO - 1)]], [-1.0])
-    close(gradient / math.exp(MAX_LOG_RATIO - 1), [[1.0]])  # not yet clamped
+    assert_close(gradient / math.exp(MAX_LOG_RATIO - 1), [[1.0]])  # not yet clamped
     assert math.exp(MAX_LOG_RATIO) > 1e8
 
 
@@ -413,8 +413,8 @@ def test_padded_places_do_not_matter(kl_estimator, level, poisoned, garbage):
     options = {"importance_sampling_level": level, "kl_estimator": kl_estimator}
     loss, gradient, metrics = loss_gradient_metrics(dirty, **options)
     expected_loss, expected_gradient, expected_metrics = loss_gradient_metrics(clean, **options)
-    close(loss, expected_loss, 0)
-    close(gradient, expected_gradient, 0)
+    assert_close(loss, expected_loss, 0)
+    assert_close(gradient, expected_gradient, 0)
     assert gradient[padded].eq(0).all()
     assert metrics == expected_metrics
 
@@ -462,7 +462,7 @@ def test_metrics_are_sums_and_counts_and_extremes():
     for name, (total, count) in expected.items():
         assert metrics[name][0].item() == pytest.approx(total, abs=1e-6), name
         assert metrics[name][1].item() == count, name
-    close(loss, policy_term + 0.1 * kl)
+    assert_close(loss, policy_term + 0.1 * kl)
 
 
 def test_metrics_carry_no_graph():

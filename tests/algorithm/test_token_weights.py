@@ -10,7 +10,7 @@ from grpo_trl.algorithm.token_weights import TOKEN_WEIGHTINGS
 MASK = torch.tensor([[1, 1, 1], [1, 0, 0]])
 
 
-def close(actual, expected, tolerance=1e-6):
+def assert_close(actual, expected, tolerance=1e-6):
     torch.testing.assert_close(actual, torch.as_tensor(expected), atol=tolerance, rtol=0)
 
 
@@ -27,14 +27,16 @@ def close(actual, expected, tolerance=1e-6):
 )
 def test_rules(token_weighting, expected):
     weights = token_weights(MASK, token_weighting, max_completion_length=5)
-    close(weights, expected)
+    assert_close(weights, expected)
     assert weights.dtype == torch.float32
-    close(token_weights(MASK, token_weighting, max_completion_length=5, world_size=3), 3 * torch.tensor(expected))
+    assert_close(
+        token_weights(MASK, token_weighting, max_completion_length=5, world_size=3), 3 * torch.tensor(expected)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.long, torch.float32])
 def test_any_mask_dtype(dtype):
-    close(token_weights(MASK.to(dtype), "token", max_completion_length=5), MASK / 4)
+    assert_close(token_weights(MASK.to(dtype), "token", max_completion_length=5), MASK / 4)
 
 
 @pytest.mark.parametrize(
@@ -48,14 +50,14 @@ def test_any_mask_dtype(dtype):
 def test_masked_completions_are_in_no_denominator(token_weighting, expected):
     # a completion of two tokens, and two that are masked (truncated ones, say)
     mask = torch.tensor([[1, 1, 0], [0, 0, 0], [0, 0, 0]])
-    close(token_weights(mask, token_weighting, max_completion_length=5), expected)
+    assert_close(token_weights(mask, token_weighting, max_completion_length=5), expected)
 
 
 def test_tokens_masked_inside_a_completion_do_not_count():
     # tool output in the middle: the completion is averaged over the three tokens that the policy wrote
     mask = torch.tensor([[1, 0, 1, 1]])
     for token_weighting in ("token", "sequence"):
-        close(token_weights(mask, token_weighting, max_completion_length=4), mask / 3)
+        assert_close(token_weights(mask, token_weighting, max_completion_length=4), mask / 3)
 
 
 @pytest.mark.parametrize("token_weighting", TOKEN_WEIGHTINGS)
@@ -68,12 +70,12 @@ def test_weights_sum_to_the_world_size(token_weighting):
     mask = torch.arange(50) < torch.randint(1, 51, (64, 1), generator=torch.Generator().manual_seed(0))
     for world_size in (1, 4):
         weights = token_weights(mask, token_weighting, max_completion_length=50, world_size=world_size)
-        close(weights.sum(), float(world_size), 1e-5)
+        assert_close(weights.sum(), float(world_size), 1e-5)
 
 
 def test_max_length_sums_to_one_only_at_full_length():
-    close(token_weights(torch.ones(4, 5), "max_length", max_completion_length=5).sum(), 1.0)
-    close(token_weights(torch.ones(4, 2), "max_length", max_completion_length=5).sum(), 2 / 5)
+    assert_close(token_weights(torch.ones(4, 5), "max_length", max_completion_length=5).sum(), 1.0)
+    assert_close(token_weights(torch.ones(4, 2), "max_length", max_completion_length=5).sum(), 2 / 5)
 
 
 def test_unknown_weighting_is_refused():
@@ -144,7 +146,7 @@ def test_accumulation_does_not_change_the_gradient(token_weighting):
     whole, *cut = (step_gradient(rows, weights, size) for size in (8, 2, 1, 3))  # 3: the last one is short
     assert whole.abs().max() > 0.01
     for gradient in cut:
-        close(gradient, whole)
+        assert_close(gradient, whole)
 
 
 @pytest.mark.parametrize("token_weighting", ["token", "sequence"])
@@ -165,7 +167,7 @@ def test_gradient_is_the_plain_mean_over_tokens():
         step_gradient({name: value[i : i + 1] for name, value in rows.items()}, rows["loss_mask"][i : i + 1], 1)
         for i in range(8)
     )
-    close(step_gradient(rows, weights, 8), one_by_one / LENGTHS.sum(), 1e-6)
+    assert_close(step_gradient(rows, weights, 8), one_by_one / LENGTHS.sum(), 1e-6)
 
 
 @pytest.mark.parametrize("token_weighting", TOKEN_WEIGHTINGS)
@@ -175,8 +177,8 @@ def test_each_optimizer_step_of_a_rollout_has_its_own_counts(token_weighting):
     for rows in (short, long):
         weights = token_weights(rows["loss_mask"], token_weighting, max_completion_length=16)
         expected = {"token": 1.0, "sequence": 1.0, "max_length": rows["loss_mask"].sum().item() / (8 * 16)}
-        close(weights.sum(), expected[token_weighting])
-        close(step_gradient(rows, weights, 2), step_gradient(rows, weights, 8))
+        assert_close(weights.sum(), expected[token_weighting])
+        assert_close(step_gradient(rows, weights, 2), step_gradient(rows, weights, 8))
 
 
 @pytest.mark.parametrize("token_weighting", TOKEN_WEIGHTINGS)
@@ -190,7 +192,7 @@ def test_masked_rows_change_nothing(token_weighting):
         step_gradient(part, token_weights(part["loss_mask"], token_weighting, max_completion_length=16), 4)
         for part in (masked, alone)
     ]
-    close(gradients[0], gradients[1])
+    assert_close(gradients[0], gradients[1])
 
 
 @pytest.mark.parametrize(
@@ -203,4 +205,4 @@ def test_groups_of_equal_rewards_stay_in_the_denominator(token_weighting, share)
     informative = torch.tensor([0, 1, 2, 3, 6, 7])
     weights = token_weights(rows["loss_mask"], token_weighting, max_completion_length=16)
     dropped = token_weights(rows["loss_mask"][informative], token_weighting, max_completion_length=16)
-    close(weights[informative], dropped * share)
+    assert_close(weights[informative], dropped * share)

@@ -92,7 +92,9 @@ def summarize(
     truncated = ~tensor([record["terminated"] for record in results])
     values = {"reward": applied.mean(), "reward_std": applied.std(correction=min(1, len(applied) - 1))}
     for index, (name, column) in enumerate(zip(reward_names, rewards_per_func.T, strict=True)):
-        passed = (column >= pass_threshold).double().view(-1, k)
+        if column.isnan().all():
+            continue
+        passed = (column.float() >= pass_threshold).double().view(-1, k)  # rewards are fp32: 0.7 must reach 0.7
         values[f"rewards/{name}/mean"] = column.nanmean()
         values[f"rewards/{name}/pass@{k}"] = passed.amax(1).mean()
         if index == 0:

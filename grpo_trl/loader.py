@@ -136,6 +136,7 @@ class RolloutLoader:
             batch = self._micro_batch()
             self.position += 1
             yield batch
+            del batch  # else its storage lives on while the next collection is sampled
 
     def prompts(self, collection: int) -> list[Prompt]:
         """This rank's prompts of a collection. Draws are dealt out in turn, so each optimizer step is made of the same
@@ -151,7 +152,7 @@ class RolloutLoader:
         return prompts
 
     def state_dict(self) -> dict[str, Any]:
-        """Position and buffer at the last optimizer-step boundary. Tensors under "buffer", numbers elsewhere."""
+        """Position and buffer as of the last micro-batch yielded. Tensors under "buffer", numbers elsewhere."""
         state: dict[str, Any] = {"position": self.position, "layout": self._layout()}
         state |= {"collection": None, "buffer": {}}
         if self._buffer is not None and self.position % self.micro_batches_per_collection:
@@ -186,7 +187,9 @@ class RolloutLoader:
             "steps_per_generation",
             "num_generations",
         )
-        layout = {name: getattr(args, name) for name in (*names, "num_iterations", "seed", "data_seed")}
+        layout = {
+            name: getattr(args, name) for name in (*names, "num_iterations", "seed", "data_seed", "shuffle_dataset")
+        }
         return layout | {"ranks": self.world_size, "prompts": self.source.num_prompts}
 
     def _micro_batch(self) -> RolloutBatch:

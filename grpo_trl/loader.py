@@ -22,6 +22,19 @@ from .config import GRPOConfig
 from .prompts import epoch_order
 
 
+# with the number of ranks and of prompts, what the loader's position means depends on these
+LAYOUT_FIELDS = (
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "steps_per_generation",
+    "num_generations",
+    "num_iterations",
+    "seed",
+    "data_seed",
+    "shuffle_dataset",
+)
+
+
 class PromptSource(Protocol):
     """Where draws come from. `num_prompts` is the length of an epoch, or None for a stream."""
 
@@ -180,16 +193,7 @@ class RolloutLoader:
 
     def _layout(self) -> dict[str, int | None]:
         """What the meaning of `position` depends on."""
-        args = self.args
-        names = (
-            "per_device_train_batch_size",
-            "gradient_accumulation_steps",
-            "steps_per_generation",
-            "num_generations",
-        )
-        layout = {
-            name: getattr(args, name) for name in (*names, "num_iterations", "seed", "data_seed", "shuffle_dataset")
-        }
+        layout = {name: getattr(self.args, name) for name in LAYOUT_FIELDS}
         return layout | {"ranks": self.world_size, "prompts": self.source.num_prompts}
 
     def _micro_batch(self) -> RolloutBatch:

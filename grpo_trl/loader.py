@@ -21,7 +21,6 @@ from .batch import Prompt, RolloutBatch
 from .config import GRPOConfig
 from .prompts import epoch_order
 
-
 # with the number of ranks and of prompts, what the loader's position means depends on these
 LAYOUT_FIELDS = (
     "per_device_train_batch_size",

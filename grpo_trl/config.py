@@ -173,6 +173,7 @@ class GRPOConfig(TrainingArguments):
     plot_metrics: bool = _help("Redraw training_metrics.png at every log.", True)
 
     def __post_init__(self):
+        self.bf16_by_default = self.bf16 is None  # then it says what this machine can do, not what was asked for
         if self.bf16 is None:
             self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         judged = self.load_best_model_at_end or self.save_strategy == "best"

@@ -41,6 +41,9 @@ if __name__ == "__main__":
 # Keys of nested dicts that hold credentials; at the top level `TrainingArguments.to_dict` hides `*_token`.
 SECRETS = frozenset({"token", "hf_token", "hub_token", "push_to_hub_token", "use_auth_token", "api_key"})
 
+# Follow from other arguments, from the machine or from the trainer, and so do not belong into a recipe.
+DERIVED = frozenset({"generation_batch_size", "ignore_data_skip", "dataloader_pin_memory"})
+
 
 class EpochExportCallback(TrainerCallback):
     """At the end of each epoch writes `<output_dir>/epoch_<n>/`, n = 1, 2, ...; on all ranks, as `save_model` is.
@@ -150,7 +153,7 @@ def _changed(args: Any, values: Mapping[str, Any]) -> list[str]:
     for field in fields(args):
         if not field.init or field.name.endswith("_token"):
             continue
-        if field.name == "generation_batch_size":  # follows from steps_per_generation and the number of ranks
+        if field.name in DERIVED or (field.name == "bf16" and args.bf16_by_default):
             continue
         default = field.default if field.default_factory is MISSING else field.default_factory()
         value = values[field.name]

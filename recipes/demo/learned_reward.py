@@ -7,6 +7,7 @@ GRPO sees no sums: `correct_answer` has weight 0 and only watches.
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
@@ -16,7 +17,7 @@ from demo import Result, parse_config, report, run
 from transformers import DebertaV2Config, DebertaV2ForSequenceClassification, PreTrainedTokenizerFast, set_seed
 from trl import RewardConfig, RewardTrainer
 
-from grpo_trl import GRPOConfig
+from grpo_trl import GRPOConfig, RewardModel
 
 DEFAULT_CONFIG = Path(__file__).with_name("learned_reward.yaml")
 
@@ -82,6 +83,7 @@ def train_reward_model(
         save_strategy="no",
         report_to="none",
         logging_steps=60,
+        center_rewards_coefficient=0.01,  # scores around 0, where the sigmoid tells them apart
     )
     trainer = RewardTrainer(
         model,
@@ -103,7 +105,21 @@ def run_with_learned_reward(args: GRPOConfig) -> tuple[Result, float, float]:
         model, tokenizer, *splits(), seed=args.seed, output_dir=f"{args.output_dir}/reward_model"
     )
     seconds = time.perf_counter() - start
-    return run(args, [model, correct_answer], [tokenizer, None]), accuracy, seconds
+    reward = preference(RewardModel(model, tokenizer, batch_size=args.reward_batch_size))
+    return run(args, [reward, correct_answer], [None, None]), accuracy, seconds
+
+
+def preference(reward_model: RewardModel) -> Callable[..., list[float]]:
+    """How sure the reward model is that a solution is right, in (0, 1): its score through a sigmoid.
+
+    Nothing can score better than a solution that it is sure of. With the raw scores GRPO soon finds garbage that scores
+    higher than any right answer: held-out accuracy fell from .58 to .02 in 100 steps, while the score rose.
+    """
+
+    def learned_preference(prompts, completions, **kwargs) -> list[float]:
+        return torch.tensor(reward_model(prompts, completions)).sigmoid().tolist()
+
+    return learned_preference
 
 
 if __name__ == "__main__":

@@ -85,16 +85,31 @@ def test_demonstrations_forget_the_carry_as_often_as_told():
     assert rows[:50] != arithmetic.demonstrations(train, 0.8, seed=1)[:50]
 
 
-def test_mistakes_are_never_the_solution_and_half_are_about_the_carry():
+def test_slips_carry_on_into_the_answer():
+    assert arithmetic.solution(37, 48, slips=(1, 0)) == "<think>7+8=16,1+3+4=8</think><answer>86</answer>"
+    assert arithmetic.solution(37, 48, slips=(0, -1)) == "<think>7+8=15,1+3+4=7</think><answer>75</answer>"
+
+
+def test_mistakes_are_wrong_and_often_enough_about_the_carry():
     chance = random.Random(0)
-    pairs = arithmetic.splits()[0][:1000]
-    mistakes = [arithmetic.mistake(a, b, chance) for a, b in pairs]
-    assert all(text != arithmetic.solution(a, b) for text, (a, b) in zip(mistakes, pairs, strict=True))
-    wrong_carry = [
-        text == arithmetic.solution(a, b, carry=1 - arithmetic.carry_of(a, b))
-        for text, (a, b) in zip(mistakes, pairs, strict=True)
-    ]
-    assert sum(wrong_carry) / 1000 == pytest.approx(0.5, abs=0.05)
+    tokenizer = arithmetic.build_tokenizer()
+    pairs = arithmetic.splits()[0][:2000]
+    wrong_carries = 0
+    for a, b in pairs:
+        text = arithmetic.mistake(a, b, chance)
+        assert text != arithmetic.solution(a, b)
+        assert "-" not in text
+        assert len(tokenizer(text)["input_ids"]) <= 24
+        wrong_carries += text == arithmetic.solution(a, b, carry=1 - arithmetic.carry_of(a, b))
+    assert wrong_carries / 2000 == pytest.approx(0.3, abs=0.04)  # four standard deviations
+
+
+def test_preferences_are_a_right_and_a_wrong_solution():
+    pairs = [(37, 48), (31, 48)]
+    for (a, b), row in zip(pairs, arithmetic.preferences(pairs, seed=0), strict=True):
+        assert row["prompt"] == arithmetic.question(a, b)
+        assert row["chosen"] == reply(arithmetic.solution(a, b))
+        assert row["rejected"] != row["chosen"]
 
 
 def test_tokenizer_round_trip(tmp_path):
@@ -166,5 +181,5 @@ def test_demo_gains_25_points(name, seed, tmp_path, capsys):
 def test_learned_reward_gains_25_points(tmp_path):
     args = config("learned_reward.yaml", "--output_dir", str(tmp_path))
     result, reward_accuracy, _ = learned_reward.run_with_learned_reward(args)
-    assert reward_accuracy >= 0.7  # half of the wrong solutions have a wrong carry, which is what it must see
+    assert reward_accuracy >= 0.65  # 1 on wrong carries, 0.5 to 0.6 on sums that are off by one
     check(result, args)

@@ -112,8 +112,8 @@ def run_with_learned_reward(args: GRPOConfig) -> tuple[Result, float, float]:
 def preference(reward_model: RewardModel) -> Callable[..., list[float]]:
     """How sure the reward model is that a solution is right, in (0, 1): its score through a sigmoid.
 
-    Nothing can score better than a solution that it is sure of. With the raw scores GRPO soon finds garbage that scores
-    higher than any right answer: held-out accuracy fell from .58 to .02 in 100 steps, while the score rose.
+    Nothing can score better than a solution that it is sure of. With the raw scores GRPO soon finds garbage that
+    scores higher than any right answer: held-out accuracy fell from .58 to .02 in 100 steps, while the score rose.
     """
 
     def learned_preference(prompts, completions, **kwargs) -> list[float]:

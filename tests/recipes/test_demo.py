@@ -85,12 +85,7 @@ def test_demonstrations_forget_the_carry_as_often_as_told():
     assert rows[:50] != arithmetic.demonstrations(train, 0.8, seed=1)[:50]
 
 
-def test_slips_carry_on_into_the_answer():
-    assert arithmetic.solution(37, 48, slips=(1, 0)) == "<think>7+8=16,1+3+4=8</think><answer>86</answer>"
-    assert arithmetic.solution(37, 48, slips=(0, -1)) == "<think>7+8=15,1+3+4=7</think><answer>75</answer>"
-
-
-def test_mistakes_are_wrong_and_often_enough_about_the_carry():
+def test_mistakes_are_never_the_solution_and_half_are_about_the_carry():
     chance = random.Random(0)
     tokenizer = arithmetic.build_tokenizer()
     pairs = arithmetic.splits()[0][:2000]
@@ -98,10 +93,9 @@ def test_mistakes_are_wrong_and_often_enough_about_the_carry():
     for a, b in pairs:
         text = arithmetic.mistake(a, b, chance)
         assert text != arithmetic.solution(a, b)
-        assert "-" not in text
-        assert len(tokenizer(text)["input_ids"]) <= 24
+        assert len(tokenizer(text)["input_ids"]) <= 24  # as long as a completion may be
         wrong_carries += text == arithmetic.solution(a, b, carry=1 - arithmetic.carry_of(a, b))
-    assert wrong_carries / 2000 == pytest.approx(0.3, abs=0.04)  # four standard deviations
+    assert wrong_carries / 2000 == pytest.approx(0.5, abs=0.05)  # four standard deviations
 
 
 def test_preferences_are_a_right_and_a_wrong_solution():
@@ -181,5 +175,5 @@ def test_demo_gains_25_points(name, seed, tmp_path, capsys):
 def test_learned_reward_gains_25_points(tmp_path):
     args = config("learned_reward.yaml", "--output_dir", str(tmp_path))
     result, reward_accuracy, _ = learned_reward.run_with_learned_reward(args)
-    assert reward_accuracy >= 0.65  # 1 on wrong carries, 0.5 to 0.6 on sums that are off by one
+    assert reward_accuracy >= 0.8  # about 1 on wrong carries and on garbled text, 0.7 on single digits
     check(result, args)

@@ -16,7 +16,7 @@ from trl.trainer.utils import get_config_model_id
 from .callbacks import EpochExportCallback, LossNoteCallback, MetricsPlotCallback, SyncReferenceCallback
 from .config import GRPOConfig, mapping
 from .placement import DeviceMap, resolve_device_map
-from .policy import disable_dropout, freeze_adapter, load_policy, load_reference_model
+from .policy import disable_dropout, freeze_adapter, load_policy, load_reference_model, prepare
 from .prompts import check_prompt_dataset, encode_prompt, limit_prompts
 from .rewards import check_rewards
 from .rewards.scoring import RESERVED
@@ -115,6 +115,12 @@ def load_models(
     reference_model = load_reference_model(policy, path, args, device_map(args, args.ref_device))
     if args.disable_dropout:
         disable_dropout(policy)
+    if reason := prepare(policy):
+        logger.warning(
+            f"The policy is run on padded rows, each with its whole prompt, and sampled by model.generate: {reason}."
+        )
+    if reference_model is not None:
+        prepare(reference_model)
     return policy, reference_model, adapter
 
 

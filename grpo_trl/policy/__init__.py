@@ -11,6 +11,7 @@ from .reference import (
     load_reference_model,
     make_reference,
 )
+from .support import prepare
 
 __all__ = [
     "REFERENCE_ADAPTER",
@@ -23,4 +24,5 @@ __all__ = [
     "load_reference_model",
     "make_reference",
     "per_token_logps",
+    "prepare",
 ]

@@ -6,50 +6,59 @@
 import inspect
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..batch import RolloutBatch
+from .head import scores_of_logits
+from .packing import Stream, pack, pad
+
+Scored = tuple[Tensor, Tensor | None]  # log-probabilities, and entropies where asked for
 
 
 def per_token_logps(
     model: nn.Module, batch: RolloutBatch, *, temperature: float = 1.0, with_entropy: bool = False
-) -> tuple[Tensor, Tensor | None]:
+) -> Scored:
     """Log-probability of each completion token given everything before it, in fp32.
 
     Args:
-        model: a causal LM, wrapped (DDP, DeepSpeed, PEFT) or not; its train/eval mode is left alone.
+        model: a causal LM, wrapped (DDP, DeepSpeed, PEFT) or not; its train/eval mode is left alone. One that
+            `prepare` was given is run without padding and on each prompt once, where it can be.
         batch: B rows on the model's device.
         temperature: divides the logits, as in sampling: the policy that is trained is the one that sampled.
         with_entropy: also return the entropy of the next-token distributions (no gradient), in nats.
 
     Returns:
-        (B, T) log-probabilities, and (B, T) entropies or None. Values outside `completion_mask` mean nothing.
+        (B, T) log-probabilities, and (B, T) entropies or None; 0 outside `completion_mask`.
     """
-    ids = torch.cat([batch.prompt_ids, batch.completion_ids], dim=1)
-    mask = torch.cat([batch.prompt_mask, batch.completion_mask], dim=1)
-    length = batch.completion_ids.shape[1]
-    # explicit: left-padded, models with absolute positions would otherwise count the pads (huggingface/trl#6800)
-    position_ids = (mask.cumsum(1) - 1).clamp(min=0)
-    # the logits at position i are of token i + 1, so the completion needs one position more, and the last is dropped
-    keep = {"logits_to_keep": length + 1} if _takes_logits_to_keep(model) else {}
-    logits = model(input_ids=ids, attention_mask=mask, position_ids=position_ids, use_cache=False, **keep).logits
-    logits = logits[:, -length - 1 : -1].float()
-    if temperature != 1:  # spares a copy of the largest tensor of the step
-        logits = logits / temperature
-    log_normalizer = logits.logsumexp(-1)
-    logps = logits.gather(-1, batch.completion_ids[..., None])[..., 0] - log_normalizer
-    return logps, _entropy(logits, log_normalizer) if with_entropy else None
+    evaluation = getattr(causal_lm(model), "evaluation", "logits")
+    stream = pack(batch) if evaluation == "packed" else pad(batch)
+    evaluate = from_logits if evaluation == "logits" else from_head
+    logps, entropies = evaluate(model, stream, temperature=temperature, with_entropy=with_entropy)
+    return stream.rows(logps), None if entropies is None else stream.rows(entropies)
 
 
-@torch.no_grad()
-def _entropy(logits: Tensor, log_normalizer: Tensor) -> Tensor:
-    """Row by row, so that only one more (T, V) tensor exists at a time."""
-    rows = zip(logits, log_normalizer, strict=True)
-    return torch.stack([z - ((x - z[:, None]).exp() * x).sum(-1) for x, z in rows])
+def from_head(model: nn.Module, stream: Stream, *, temperature: float, with_entropy: bool) -> Scored:
+    """(M,) each, from a model whose forward scores (`head.score_completions`)."""
+    what: dict[str, Any] = {"scored": stream.scored, "labels": stream.labels}
+    scores = model(**_accepted(model, stream.inputs), **what, temperature=temperature, with_entropy=with_entropy)
+    return scores["logps"], scores.get("entropies")
 
 
-def _takes_logits_to_keep(model: nn.Module) -> bool:
-    inner: Any = getattr(model, "module", model)  # DDP, DeepSpeed
-    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner  # PEFT
-    return "logits_to_keep" in inspect.signature(inner.forward).parameters
+def from_logits(model: nn.Module, stream: Stream, *, temperature: float, with_entropy: bool) -> Scored:
+    """(M,) each, from the logits that any causal LM returns, of all positions."""
+    logits = model(**_accepted(model, stream.inputs), use_cache=False).logits.flatten(0, 1)[stream.scored].float()
+    return scores_of_logits(logits / temperature, stream.labels, with_entropy=with_entropy)
+
+
+def causal_lm(model: nn.Module) -> Any:
+    """The `PreTrainedModel` inside DDP, DeepSpeed, `torch.compile` and PEFT."""
+    inner: Any = model
+    for name in ("module", "_orig_mod"):
+        inner = getattr(inner, name, inner)
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+
+
+def _accepted(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Without positions where a model has none (Mamba)."""
+    names = inspect.signature(causal_lm(model).forward).parameters
+    return inputs if "position_ids" in names else {k: v for k, v in inputs.items() if k != "position_ids"}

@@ -12,12 +12,11 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
-    RepetitionPenaltyLogitsProcessor,
 )
 
 from ..batch import Group, Prompt, RolloutBatch
 from ..policy.mode import evaluation_mode
-from .sampling import SamplingParams, row_keys, sample, uniforms, warpers
+from .sampling import SamplingParams, TokenSampler, group_keys, uniforms
 
 
 class HFGenerateEngine:
@@ -39,12 +38,7 @@ class HFGenerateEngine:
             [Group(prompt, [[] for _ in range(num_generations)], [False] * num_generations) for prompt in prompts],
             pad_token_id=sampling.pad_token_id,
         ).to(self.model.device)
-        keys = row_keys(
-            sampling.seed,
-            sampling.stream,
-            [prompt.draw for prompt in prompts for _ in range(num_generations)],
-            list(range(num_generations)) * len(prompts),
-        )
+        keys = group_keys(sampling, [prompt.draw for prompt in prompts])
         sampler = _Sampler(sampling, keys.to(self.model.device), rows.prompt_mask)
         with evaluation_mode(self.model), _own_generation_config_aside(self.model), torch.no_grad():
             output = self.model.generate(
@@ -95,32 +89,19 @@ class _Sampler(LogitsProcessor):
     """Picks each row's token by inverse CDF, records its log-probability, and leaves only that token."""
 
     def __init__(self, sampling: SamplingParams, keys: Tensor, prompt_mask: Tensor):
-        self.sampling = sampling
+        self.sample = TokenSampler(sampling)
         self.keys = keys
-        self.warpers = warpers(sampling)
         self.prompt_length = prompt_mask.shape[1]
-        self.first_token = prompt_mask.argmax(1, keepdim=True)  # column of the first real token of each row
-        self.padding = prompt_mask == 0
+        first = prompt_mask.argmax(1)  # column of the first real token
+        self.rows_by_first = {int(column): (first == column).nonzero()[:, 0] for column in first.unique()}
         self.per_token_logps: list[Tensor] = []
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
-        scores = scores.float()
-        if self.sampling.repetition_penalty != 1:
-            penalty = RepetitionPenaltyLogitsProcessor(self.sampling.repetition_penalty)
-            scores = penalty(self._without_padding(input_ids), scores)  # pyright: ignore[reportArgumentType]
-        scores = self.warpers(input_ids, scores)
         u = uniforms(self.keys, input_ids.shape[1] - self.prompt_length)
-        tokens, logps = sample(scores, u, greedy=self.sampling.temperature == 0)
+        histories = ((rows, input_ids[rows, first:]) for first, rows in self.rows_by_first.items())
+        tokens, logps = self.sample(scores, u, histories)
         self.per_token_logps.append(logps)
         return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
-
-    def _without_padding(self, input_ids: Tensor) -> Tensor:
-        """Pads replaced by a token that the row has anyway. Otherwise the pad token (often an EOS) is penalised in
-        rows that happen to be padded, and the batch's composition changes what is sampled."""
-        ids = input_ids.clone()
-        prompt = ids[:, : self.prompt_length]
-        prompt[self.padding] = prompt.gather(1, self.first_token).expand_as(prompt)[self.padding]
-        return ids
 
 
 def check_positions(config: Any, prompt_length: int, completion_length: int) -> None:

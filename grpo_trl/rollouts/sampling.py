@@ -5,15 +5,17 @@ CDF of the processed distribution at it. So neither the number of ranks, nor the
 evaluation, dropout or a resume changes what is sampled, and nothing needs to be saved.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import (
+    LogitsProcessor,
     LogitsProcessorList,
     MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -38,13 +40,20 @@ class SamplingParams:
     min_p: float | None = None
     repetition_penalty: float = 1.0
     generation_kwargs: dict[str, Any] = field(default_factory=dict)  # for engines built on `model.generate`
+    logits_processors: tuple[LogitsProcessor, ...] = ()  # called first, with each row's prompt and completion so far
 
     @property
     def truncates(self) -> bool:
         """Whether the sampler's distribution is not the policy's: the importance ratio then leaves out the kept mass
         (huggingface/trl#6789)."""
         others = self.generation_kwargs.keys() - {"use_cache", "cache_implementation"}  # min_new_tokens and the like
-        return self.top_p < 1 or self.top_k > 0 or bool(self.min_p) or self.repetition_penalty != 1 or bool(others)
+        return self.top_p < 1 or self.top_k > 0 or bool(self.min_p) or bool(others) or bool(self.history_processors)
+
+    @property
+    def history_processors(self) -> list[LogitsProcessor]:
+        """What changes the logits by what came before."""
+        penalty = self.repetition_penalty
+        return [*self.logits_processors, *([RepetitionPenaltyLogitsProcessor(penalty)] if penalty != 1 else [])]
 
 
 def row_keys(seed: int, stream: int, draws: Sequence[int], rows: Sequence[int]) -> Tensor:
@@ -53,8 +62,15 @@ def row_keys(seed: int, stream: int, draws: Sequence[int], rows: Sequence[int]) 
     return _mix(_mix(start + torch.tensor(draws)) + torch.tensor(rows))
 
 
-def uniforms(keys: Tensor, step: int) -> Tensor:
-    """Uniform numbers in [0, 1) for token `step` of each row, (B,) fp32, the same on every device.
+def group_keys(params: SamplingParams, draws: Sequence[int]) -> Tensor:
+    """The keys of all rows of these draws, groups contiguous (draws x G,)."""
+    numbers = range(params.num_generations)
+    return row_keys(params.seed, params.stream, *zip(*((d, n) for d in draws for n in numbers), strict=True))
+
+
+def uniforms(keys: Tensor, step: int | Tensor) -> Tensor:
+    """Uniform numbers in [0, 1) for token `step` (of all rows, or (B,)) of each row, (B,) fp32, the same on every
+    device.
 
     24 bits, so that u < 1 and u x total < total hold exactly in fp32.
     """
@@ -84,8 +100,37 @@ def sample(scores: Tensor, u: Tensor, *, greedy: bool = False) -> tuple[Tensor, 
     return tokens[:, 0], probs.gather(1, tokens)[:, 0].log()
 
 
+class TokenSampler:
+    """From logits to tokens: processors that read what came before, warpers, inverse CDF.
+
+    `histories` are pairs (rows, ids): some rows of the logits, and their tokens so far without any padding
+    (rows, length). Padding would show: a repetition penalty, say, would fall on the pad token in rows that happen to be
+    padded. They are read only if `needs_history`.
+    """
+
+    def __init__(self, sampling: SamplingParams):
+        self.processors = sampling.history_processors
+        self.warpers = warpers(sampling)
+        self.greedy = sampling.temperature == 0
+        self.needs_history = bool(self.processors)
+
+    def __call__(
+        self, logits: Tensor, u: Tensor, histories: Iterable[tuple[Tensor | slice, Tensor]] = ()
+    ) -> tuple[Tensor, Tensor]:
+        """Logits (B, V) and uniform numbers (B,) -> tokens (B,) and their log-probabilities (B,) as sampled."""
+        scores = logits.float()
+        if self.needs_history:
+            scores = scores.clone()
+            for rows, ids in histories:
+                part: Any = scores[rows]
+                for processor in self.processors:
+                    part = processor(ids, part)
+                scores[rows] = part
+        return sample(self.warpers(_NO_IDS, scores), u, greedy=self.greedy)
+
+
 def warpers(params: SamplingParams) -> LogitsProcessorList:
-    """Temperature, top-k, top-p and min-p, in the order of transformers; stateless, so any engine can use them."""
+    """Temperature, top-k, top-p and min-p, in the order of transformers; stateless: they read no ids."""
     chosen = LogitsProcessorList()
     if params.temperature not in (0.0, 1.0):
         chosen.append(TemperatureLogitsWarper(float(params.temperature)))
@@ -96,6 +141,9 @@ def warpers(params: SamplingParams) -> LogitsProcessorList:
     if params.min_p:
         chosen.append(MinPLogitsWarper(params.min_p))
     return chosen
+
+
+_NO_IDS: Any = torch.empty(0, 0, dtype=torch.long)
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -1,0 +1,121 @@
+"""From hidden states to log-probabilities, without the logits of all positions at once.
+
+`score_completions(model)` gives a causal LM a second way to be called: with `scored` positions and their `labels` its
+forward returns log-probabilities instead of logits. It stays one call of the (wrapped) model, so that DDP, DeepSpeed
+and FSDP see what they need to see.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+# TRL exports the function that patches a model with it, which scores every position where there is no Triton
+from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+CHUNK = 512  # scored positions whose logits exist at a time
+VOCABULARY_CHUNK = 32768  # of TRL's function, as TRL calls it
+
+
+@dataclass
+class Scores(ModelOutput):
+    """Of the M scored positions, in fp32: log-probabilities of their labels (M,); entropies (M,), if asked for."""
+
+    logps: Tensor | None = None
+    entropies: Tensor | None = None
+
+
+def score_completions(model: PreTrainedModel) -> None:
+    """From now on `model(..., scored=places, labels=labels, temperature=t, with_entropy=flag)` returns `Scores`.
+
+    The M places are in the flattened (rows x columns) of the input: a tensor (M,) or a slice. Other calls are
+    undisturbed.
+    """
+    if "_forward_to_logits" in vars(model):
+        return
+    model._forward_to_logits = model.forward  # on the model, not in a closure: a deep copy calls its own
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if "scored" not in kwargs:
+            return self._forward_to_logits(*args, **kwargs)
+        scored, labels = kwargs.pop("scored"), kwargs.pop("labels")
+        options = {name: kwargs.pop(name) for name in ("temperature", "with_entropy")}
+        hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
+        return Scores(*score(self, hidden.flatten(0, 1)[scored], labels, **options))
+
+    # `generate` checks its arguments against the signature
+    forward.__signature__ = inspect.signature(type(model).forward)  # pyright: ignore[reportFunctionMemberAccess]
+    model.forward = MethodType(forward, model)
+
+
+def score(
+    model: PreTrainedModel, hidden: Tensor, labels: Tensor, *, temperature: float, with_entropy: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Hidden states (M, d) as the head takes them and the M labels -> log-probabilities (M,) and, if asked for,
+    entropies (M,) without gradient; in fp32."""
+    head: Any = model.get_output_embeddings()
+    hidden, labels = hidden.to(head.weight.device), labels.to(head.weight.device)
+    if hidden.device.type == "cuda" and _is_plain(head):  # fused, and the weight's gradient is summed up in fp32
+        scale, softcap = logit_scale_and_softcap(model)
+        extra = ("entropy",) if with_entropy else ()
+        arguments = (labels, temperature, VOCABULARY_CHUNK, softcap, scale, extra)
+        logps, entropies, *_ = ChunkedLogProbFunction.apply(hidden, head.weight, head.bias, *arguments)
+        return logps, entropies.detach() if with_entropy else None
+
+    def score_chunk(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+        logits = to_logits(model, hidden)
+        logits = logits if temperature == 1 else logits / temperature
+        return scores_of_logits(logits, labels, with_entropy=with_entropy)
+
+    chunks = zip(hidden.split(CHUNK), labels.split(CHUNK), strict=True)
+    logps, entropies = zip(*(checkpoint(score_chunk, *chunk, use_reentrant=False) for chunk in chunks), strict=True)  # pyright: ignore[reportArgumentType]
+    return torch.cat(logps), torch.cat(entropies) if with_entropy else None
+
+
+def to_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Hidden states (..., d) as the head takes them -> the model's logits (..., V) in fp32."""
+    scale, softcap = logit_scale_and_softcap(model)
+    logits = model.get_output_embeddings()(hidden).float()
+    logits = logits if scale == 1 else logits * scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def scores_of_logits(logits: Tensor, labels: Tensor, *, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
+    """(M, V) fp32 and (M,) -> log-probabilities (M,) and, if asked for, entropies (M,) without gradient."""
+    log_normalizer = logits.logsumexp(-1)
+    logps = logits.gather(-1, labels[:, None])[:, 0] - log_normalizer
+    if not with_entropy:
+        return logps, None
+    with torch.no_grad():
+        probs = (logits - log_normalizer[:, None]).exp_()
+        return logps, log_normalizer - torch.linalg.vecdot(probs, logits)
+
+
+# What models multiply the product of their head with: config field -> factor. `policy.support` finds out whether a
+# model does something else.
+LOGIT_SCALES: dict[str, Callable[[float], float]] = {
+    "logit_scale": float,  # Cohere
+    "lm_head_multiplier": float,  # Falcon-H1
+    "logits_scaling": lambda value: 1 / value,  # Granite
+}
+
+
+def logit_scale_and_softcap(model: PreTrainedModel) -> tuple[float, float | None]:
+    """The logits are softcap(scale x) of the head's product x, where softcap(x) = cap tanh(x / cap)."""
+    config = model.config.get_text_config()
+    values = {name: getattr(config, name, None) for name in LOGIT_SCALES}
+    scales = [LOGIT_SCALES[name](value) for name, value in values.items() if value is not None]
+    return (scales[0] if scales else 1.0), getattr(config, "final_logit_softcapping", None)
+
+
+def _is_plain(head: nn.Module) -> bool:
+    """Whether the weight is all there is: no adapter, not quantised, not sharded (DTensor, ZeRO-3)."""
+    weight = head.weight
+    return type(head) is nn.Linear and type(weight) is nn.Parameter and not hasattr(weight, "ds_id")

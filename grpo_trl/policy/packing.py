@@ -1,0 +1,73 @@
+"""From rows of a `RolloutBatch` to the tokens that a model is run on, and back to (B, T).
+
+`pack` puts each prompt into the stream once, followed by its completions; `pad` repeats it. Both say which positions
+are scored and with which label, so that one code evaluates both.
+"""
+
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..batch import RolloutBatch
+from .attention import GroupLayout, no_mask
+
+
+@dataclass
+class Stream:
+    """What a causal LM is called with, and which of its positions predict a completion token.
+
+    `scored` are the M places, in the flattened (rows x columns) of `inputs["input_ids"]`, whose next token is a token
+    of a completion, in the order of `completion_mask`: row by row; `labels` (M,) are those tokens.
+    """
+
+    inputs: dict[str, Any]
+    scored: Tensor | slice
+    labels: Tensor
+    completion_mask: Tensor  # (B, T) bool
+
+    def rows(self, values: Tensor) -> Tensor:
+        """(M,) -> (B, T), 0 outside the completions."""
+        zeros = values.new_zeros(self.completion_mask.shape)
+        return zeros.masked_scatter(self.completion_mask, values)
+
+
+def pack(batch: RolloutBatch) -> Stream:
+    """Neighbouring rows of the same draw as a group: `prompt[:-1]` once, then `[prompt[-1]] + completion[:-1]` of each
+    row. Positions go on from the prompt's in every row."""
+    prompt_lengths, lengths = batch.prompt_mask.sum(1).tolist(), batch.completion_mask.sum(1).tolist()
+    groups = [list(rows) for _, rows in groupby(range(len(batch)), key=batch.draws.tolist().__getitem__)]
+    width = batch.prompt_ids.shape[1]  # prompts end and completions begin here
+    # (row, first column, length, first position) of each part; the last prompt token stands right before the completion
+    shared = [(rows[0], width - prompt_lengths[rows[0]], prompt_lengths[rows[0]] - 1, 0) for rows in groups]
+    branches = [(row, width - 1, lengths[row], prompt_lengths[row] - 1) for rows in groups for row in rows]
+    ids = torch.cat([batch.prompt_ids, batch.completion_ids], dim=1)
+    places = [row * ids.shape[1] + torch.arange(column, column + n) for row, column, n, _ in (*shared, *branches)]
+    positions = [torch.arange(first, first + n) for _, _, n, first in (*shared, *branches)]
+    device = ids.device
+    mask = batch.completion_mask.bool()
+    inputs = {
+        "input_ids": ids.flatten()[torch.cat(places).to(device)][None],
+        "position_ids": torch.cat(positions).to(device)[None],
+        "attention_mask": no_mask(device),
+        "layout": GroupLayout([n for _, _, n, _ in shared], [[lengths[row] for row in rows] for rows in groups]),
+    }
+    return Stream(inputs, slice(sum(n for _, _, n, _ in shared), None), batch.completion_ids[mask], mask)
+
+
+def pad(batch: RolloutBatch) -> Stream:
+    """Each row with its prompt, as padded as the batch."""
+    ids = torch.cat([batch.prompt_ids, batch.completion_ids], dim=1)
+    mask = torch.cat([batch.prompt_mask, batch.completion_mask], dim=1)
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        # explicit: left-padded, models with absolute positions would otherwise count the pads (huggingface/trl#6800)
+        "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
+    }
+    completion_mask = batch.completion_mask.bool()
+    row, column = completion_mask.nonzero(as_tuple=True)
+    scored = row * ids.shape[1] + batch.prompt_ids.shape[1] - 1 + column
+    return Stream(inputs, scored, batch.completion_ids[completion_mask], completion_mask)

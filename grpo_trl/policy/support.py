@@ -1,0 +1,99 @@
+"""Which models can be run on a stream of groups, and making them able to.
+
+What is known to fail is told by the configuration; everything else is tried once, on a few tokens, against the model's
+own logits. So an architecture that nobody thought of is either right or padded.
+"""
+
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..batch import Group, Prompt, RolloutBatch
+from ..placement import input_device
+from .attention import use_group_attention
+from .head import score_completions
+from .logprobs import causal_lm, per_token_logps
+from .mode import evaluation_mode
+
+
+def prepare(model: PreTrainedModel | PeftModel) -> str | None:
+    """Makes `per_token_logps` run a causal LM on streams of groups. Returns None, or why the model cannot be.
+
+    Then it is padded; and where its head does more than a known product, evaluated by the logits of all positions.
+    Changes the model's attention function and forward, which do what they did when called without `layout` and
+    `scored`.
+    """
+    lm = causal_lm(model)
+    if getattr(lm, "evaluation", None) == "packed":
+        return None
+    lm.evaluation = "logits"
+    expected = _trial(lm)
+    score_completions(lm)
+    if trouble := _try(lm, "padded", expected):
+        return f"its head cannot be run on chosen positions ({trouble})"
+    if reason := obstacle(model):
+        return reason
+    attention = lm.config._attn_implementation
+    use_group_attention(lm)
+    if trouble := _try(lm, "packed", expected):
+        lm.set_attn_implementation(attention)
+        return f"its tokens see each other in other ways than through attention ({trouble})"
+    return None
+
+
+def obstacle(model: PreTrainedModel | PeftModel) -> str | None:
+    """Why a model cannot be run on streams of groups, as far as its classes and configuration tell."""
+    lm = causal_lm(model)
+    config = lm.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    adapters = getattr(model, "peft_config", {}).values()
+    # private, but the only place where a model class says whether its attention goes through AttentionInterface
+    exchangeable = type(lm)._can_set_attn_implementation()
+    reasons = {
+        "it is an encoder-decoder": lm.config.is_encoder_decoder,
+        "its attention cannot be exchanged": not exchangeable,
+        f"it has layers of the kind {', '.join(sorted(kinds - {'full_attention'}))}": kinds != {"full_attention"},
+        "its attention has a sliding window": any(getattr(m, "sliding_window", None) for m in lm.modules()),
+        f"its positions ({rope} RoPE) depend on the longest row": rope in ("dynamic", "longrope"),
+        "its adapter adds tokens to the prompt": any(adapter.is_prompt_learning for adapter in adapters),
+        "attn_implementation='eager' was asked for": exchangeable and lm.config._attn_implementation == "eager",
+    }
+    return next((reason for reason, applies in reasons.items() if applies), None)
+
+
+def _try(lm: Any, evaluation: str, expected: Tensor | None) -> str | None:
+    """Switches to another evaluation and compares it; switches back and says why when it fails."""
+    before, lm.evaluation = lm.evaluation, evaluation
+    if expected is None:
+        return None
+    try:
+        gap = float((_trial(lm) - expected).abs().max())  # pyright: ignore[reportOptionalOperand]
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        trouble = f"{type(error).__name__}: {error}"
+    else:
+        # a wrong mask or position makes differences of order 1 nat, rounding in 16 bit or less up to some 0.1
+        exact = expected.dtype == torch.float32 and next(lm.parameters()).dtype == torch.float32
+        if gap <= (1e-3 if exact else 0.3):
+            return None
+        trouble = f"log-probabilities differ by {gap:.2g}"
+    lm.evaluation = before
+    return trouble
+
+
+@torch.no_grad()
+def _trial(lm: Any) -> Tensor | None:
+    """Log-probabilities of two small groups; None where weights are not all there (ZeRO-3, other ranks of FSDP)."""
+    if any(parameter.is_meta or hasattr(parameter, "ds_id") for parameter in lm.parameters()):
+        return None
+    vocabulary = lm.get_input_embeddings().weight.shape[0]
+    ids = [number * 7 % (vocabulary - 1) + 1 for number in range(16)]
+    groups = [
+        Group(Prompt(ids[:4], {}, 0), [ids[4:7], ids[7:8]], [True, True]),
+        Group(Prompt(ids[8:9], {}, 1), [ids[9:12], ids[12:16]], [True, True]),
+    ]
+    with evaluation_mode(lm):
+        return per_token_logps(lm, RolloutBatch.from_groups(groups, pad_token_id=0).to(input_device(lm)))[0]

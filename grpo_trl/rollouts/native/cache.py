@@ -1,0 +1,52 @@
+"""Keys and values of a rollout: each prompt's once, each row's own, in memory that is allocated once.
+
+Nothing is padded on the left and nothing is concatenated. Live groups and rows are the first ones: whoever leaves is
+replaced by the last.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass
+class LayerCache:
+    """Of one layer, with Hk key-value heads of size D."""
+
+    prompt_keys: Tensor  # (groups, Hk, S, D)
+    prompt_values: Tensor
+    keys: Tensor  # (rows, Hk, T, D)
+    values: Tensor
+
+
+class Cache:
+    """Room for `groups` prompts of `prompt_length` tokens and for `rows` completions of `length` tokens.
+
+    A layer is allocated when it is first written to, with the heads, size, dtype and device of what is written. It
+    begins as zeros: what is masked weighs 0, which does not hide a NaN that happens to be in unused memory.
+    """
+
+    def __init__(self, *, groups: int, prompt_length: int, rows: int, length: int):
+        self.groups, self.prompt_length, self.rows, self.length = groups, prompt_length, rows, length
+        self.layers: dict[int, LayerCache] = {}
+
+    def layer(self, index: int, key: Tensor) -> LayerCache:
+        """The layer's memory; `key` (B, Hk, N, D) is about to be written to it."""
+        if index not in self.layers:
+            _, heads, _, size = key.shape
+            prompts, own = (self.groups, heads, self.prompt_length, size), (self.rows, heads, self.length, size)
+            self.layers[index] = LayerCache(*(key.new_zeros(shape) for shape in (prompts, prompts, own, own)))
+        return self.layers[index]
+
+    def move_rows(self, sources: Sequence[int], targets: Sequence[int], length: int) -> None:
+        """Copies the first `length` own keys and values of some rows to others."""
+        for layer in self.layers.values():
+            for memory in (layer.keys, layer.values):
+                memory[targets, :, :length] = memory[sources, :, :length]
+
+    def move_groups(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copies the keys and values of some prompts to others."""
+        for layer in self.layers.values():
+            for memory in (layer.prompt_keys, layer.prompt_values):
+                memory[targets] = memory[sources]

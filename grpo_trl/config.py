@@ -124,7 +124,16 @@ class GRPOConfig(TrainingArguments):
     repetition_penalty: float = _help("Penalty on tokens seen before; 1: none.", 1.0)
     generation_kwargs: dict | str | None = _help("More arguments of `transformers.GenerationConfig`.")
     cache_implementation: str | None = _help("Cache of `model.generate`, e.g. static.")
-    rollout_engine: str = _help("How completions are sampled: a name in `grpo_trl.rollouts.ENGINES`.", "hf_generate")
+    rollout_engine: str = _help(
+        "How completions are sampled: native or hf_generate. Default: native, unless cache_implementation is set."
+    )
+    max_concurrent_rows: int | None = _help(
+        "Completions that are decoded at a time. Default: native: what fits into half of the free memory; else all."
+    )
+    max_tokens_per_microbatch: int | None = _help(
+        "Run each micro-batch in pieces of at most this many tokens, whole groups where they fit: same gradient, less "
+        "memory. Default: in one piece."
+    )
 
     # Rewards
     reward_weights: list[float] | None = _help("One weight per reward function. Default: 1 each.")
@@ -183,6 +192,8 @@ class GRPOConfig(TrainingArguments):
             self.metric_for_best_model = "reward"  # transformers would look for eval_loss, which there is not
         super().__post_init__()
         problems = self._resolve_objective() + self._resolve_batches() + self._resolve_generation_kwargs()
+        if self.rollout_engine is None:
+            self.rollout_engine = "hf_generate" if self.cache_implementation else "native"
         problems += self._check_values()
         raise_all(problems)
 
@@ -320,6 +331,8 @@ class GRPOConfig(TrainingArguments):
                     "expected seconds, more than 0",
                 ),
                 ("reward_batch_size", self.reward_batch_size >= 1, "expected at least 1"),
+                ("max_concurrent_rows", (self.max_concurrent_rows or 1) >= 1, "expected at least 1"),
+                ("max_tokens_per_microbatch", (self.max_tokens_per_microbatch or 1) >= 1, "expected at least 1"),
             )
             if not valid
         ]

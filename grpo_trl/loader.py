@@ -135,6 +135,12 @@ class RolloutLoader:
     def __len__(self) -> int:
         return self.collections_per_epoch * self.micro_batches_per_collection
 
+    @property
+    def is_fresh(self) -> bool:
+        """Whether what was yielded last belongs to the first optimizer step after its rollout, so that the policy still
+        is the one that sampled it."""
+        return (self.position - 1) % self.micro_batches_per_collection < self.micro_batches_per_step
+
     def set_epoch(self, epoch: int) -> None:
         """Called before each epoch. An epoch that was stopped early is not taken up again."""
         if self.source.num_prompts is not None:

@@ -1,5 +1,6 @@
 """`GRPOTrainer`: the order of the steps. What a step does is in the modules it calls."""
 
+import contextlib
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -41,9 +42,12 @@ from .loader import IndexedPrompts, RolloutLoader, StreamedPrompts
 from .metrics import Metrics, completion_rows, record_rollout
 from .policy import (
     Reference,
+    causal_lm,
     evaluation_mode,
+    is_packed,
     make_reference,
     per_token_logps,
+    pieces,
 )
 from .prompts import encode_prompt, truncate_prompt
 from .refused import raise_all
@@ -147,9 +151,11 @@ class GRPOTrainer(TrainerHooks):
         self.engine = make_engine(
             args.rollout_engine,
             self.accelerator.unwrap_model(self.model),
+            max_concurrent_rows=args.max_concurrent_rows,
             cache_implementation=args.cache_implementation,
         )
         self.metrics = Metrics()
+        self._share_of_micro_batch = 1.0  # what `compute_loss` sees of one; see `training_step`
         self.num_tokens = 0
         self.completions_log: list[dict[str, Any]] = []
         self.recipe: dict[str, Any] | None = None  # set by the command line: model, data and reward sections
@@ -204,7 +210,11 @@ class GRPOTrainer(TrainerHooks):
         )
         batch = batch.to(self.args.device)
         if not self.args.on_policy:
-            batch.old_per_token_logps = self._in_micro_batches(batch, self._old_per_token_logps)
+            batch.old_per_token_logps = (
+                batch.sampling_per_token_logps.clone()
+                if self._sampling_is_exact and batch.sampling_per_token_logps is not None
+                else self._in_micro_batches(batch, self._old_per_token_logps)
+            )
         if self.reference is not None:
             score = partial(self.reference.per_token_logps, temperature=self.args.temperature)
             batch.ref_per_token_logps = self._in_micro_batches(batch, score)
@@ -257,6 +267,21 @@ class GRPOTrainer(TrainerHooks):
 
     # ---- Update ----
 
+    def training_step(self, model: nn.Module, inputs: RolloutBatch, num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward of a micro-batch, in pieces of at most `max_tokens_per_microbatch` tokens.
+
+        The gradients of the pieces add up to the micro-batch's, because token weights are global; ranks exchange them
+        with the last.
+        """
+        parts = self._pieces(inputs)
+        self._share_of_micro_batch = 1 / len(parts)
+        losses = []
+        for rows in parts:
+            last = rows.stop == len(inputs)
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                losses.append(super().training_step(model, inputs.rows(rows), num_items_in_batch))
+        return torch.stack(losses).sum()
+
     def compute_loss(
         self, model: nn.Module, inputs: RolloutBatch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
@@ -272,16 +297,27 @@ class GRPOTrainer(TrainerHooks):
             loss_mask=inputs.loss_mask,
             **{name: getattr(self.args, name) for name in LOSS_FIELDS},
         )
-        # the micro-batches of a step add up to its loss, so each counts for a part of it
-        self.metrics.add("policy_loss", metrics.pop("policy_loss")[0], 1 / self.args.gradient_accumulation_steps)
+        # the micro-batches of a step, and the pieces of each, add up to its loss, so each counts for a part of it
+        part = self._share_of_micro_batch / self.args.gradient_accumulation_steps
+        self.metrics.add("policy_loss", metrics.pop("policy_loss")[0], part)
         self.metrics.add_all(metrics)
         mask = inputs.loss_mask.bool()
         self.metrics.add("entropy", torch.where(mask, entropies, 0).sum(), mask.sum())
-        if inputs.sampling_per_token_logps is not None:
-            old = logps.detach() if inputs.old_per_token_logps is None else inputs.old_per_token_logps
-            gap = torch.where(mask, inputs.sampling_per_token_logps - old, 0).abs()
+        if inputs.sampling_per_token_logps is not None and self.loader.is_fresh:
+            gap = torch.where(mask, inputs.sampling_per_token_logps - logps.detach(), 0).abs()
             self.metrics.add("sampling/logp_gap", gap.sum(), mask.sum())
         return loss
+
+    @property
+    def _sampling_is_exact(self) -> bool:
+        """Whether the log-probabilities of sampling can stand for the old ones: those of our own engines in fp32, from
+        the distribution that is trained. They differ by rounding then (tested: by less than 1e-4)."""
+        return (
+            type(self).rollout is GRPOTrainer.rollout
+            and not self.train_sampling.truncates
+            and self.accelerator.mixed_precision == "no"
+            and causal_lm(self.model).dtype == torch.float32
+        )
 
     def _old_per_token_logps(self, batch: RolloutBatch) -> Tensor:
         """Under the policy as it sampled: dropout off."""
@@ -290,15 +326,19 @@ class GRPOTrainer(TrainerHooks):
 
     @torch.no_grad()
     def _in_micro_batches(self, batch: RolloutBatch, score: Callable[[RolloutBatch], Tensor]) -> Tensor:
-        """`score` over slices of `per_device_train_batch_size` rows, as (B, T)."""
+        """`score` over the micro-batches (and their pieces) of the update, as (B, T)."""
         size = self.args.per_device_train_batch_size
         result = torch.zeros_like(batch.completion_ids, dtype=torch.float32)
         for start in range(0, len(batch), size):
-            rows = slice(start, start + size)
-            with self.accelerator.autocast():  # as in the update, so that the first ratio and KL are exact
-                logps = score(batch.rows(rows))
-            result[rows, : logps.shape[1]] = logps.float()
+            micro_batch = batch.rows(slice(start, start + size))
+            for rows in self._pieces(micro_batch):
+                with self.accelerator.autocast():  # as in the update, so that the first ratio and KL are exact
+                    logps = score(micro_batch.rows(rows))
+                result[start + rows.start : start + rows.stop, : logps.shape[1]] = logps.float()
         return result
+
+    def _pieces(self, micro_batch: RolloutBatch) -> list[slice]:
+        return pieces(micro_batch, self.args.max_tokens_per_microbatch, packed=is_packed(self.model))
 
     # ---- Evaluation ----
 

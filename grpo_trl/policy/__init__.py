@@ -1,8 +1,9 @@
 """How a causal language model is loaded and evaluated on what was sampled."""
 
 from .loading import load_policy
-from .logprobs import per_token_logps
+from .logprobs import causal_lm, is_packed, per_token_logps
 from .mode import disable_dropout, evaluation_mode
+from .packing import pieces
 from .reference import (
     REFERENCE_ADAPTER,
     FrozenReference,
@@ -17,12 +18,15 @@ __all__ = [
     "REFERENCE_ADAPTER",
     "FrozenReference",
     "Reference",
+    "causal_lm",
     "disable_dropout",
     "evaluation_mode",
     "freeze_adapter",
+    "is_packed",
     "load_policy",
     "load_reference_model",
     "make_reference",
     "per_token_logps",
+    "pieces",
     "prepare",
 ]

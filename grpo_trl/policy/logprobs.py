@@ -30,9 +30,8 @@ def per_token_logps(
     Returns:
         (B, T) log-probabilities, and (B, T) entropies or None; 0 outside `completion_mask`.
     """
-    evaluation = getattr(causal_lm(model), "evaluation", "logits")
-    stream = pack(batch) if evaluation == "packed" else pad(batch)
-    evaluate = from_logits if evaluation == "logits" else from_head
+    evaluate = from_logits if getattr(causal_lm(model), "evaluation", "logits") == "logits" else from_head
+    stream = pack(batch) if is_packed(model) else pad(batch)
     logps, entropies = evaluate(model, stream, temperature=temperature, with_entropy=with_entropy)
     return stream.rows(logps), None if entropies is None else stream.rows(entropies)
 
@@ -56,6 +55,11 @@ def causal_lm(model: nn.Module) -> Any:
     for name in ("module", "_orig_mod"):
         inner = getattr(inner, name, inner)
     return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+
+
+def is_packed(model: nn.Module) -> bool:
+    """Whether `prepare` made the model run on streams of groups."""
+    return getattr(causal_lm(model), "evaluation", None) == "packed"
 
 
 def _accepted(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:

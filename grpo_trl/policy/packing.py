@@ -5,7 +5,7 @@ are scored and with which label, so that one code evaluates both.
 """
 
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ def pack(batch: RolloutBatch) -> Stream:
     """Neighbouring rows of the same draw as a group: `prompt[:-1]` once, then `[prompt[-1]] + completion[:-1]` of each
     row. Positions go on from the prompt's in every row."""
     prompt_lengths, lengths = batch.prompt_mask.sum(1).tolist(), batch.completion_mask.sum(1).tolist()
-    groups = [list(rows) for _, rows in groupby(range(len(batch)), key=batch.draws.tolist().__getitem__)]
+    groups = _groups(batch)
     width = batch.prompt_ids.shape[1]  # prompts end and completions begin here
     # (row, first column, length, first position) of each part; the last prompt token stands right before the completion
     shared = [(rows[0], width - prompt_lengths[rows[0]], prompt_lengths[rows[0]] - 1, 0) for rows in groups]
@@ -55,6 +55,42 @@ def pack(batch: RolloutBatch) -> Stream:
         "layout": GroupLayout([n for _, _, n, _ in shared], [[lengths[row] for row in rows] for rows in groups]),
     }
     return Stream(inputs, slice(sum(n for _, _, n, _ in shared), None), batch.completion_ids[mask], mask)
+
+
+def pieces(batch: RolloutBatch, max_tokens: int | None, *, packed: bool) -> list[slice]:
+    """Neighbouring rows whose streams have at most `max_tokens` tokens each (one row may have more).
+
+    A group stays in one piece where it fits into one; else its rows are dealt out, each piece with the prompt again.
+    """
+    if max_tokens is None:
+        return [slice(0, len(batch))]
+    if not packed:
+        size = max(1, max_tokens // (batch.prompt_ids.shape[1] + batch.completion_ids.shape[1]))
+        return [slice(start, min(start + size, len(batch))) for start in range(0, len(batch), size)]
+    prompts, completions = batch.prompt_mask.sum(1).tolist(), batch.completion_mask.sum(1).tolist()
+    cuts, tokens = [0], 0
+    for rows in _groups(batch):
+        shared = prompts[rows[0]] - 1
+        whole = shared + sum(completions[row] for row in rows)
+        if tokens and tokens + whole > max_tokens:
+            cuts.append(rows[0])
+            tokens = 0
+        if whole <= max_tokens:
+            tokens += whole
+            continue
+        tokens += shared
+        for row in rows:
+            if row > cuts[-1] and tokens + completions[row] > max_tokens:
+                cuts.append(row)
+                tokens = shared
+            tokens += completions[row]
+    return [slice(a, b) for a, b in pairwise([*cuts, len(batch)])]
+
+
+def _groups(batch: RolloutBatch) -> list[list[int]]:
+    """Rows of the same draw that are neighbours."""
+    draws = batch.draws.tolist()
+    return [list(rows) for _, rows in groupby(range(len(batch)), key=draws.__getitem__)]
 
 
 def pad(batch: RolloutBatch) -> Stream:

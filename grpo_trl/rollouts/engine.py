@@ -1,19 +1,27 @@
 """The rollout engine: token ids in, groups out. It knows no text, no rewards and no trainer."""
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from transformers import PreTrainedModel
 
 from ..batch import Group, Prompt
+from ..policy.logprobs import is_packed
 from .hf_generate import HFGenerateEngine
+from .native import NativeEngine
 from .sampling import SamplingParams
 
 
 class RolloutEngine(Protocol):
     """What an entry of `ENGINES` must offer. It is built with the unwrapped policy, whose weights it samples from."""
 
-    def __init__(self, model: PreTrainedModel, *, cache_implementation: str | None = None): ...
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        max_concurrent_rows: int | None = None,
+        cache_implementation: str | None = None,
+    ): ...
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> Iterator[Group]:
         """Yields one group per prompt, as they finish. Leaves the model's mode and gradients as it found them."""
@@ -24,16 +32,18 @@ class RolloutEngine(Protocol):
         ...
 
 
-ENGINES: dict[str, type[RolloutEngine]] = {"hf_generate": HFGenerateEngine}
+ENGINES: dict[str, type[RolloutEngine]] = {"native": NativeEngine, "hf_generate": HFGenerateEngine}
 
 
-def make_engine(name: str, model: PreTrainedModel, **options) -> RolloutEngine:
-    """The engine called `name`, sampling from `model`.
+def make_engine(name: str, model: PreTrainedModel, **options: Any) -> RolloutEngine:
+    """The engine called `name`, sampling from `model`; `hf_generate` where the native one cannot run the model.
 
     Raises:
         ValueError: no such engine.
     """
     check_engine(name)
+    if name == "native" and not is_packed(model):  # `policy.prepare` says why
+        name = "hf_generate"
     return ENGINES[name](model, **options)
 
 

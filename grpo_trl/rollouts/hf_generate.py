@@ -20,10 +20,24 @@ from .sampling import SamplingParams, TokenSampler, group_keys, uniforms
 
 
 class HFGenerateEngine:
-    """Samples with `model.generate` on left-padded prompts; a logits processor picks the token (see `sampling`)."""
+    """Samples with `model.generate` on left-padded prompts; a logits processor picks the token (see `sampling`).
 
-    def __init__(self, model: PreTrainedModel, *, cache_implementation: str | None = None):
+    Args:
+        model: any that transformers can generate with.
+        max_concurrent_rows: completions per call of `generate`, rounded down to whole groups, of which there is at
+            least one. Default: all.
+        cache_implementation: the cache of `generate`, e.g. "static".
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        max_concurrent_rows: int | None = None,
+        cache_implementation: str | None = None,
+    ):
         self.model: Any = model
+        self.max_concurrent_rows = max_concurrent_rows
         self.cache_implementation = cache_implementation
 
     def sync_weights(self, model: PreTrainedModel) -> None:
@@ -31,9 +45,15 @@ class HFGenerateEngine:
         self.model = model
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> Iterator[Group]:
-        """Yields the groups in the order of the prompts, all at the end of one `generate` call."""
-        num_generations = sampling.num_generations
+        """Yields the groups in the order of the prompts, all those of one `generate` call at its end."""
         check_positions(self.model.config, max(len(prompt.ids) for prompt in prompts), sampling.max_completion_length)
+        rows = self.max_concurrent_rows or len(prompts) * sampling.num_generations
+        size = max(1, rows // sampling.num_generations)
+        for start in range(0, len(prompts), size):
+            yield from self._generate(prompts[start : start + size], sampling)
+
+    def _generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Group]:
+        num_generations = sampling.num_generations
         rows = RolloutBatch.from_groups(
             [Group(prompt, [[] for _ in range(num_generations)], [False] * num_generations) for prompt in prompts],
             pad_token_id=sampling.pad_token_id,
@@ -50,14 +70,16 @@ class HFGenerateEngine:
         ids = output[:, rows.prompt_ids.shape[1] :].cpu()
         logps = torch.stack(sampler.per_token_logps, dim=1).cpu()
         lengths, terminated = completion_lengths(ids, sampling.eos_token_ids)
-        for i, prompt in enumerate(prompts):
-            group = range(i * num_generations, (i + 1) * num_generations)
-            yield Group(
+        rows_of = [range(i * num_generations, (i + 1) * num_generations) for i in range(len(prompts))]
+        return [
+            Group(
                 prompt,
                 completion_ids=[ids[row, : lengths[row]].tolist() for row in group],
                 terminated=[bool(terminated[row]) for row in group],
                 sampling_per_token_logps=[logps[row, : lengths[row]].tolist() for row in group],
             )
+            for prompt, group in zip(prompts, rows_of, strict=True)
+        ]
 
     def _generation_config(self, sampling: SamplingParams) -> GenerationConfig:
         options = {

@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from psutil import virtual_memory
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from ...batch import Group, Prompt
 from ...placement import input_device
@@ -19,27 +21,56 @@ from ...policy.attention import Layout, no_mask
 from ...policy.head import to_logits
 from ...policy.logprobs import causal_lm
 from ...policy.mode import evaluation_mode
+from ..hf_generate import HFGenerateEngine, check_positions
 from ..sampling import SamplingParams, TokenSampler, group_keys, uniforms
 from .attention import Grid, PromptLayout, RowsLayout
 from .cache import Cache
+
+logger = logging.get_logger(__name__)
 
 PREFILL_TOKENS = 16384  # of prompts in one forward pass
 
 
 class NativeEngine:
-    """Samples with the policy's own layers, attention excepted."""
+    """Samples with the policy's own layers and weights, attention excepted.
 
-    def __init__(self, model: PreTrainedModel, *, max_concurrent_rows: int | None = None):
+    Args:
+        model: a causal LM, with adapters or not, that `policy.prepare` could make run on streams of groups.
+        max_concurrent_rows: completions that are decoded at a time, rounded down to whole groups, of which there is at
+            least one. Default: as many as keep their keys and values in half of the free memory.
+        cache_implementation: of `model.generate`, for what is left to it (see `generate`).
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        max_concurrent_rows: int | None = None,
+        cache_implementation: str | None = None,
+    ):
         self.model: Any = model
         self.max_concurrent_rows = max_concurrent_rows
+        self.fallback = HFGenerateEngine(
+            model, max_concurrent_rows=max_concurrent_rows, cache_implementation=cache_implementation
+        )
 
     def sync_weights(self, model: PreTrainedModel) -> None:
         """Nothing to copy: generation runs on the policy itself."""
         self.model = model
+        self.fallback.sync_weights(model)
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> Iterator[Group]:
-        """Yields each group when its last row has finished."""
-        rollout = Rollout(causal_lm(self.model), prompts, sampling, self.max_concurrent_rows)
+        """Yields each group when its last row has ended. `generation_kwargs` are left to `model.generate`."""
+        if sampling.generation_kwargs:
+            logger.warning_once(
+                f"generation_kwargs {', '.join(sampling.generation_kwargs)} are done by model.generate, slower than the "
+                "native engine."
+            )
+            yield from self.fallback.generate(prompts, sampling)
+            return
+        model = causal_lm(self.model)
+        check_positions(model.config, max(len(prompt.ids) for prompt in prompts), sampling.max_completion_length)
+        rollout = Rollout(model, prompts, sampling, self.max_concurrent_rows)
         while rollout.unfinished:
             # not around the yield, where the consumer's code runs
             with evaluation_mode(self.model), torch.no_grad():
@@ -74,10 +105,11 @@ class Rollout:
 
     def __init__(self, model: Any, prompts: Sequence[Prompt], sampling: SamplingParams, max_rows: int | None):
         self.model, self.sampling, self.sampler = model, sampling, TokenSampler(sampling)
-        size = sampling.num_generations
-        num_groups = min(len(prompts), max(1, (max_rows or len(prompts) * size) // size))
-        num_rows, length = num_groups * size, sampling.max_completion_length
+        size, length = sampling.num_generations, sampling.max_completion_length
         longest = max(len(prompt.ids) for prompt in prompts)
+        most = max_rows // size if max_rows else groups_that_fit(model, longest + size * length)
+        num_groups = max(1, min(len(prompts), most))
+        num_rows = num_groups * size
         self.cache = Cache(groups=num_groups, prompt_length=longest, rows=num_rows, length=length)
         self.waiting = deque(prompts)
         self.groups: list[LiveGroup] = []
@@ -199,6 +231,16 @@ class Rollout:
         return model(
             input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False, layout=layout
         ).last_hidden_state
+
+
+def groups_that_fit(model: Any, tokens: int) -> int:
+    """How many groups of so many tokens keep their keys and values in half of the memory that is free now."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    group = 2 * tokens * config.num_hidden_layers * heads * size * model.dtype.itemsize
+    free = torch.cuda.mem_get_info(model.device)[0] if model.device.type == "cuda" else virtual_memory().available
+    return free // 2 // group
 
 
 def _close_gaps(items: list[Any], leaving: Sequence[int]) -> tuple[list[int], list[int]]:

@@ -73,7 +73,7 @@ class RolloutBatch:
     completion_ids: Tensor  # (B, T) long, padded on the right
     completion_mask: Tensor  # (B, T) long
     loss_mask: Tensor  # (B, T) long
-    draws: Tensor  # (B,) long, of the prompts: neighbouring rows of the same draw are a group, or a part of one
+    group_ids: Tensor  # (B,) long: rows with the same number have the same prompt
     advantages: Tensor | None = None  # (B,) fp32
     token_weights: Tensor | None = None  # (B, T) fp32
     old_per_token_logps: Tensor | None = None  # (B, T) fp32; None: the update is on-policy
@@ -107,7 +107,7 @@ class RolloutBatch:
             completion_ids=_pad(completions, pad_token_id),
             completion_mask=_pad([[1] * len(ids) for ids in completions], 0),
             loss_mask=_pad(loss_masks, 0),
-            draws=torch.tensor([group.prompt.draw for group in groups for _ in range(len(group))]),
+            group_ids=torch.tensor([number for number, group in enumerate(groups) for _ in range(len(group))]),
             sampling_per_token_logps=sampling_logps,
         )
 

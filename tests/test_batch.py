@@ -25,6 +25,7 @@ def test_prompts_are_padded_left_and_completions_right():
     assert batch.completion_ids.tolist() == [[6, 7, EOS, 0], [8, EOS, 0, 0], [EOS, 0, 0, 0], [12, 13, 14, 15]]
     assert batch.completion_mask.tolist() == [[1, 1, 1, 0], [1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]]
     assert batch.loss_mask.tolist() == batch.completion_mask.tolist()
+    assert batch.group_ids.tolist() == [0, 0, 1, 1]  # although the two prompts have the same draw number here
     assert len(batch) == 4
     assert all(tensor.dtype == torch.long for tensor in batch.tensors().values())
 
@@ -114,7 +115,8 @@ def test_rows_are_trimmed_to_their_own_longest():
     assert batch.prompt_ids.tolist() == [[5], [5]]
     assert batch.completion_ids.tolist() == [[6, 7, EOS], [8, EOS, 0]]
     for name, tensor in batch.tensors().items():
-        width = {"advantages": (2,), "prompt_ids": (2, 1), "prompt_mask": (2, 1)}.get(name, (2, 3))
+        own = {"advantages": (2,), "group_ids": (2,), "prompt_ids": (2, 1), "prompt_mask": (2, 1)}
+        width = own.get(name, (2, 3))
         assert tensor.shape == width, name
     assert batch.tensors().keys() == full_batch().tensors().keys()
 

@@ -141,7 +141,9 @@ class _MergedAttention(torch.autograd.Function):
             )
         for part, shared in layout.crossings:
             own_out, own_lse = out[:, :, part], lse[:, :, part]
-            shared_out, shared_lse = flash_cpu(query[:, :, part], key[:, :, shared], value[:, :, shared], scale=scaling)
+            shared_out, shared_lse = flash_cpu(
+                query[:, :, part], key[:, :, shared], value[:, :, shared], scale=scaling
+            )
             share = torch.sigmoid(shared_lse - own_lse)  # of the softmax's mass
             own_out.lerp_(shared_out, share[..., None].to(out.dtype))
             torch.logaddexp(own_lse, shared_lse, out=own_lse)

@@ -62,12 +62,8 @@ def score(
     entropies (M,) without gradient; in fp32."""
     head: Any = model.get_output_embeddings()
     hidden, labels = hidden.to(head.weight.device), labels.to(head.weight.device)
-    if hidden.device.type == "cuda" and _is_plain(head):  # fused, and the weight's gradient is summed up in fp32
-        scale, softcap = logit_scale_and_softcap(model)
-        extra = ("entropy",) if with_entropy else ()
-        arguments = (labels, temperature, VOCABULARY_CHUNK, softcap, scale, extra)
-        logps, entropies, *_ = ChunkedLogProbFunction.apply(hidden, head.weight, head.bias, *arguments)
-        return logps, entropies.detach() if with_entropy else None
+    if hidden.device.type == "cuda" and _is_plain(head):
+        return fused_scores(model, hidden, labels, temperature=temperature, with_entropy=with_entropy)
 
     def score_chunk(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
         logits = to_logits(model, hidden)
@@ -77,6 +73,18 @@ def score(
     chunks = zip(hidden.split(CHUNK), labels.split(CHUNK), strict=True)
     logps, entropies = zip(*(checkpoint(score_chunk, *chunk, use_reentrant=False) for chunk in chunks), strict=True)  # pyright: ignore[reportArgumentType]
     return torch.cat(logps), torch.cat(entropies) if with_entropy else None
+
+
+def fused_scores(
+    model: PreTrainedModel, hidden: Tensor, labels: Tensor, *, temperature: float, with_entropy: bool
+) -> tuple[Tensor, Tensor | None]:
+    """`score` by TRL's kernels, for a head that is a weight and nothing else. They sum the weight's gradient up in fp32
+    whatever its dtype."""
+    head: Any = model.get_output_embeddings()
+    scale, softcap = logit_scale_and_softcap(model)
+    options = (temperature, VOCABULARY_CHUNK, softcap, scale, ("entropy",) if with_entropy else ())
+    logps, entropies, *_ = ChunkedLogProbFunction.apply(hidden, head.weight, head.bias, labels, *options)
+    return logps, entropies.detach() if with_entropy else None
 
 
 def to_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:

@@ -24,10 +24,16 @@ def load_policy(
     """Loads a path on the one device of this rank's policy, or takes an instance, and adds the adapter.
 
     Raises:
-        ValueError: `peft_config` together with a model that already has an adapter; a model with nothing to train.
+        ValueError: an encoder-decoder; `peft_config` together with a model that already has an adapter; a model with
+            nothing to train.
     """
     if isinstance(model, str):
         model = _from_path(model, args, quantization_config)
+    if model.config.is_encoder_decoder:
+        raise ValueError(
+            f"{type(model).__name__} is an encoder-decoder, but a completion continues its prompt here: use a "
+            "decoder-only model (AutoModelForCausalLM)."
+        )
     if peft_config is not None:
         model = _add_adapter(model, args, peft_config)
     if not any(parameter.requires_grad for parameter in model.parameters()):

@@ -35,26 +35,34 @@ class Stream:
 
 
 def pack(batch: RolloutBatch) -> Stream:
-    """Neighbouring rows of the same draw as a group: `prompt[:-1]` once, then `[prompt[-1]] + completion[:-1]` of each
-    row. Positions go on from the prompt's in every row."""
-    prompt_lengths, lengths = batch.prompt_mask.sum(1).tolist(), batch.completion_mask.sum(1).tolist()
-    groups = _groups(batch)
-    width = batch.prompt_ids.shape[1]  # prompts end and completions begin here
-    # (row, first column, length, first position) of each part; the last prompt token stands right before the completion
-    shared = [(rows[0], width - prompt_lengths[rows[0]], prompt_lengths[rows[0]] - 1, 0) for rows in groups]
-    branches = [(row, width - 1, lengths[row], prompt_lengths[row] - 1) for rows in groups for row in rows]
+    """Of each group `prompt[:-1]` once, then `[prompt[-1]] + completion[:-1]` of each of its rows. The positions of every
+    row go on from those of the prompt."""
     ids = torch.cat([batch.prompt_ids, batch.completion_ids], dim=1)
-    places = [row * ids.shape[1] + torch.arange(column, column + n) for row, column, n, _ in (*shared, *branches)]
-    positions = [torch.arange(first, first + n) for _, _, n, first in (*shared, *branches)]
-    device = ids.device
+    width = batch.prompt_ids.shape[1]  # prompts end, and completions begin, here
+    prompts, completions = batch.prompt_mask.sum(1).tolist(), batch.completion_mask.sum(1).tolist()
+    groups = _groups(batch)
+    # a part of the stream: row of `ids`, first column, length, first position. Nothing but the prompt is there to be
+    # run when all completions of a group are empty, and a stream may not be
+    shared = [
+        (rows[0], width - prompts[rows[0]], prompts[rows[0]] - any(completions[row] for row in rows), 0)
+        for rows in groups
+    ]
+    branches = [(row, width - 1, completions[row], prompts[row] - 1) for rows in groups for row in rows]
+    places = [
+        row * ids.shape[1] + torch.arange(column, column + length) for row, column, length, _ in shared + branches
+    ]
+    positions = [torch.arange(position, position + length) for _, _, length, position in shared + branches]
     mask = batch.completion_mask.bool()
     inputs = {
-        "input_ids": ids.flatten()[torch.cat(places).to(device)][None],
-        "position_ids": torch.cat(positions).to(device)[None],
-        "attention_mask": no_mask(device),
-        "layout": GroupLayout([n for _, _, n, _ in shared], [[lengths[row] for row in rows] for rows in groups]),
+        "input_ids": ids.flatten()[torch.cat(places).to(ids.device)][None],
+        "position_ids": torch.cat(positions).to(ids.device)[None],
+        "attention_mask": no_mask(ids.device),
+        "layout": GroupLayout(
+            [length for _, _, length, _ in shared], [[completions[row] for row in rows] for rows in groups]
+        ),
     }
-    return Stream(inputs, slice(sum(n for _, _, n, _ in shared), None), batch.completion_ids[mask], mask)
+    scored = slice(sum(length for _, _, length, _ in shared), None)
+    return Stream(inputs, scored, batch.completion_ids[mask], mask)
 
 
 def pieces(batch: RolloutBatch, max_tokens: int | None, *, packed: bool) -> list[slice]:
@@ -88,9 +96,9 @@ def pieces(batch: RolloutBatch, max_tokens: int | None, *, packed: bool) -> list
 
 
 def _groups(batch: RolloutBatch) -> list[list[int]]:
-    """Rows of the same draw that are neighbours."""
-    draws = batch.draws.tolist()
-    return [list(rows) for _, rows in groupby(range(len(batch)), key=draws.__getitem__)]
+    """Neighbouring rows with the same prompt."""
+    group_ids = batch.group_ids.tolist()
+    return [list(rows) for _, rows in groupby(range(len(batch)), key=group_ids.__getitem__)]
 
 
 def pad(batch: RolloutBatch) -> Stream:

@@ -54,10 +54,9 @@ def obstacle(model: PreTrainedModel | PeftModel) -> str | None:
     # private, but the only place where a model class says whether its attention goes through AttentionInterface
     exchangeable = type(lm)._can_set_attn_implementation()
     reasons = {
-        "it is an encoder-decoder": lm.config.is_encoder_decoder,
         "its attention cannot be exchanged": not exchangeable,
         f"it has layers of the kind {', '.join(sorted(kinds - {'full_attention'}))}": kinds != {"full_attention"},
-        "its attention has a sliding window": any(getattr(m, "sliding_window", None) for m in lm.modules()),
+        "its attention has a sliding window": getattr(config, "sliding_window", None) is not None,
         f"its positions ({rope} RoPE) depend on the longest row": rope in ("dynamic", "longrope"),
         "its adapter adds tokens to the prompt": any(adapter.is_prompt_learning for adapter in adapters),
         "attn_implementation='eager' was asked for": exchangeable and lm.config._attn_implementation == "eager",

@@ -43,14 +43,12 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, index: VarlenInd
     """
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, H, D)
     key, value = (x.index_select(0, index.keys) for x in (key, value))
-    out = _kernel()(
-        query, key, value, index.query_offsets, index.key_offsets, index.max_query, index.max_key, scaling
-    )
+    out = kernel()(query, key, value, index.query_offsets, index.key_offsets, index.max_query, index.max_key, scaling)
     return out.transpose(0, 1)[None]
 
 
 @cache
-def _kernel() -> Callable[..., Tensor]:
+def kernel() -> Callable[..., Tensor]:
     """flash-attn where it is installed, else torch's own."""
     if importlib.util.find_spec("flash_attn") is not None:
         from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
@@ -64,7 +62,7 @@ def torch_kernel(accepted: Any, call: Callable[..., Any] = varlen_attn) -> Calla
     `enable_gqa`; what is missing is done here."""
     causal = {"window_size": (-1, 0)} if "window_size" in accepted else {"is_causal": True}
 
-    def kernel(query, key, value, query_offsets, key_offsets, max_query, max_key, scaling) -> Any:
+    def call_kernel(query, key, value, query_offsets, key_offsets, max_query, max_key, scaling) -> Any:
         options = dict(causal)
         if query.shape[1] != key.shape[1]:
             if "enable_gqa" in accepted:
@@ -78,4 +76,4 @@ def torch_kernel(accepted: Any, call: Callable[..., Any] = varlen_attn) -> Calla
             query = query * (scaling * query.shape[-1] ** 0.5)
         return call(query, key, value, query_offsets, key_offsets, max_query, max_key, **options)
 
-    return kernel
+    return call_kernel

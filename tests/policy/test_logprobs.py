@@ -2,9 +2,6 @@ import math
 
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from grpo_trl.batch import Group, Prompt, RolloutBatch
@@ -125,7 +122,7 @@ def test_bf16_model_gives_fp32_log_probabilities(qwen3):
 # ---- Wrappers ----
 
 
-def test_model_without_logits_to_keep(qwen3):
+def test_a_wrapper_of_another_kind(qwen3):
     class Plain(nn.Module):
         def __init__(self):
             super().__init__()
@@ -137,59 +134,6 @@ def test_model_without_logits_to_keep(qwen3):
     expected, _ = per_token_logps(qwen3, batch_of())
     actual, _ = per_token_logps(Plain(), batch_of())
     torch.testing.assert_close(actual, expected)
-
-
-@pytest.fixture
-def process_group(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
-@pytest.fixture
-def accelerator():
-    AcceleratorState._reset_state(True)
-    yield Accelerator(cpu=True, mixed_precision="bf16")
-    AcceleratorState._reset_state(True)
-
-
-def lora(model):
-    return get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
-
-
-def positions_of_lm_head(model):
-    seen = []
-    model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
-    return seen
-
-
-def test_lora_starts_as_the_base_model_and_keeps_few_logits(qwen3):
-    expected, _ = per_token_logps(qwen3, batch_of())
-    seen = positions_of_lm_head(qwen3)
-    actual, _ = per_token_logps(lora(qwen3), batch_of())
-    torch.testing.assert_close(actual, expected)
-    assert seen == [6]  # T + 1, of 11
-
-
-@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
-def test_ddp(qwen3, adapter, process_group):
-    model = lora(qwen3) if adapter else qwen3
-    expected, _ = per_token_logps(model, batch_of())
-    seen = positions_of_lm_head(qwen3)
-    actual, _ = per_token_logps(nn.parallel.DistributedDataParallel(model), batch_of())
-    torch.testing.assert_close(actual, expected)
-    assert seen == [6]
-
-
-def test_model_prepared_for_mixed_precision(qwen3, accelerator):
-    expected, _ = per_token_logps(qwen3, batch_of())
-    seen = positions_of_lm_head(qwen3)
-    model = accelerator.prepare_model(qwen3)
-    actual, _ = per_token_logps(model, batch_of())
-    mask = batch_of().completion_mask.bool()
-    assert actual.dtype == torch.float32
-    assert seen == [6]
-    assert 0 < (actual - expected)[mask].abs().max() < 0.5  # bf16 autocast was on
 
 
 # ---- Train and eval mode ----

@@ -49,7 +49,9 @@ class Grid:
         self.rows = torch.tensor([[*row, *[0] * (columns - len(row))] for row in rows], device=device)
         self.owners = torch.tensor(owners, device=device)  # (n,)
         self.places = torch.tensor(places, device=device)  # (n,): column of each row
-        self.births = None if len(set(births)) == 1 else torch.tensor(births, device=device)  # (n,); None: all the same
+        self.births = (
+            None if len(set(births)) == 1 else torch.tensor(births, device=device)
+        )  # (n,); None: all the same
         self.longest_prompt = max(prompt_lengths)
         lengths = torch.tensor(prompt_lengths, device=device)
         self.prompt_lengths = lengths[self.owners]  # (n,)

@@ -187,14 +187,16 @@ class Rollout:
         for i, ids, logps in zip(leaving, self.tokens[leaving].tolist(), self.logps[leaving].tolist(), strict=True):
             end = next((place + 1 for place, token in enumerate(ids[: ages[i]]) if token in eos), ages[i])
             self.rows[i].group.completions[self.rows[i].number] = (ids[:end], logps[:end], ids[end - 1] in eos)
-        moves = _close_gaps(self.rows, leaving)
+        moves = close_gaps(self.rows, leaving)
         if moves[0]:
             self.cache.move_rows(*moves, max(ages))
             for state in (self.keys, self.tokens, self.logps, self.ended):
                 state[moves[1]] = state[moves[0]]
-        complete = [i for i, group in enumerate(self.groups) if len(group.completions) == self.sampling.num_generations]
+        complete = [
+            i for i, group in enumerate(self.groups) if len(group.completions) == self.sampling.num_generations
+        ]
         finished = [self.groups[i].as_group() for i in complete]
-        moves = _close_gaps(self.groups, complete)
+        moves = close_gaps(self.groups, complete)
         if moves[0]:
             self.cache.move_groups(*moves)
         self.grid = None
@@ -243,7 +245,7 @@ def groups_that_fit(model: Any, tokens: int) -> int:
     return free // 2 // group
 
 
-def _close_gaps(items: list[Any], leaving: Sequence[int]) -> tuple[list[int], list[int]]:
+def close_gaps(items: list[Any], leaving: Sequence[int]) -> tuple[list[int], list[int]]:
     """Removes items from a list by putting the last ones in their places; returns where from and where to."""
     remaining = len(items) - len(leaving)
     targets = [i for i in leaving if i < remaining]

@@ -1,0 +1,205 @@
+import json
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from grpo_trl.policy import attention, varlen
+from grpo_trl.policy.attention import GroupLayout, branchwise_attention, merged_attention, no_mask, use_group_attention
+from grpo_trl.policy.varlen import VarlenIndex, torch_kernel, varlen_attention
+from tests.tiny import save, tiny_model, tiny_tokenizer
+
+SHARED, BRANCHES = [3, 0, 7], [[2, 1, 5], [4, 1], [1, 3]]  # a prompt of one token shares nothing
+NUM_TOKENS = sum(SHARED) + sum(map(sum, BRANCHES))
+
+
+def queries_keys_values(heads=4, key_heads=2, size=16, dtype=torch.float64):
+    torch.manual_seed(0)
+    shapes = [(1, NUM_TOKENS, heads, size), *[(1, NUM_TOKENS, key_heads, size)] * 2]
+    # as transformers hands them over: heads first, but laid out token by token
+    return [torch.randn(shape, dtype=dtype).requires_grad_() for shape in shapes]
+
+
+def visible():
+    """(N, N): which tokens each token sees, written down from what a group is."""
+    mask = torch.zeros(NUM_TOKENS, NUM_TOKENS, dtype=torch.bool)
+    start, branch = 0, sum(SHARED)
+    for shared, lengths in zip(SHARED, BRANCHES, strict=True):
+        prompt = range(start, start + shared)
+        for token in prompt:
+            mask[token, start : token + 1] = True
+        for length in lengths:
+            for token in range(branch, branch + length):
+                mask[token, prompt] = True
+                mask[token, branch : token + 1] = True
+            branch += length
+        start += shared
+    return mask
+
+
+def dense(query, key, value, layout, scaling):
+    repeats = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
+    return scaled_dot_product_attention(query, key, value, attn_mask=visible(), scale=scaling)
+
+
+def reference_kernel(query, key, value, query_offsets, key_offsets, max_query, max_key, **options):
+    """What `varlen_attn` computes, on any device, with its causal mask aligned at the end."""
+    assert options["window_size"] == (-1, 0)
+    repeats = query.shape[1] // key.shape[1]
+    assert repeats == 1 or options.get("enable_gqa")
+    key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
+    assert max_query == query_offsets.diff().max() and max_key == key_offsets.diff().max()
+    out = []
+    for part in range(len(query_offsets) - 1):
+        q = query[query_offsets[part] : query_offsets[part + 1]].transpose(0, 1)
+        k, v = (x[key_offsets[part] : key_offsets[part + 1]].transpose(0, 1) for x in (key, value))
+        mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).tril(k.shape[1] - q.shape[1])
+        out.append(scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=options["scale"]).transpose(0, 1))
+    return torch.cat(out)
+
+
+def varlen_on_cpu(query, key, value, layout, scaling):
+    return varlen_attention(query, key, value, layout.varlen_index, scaling)
+
+
+@pytest.fixture
+def kernel_on_cpu(monkeypatch):
+    kernel = torch_kernel({"window_size", "scale", "enable_gqa"}, reference_kernel)
+    monkeypatch.setattr(varlen, "kernel", lambda: kernel)
+
+
+@pytest.mark.parametrize("key_heads", [4, 2, 1])
+@pytest.mark.parametrize("implementation", [branchwise_attention, merged_attention, varlen_on_cpu])
+def test_values_and_gradients_are_those_of_a_dense_mask(implementation, key_heads, kernel_on_cpu):
+    inputs = queries_keys_values(key_heads=key_heads)
+    layout = GroupLayout(SHARED, BRANCHES)
+    out, expected = (
+        function(*(x.transpose(1, 2) for x in inputs), layout, 0.3) for function in (implementation, dense)
+    )
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    weights = torch.randn_like(out)
+    gradients = torch.autograd.grad(out, inputs, weights)
+    for gradient, of_dense in zip(gradients, torch.autograd.grad(expected, inputs, weights), strict=True):
+        torch.testing.assert_close(gradient, of_dense, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("shared", "branches"), [([5], [[]]), ([5, 2], [[], []]), ([0], [[1]]), ([1], [[1]])])
+def test_prompts_alone_and_single_tokens(shared, branches):
+    layout = GroupLayout(shared, branches)
+    n = sum(shared) + sum(map(sum, branches))
+    query, key, value = (torch.randn(1, 2, n, 8, dtype=torch.float64) for _ in range(3))
+    torch.testing.assert_close(
+        merged_attention(query, key, value, layout, 1.0), branchwise_attention(query, key, value, layout, 1.0)
+    )
+
+
+def test_16_bit_on_the_cpu():
+    inputs = [x.detach().bfloat16().transpose(1, 2) for x in queries_keys_values()]
+    layout = GroupLayout(SHARED, BRANCHES)
+    out = merged_attention(*inputs, layout, 0.3)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), dense(*(x.float() for x in inputs), layout, 0.3), rtol=0.02, atol=0.02)
+
+
+def test_merged_attention_keeps_no_copy_of_the_keys():
+    inputs = [x.transpose(1, 2) for x in queries_keys_values()]
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
+        merged_attention(*inputs, GroupLayout(SHARED, BRANCHES), 0.3)
+    query, key, value = (x.numel() for x in inputs)
+    assert sorted(saved) == sorted([query, key, value, query, query // 16])  # with the output and a number per query
+
+
+def test_dropout_goes_to_sdpa():
+    layout, inputs = GroupLayout(SHARED, BRANCHES), [x.transpose(1, 2) for x in queries_keys_values()]
+    without = layout.attend(None, *inputs, scaling=0.3)
+    torch.manual_seed(0)
+    with_dropout = layout.attend(None, *inputs, scaling=0.3, dropout=0.5)
+    assert not torch.allclose(without, with_dropout)
+    torch.manual_seed(0)
+    expected = branchwise_attention(*inputs, layout, 0.3, dropout=0.5).transpose(1, 2)
+    assert torch.equal(with_dropout, expected)
+
+
+# ---- Kernels of variable length ----
+
+
+def test_varlen_index_by_hand():
+    # a shared part of 2 and its branches of 1 and 2; a branch of 2 that shares nothing
+    index = GroupLayout([2, 0], [[1, 2], [2]]).varlen_index
+    assert index.query_offsets.tolist() == [0, 2, 3, 5, 7]
+    assert index.key_offsets.tolist() == [0, 2, 5, 9, 11]
+    assert index.keys.tolist() == [0, 1, 0, 1, 2, 0, 1, 3, 4, 5, 6]
+    assert (index.max_query, index.max_key) == (2, 4)
+    assert index.query_offsets.dtype == index.key_offsets.dtype == torch.int32
+
+
+@pytest.mark.parametrize(
+    ("accepted", "passed"),
+    [
+        ({"is_causal"}, {"is_causal": True}),
+        ({"window_size", "scale"}, {"window_size": (-1, 0), "scale": 0.3}),
+        ({"window_size", "scale", "enable_gqa"}, {"window_size": (-1, 0), "scale": 0.3, "enable_gqa": True}),
+    ],
+    ids=["2.10", "2.11", "2.12"],
+)
+def test_each_signature_of_varlen_attn(accepted, passed):
+    seen = []
+    kernel = torch_kernel(accepted, lambda query, key, *args, **options: seen.append((query, key, options)))
+    query, key = torch.randn(5, 4, 16), torch.randn(5, 2, 16)
+    kernel(query, key, key, None, None, 5, 5, 0.3)
+    ((query_, key_, options),) = seen
+    assert options == passed
+    assert key_.shape[1] == (2 if "enable_gqa" in accepted else 4)  # else each query head gets a key head of its own
+    scale = options.get("scale", query.shape[-1] ** -0.5)
+    torch.testing.assert_close(query_ * scale, query * 0.3)
+
+
+def test_this_torch_has_a_signature_that_is_known():
+    assert varlen.kernel() is not None
+    index = VarlenIndex([(slice(0, 3), slice(0, 0))])
+    assert index.to(torch.device("cpu")) is index
+
+
+# ---- In a model ----
+
+
+def test_other_calls_of_the_model_are_undisturbed():
+    plain, ours = tiny_model("qwen3"), tiny_model("qwen3")
+    use_group_attention(ours)
+    ids, mask = torch.arange(10, 34).view(2, 12), torch.ones(2, 12, dtype=torch.long)
+    mask[0, :3] = 0
+    assert torch.equal(ours(ids, attention_mask=mask).logits, plain(ids, attention_mask=mask).logits)
+    assert torch.equal(ours(ids).logits, plain(ids).logits)
+    options = {"max_new_tokens": 6, "do_sample": False, "attention_mask": mask}
+    assert torch.equal(ours.generate(ids, **options), plain.generate(ids, **options))
+
+
+def test_between_forward_and_backward_of_a_packed_call(qwen3):
+    use_group_attention(qwen3)
+    qwen3.gradient_checkpointing_enable({"use_reentrant": False})
+    qwen3.train()
+    layout, ids = GroupLayout([3], [[2, 2]]), torch.arange(10, 17)[None]
+    inputs = {"position_ids": torch.tensor([[0, 1, 2, 3, 4, 3, 4]]), "attention_mask": no_mask(ids.device)}
+
+    def gradient(between):
+        qwen3.zero_grad()
+        loss = qwen3(ids, **inputs, layout=layout, use_cache=False).logits.logsumexp(-1).sum()
+        between()
+        loss.backward()
+        return qwen3.model.embed_tokens.weight.grad.clone()
+
+    def generate():
+        with torch.no_grad():
+            qwen3(ids)
+            qwen3.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2)
+
+    assert torch.equal(gradient(generate), gradient(lambda: None))
+
+
+def test_what_is_saved_does_not_name_it(tmp_path, qwen3):
+    use_group_attention(qwen3)
+    folder = save(qwen3, tiny_tokenizer(), tmp_path)
+    assert attention.GROUP_ATTENTION not in json.dumps(json.loads((tmp_path / "config.json").read_text()))
+    assert type(qwen3).from_pretrained(folder).config._attn_implementation == "sdpa"

@@ -1,0 +1,103 @@
+import pytest
+import torch
+from peft import LoraConfig, PrefixTuningConfig, get_peft_model
+
+from grpo_trl.batch import Group, Prompt, RolloutBatch
+from grpo_trl.policy import per_token_logps, prepare
+from grpo_trl.policy.support import obstacle
+from tests.tiny import tiny_model
+
+GROUPS = [
+    Group(Prompt([10, 11, 12, 13], {}, 0), [[20, 21, 22], [23]], [True, True]),
+    Group(Prompt([30], {}, 1), [[31], [32, 33]], [True, True]),
+]
+
+
+def logps_of(model):
+    with torch.no_grad():
+        return per_token_logps(model, RolloutBatch.from_groups(GROUPS, pad_token_id=0))[0]
+
+
+# what cannot be run on streams of groups, and why
+FALLBACKS = {
+    "gemma2": "layers of the kind sliding_attention",
+    "gemma3_text": "layers of the kind sliding_attention",
+    "mistral": "sliding window",
+    "mamba": "layers of the kind linear_attention",
+    "qwen3_next": "layers of the kind linear_attention",
+    "bloom": "attention cannot be exchanged",
+    "bart": "other ways than through attention",  # no configuration says so: found by trying
+}
+OWN = {"bloom": {"n_layer": 2, "n_head": 4}, "mistral": {"sliding_window": 4}}
+
+
+@pytest.mark.parametrize("kind", FALLBACKS)
+def test_a_model_that_cannot_be_packed_is_padded(kind):
+    plain, model = (tiny_model(kind, **OWN.get(kind, {})) for _ in range(2))
+    reason = prepare(model)
+    assert FALLBACKS[kind] in reason
+    assert model.evaluation == "padded"
+    torch.testing.assert_close(logps_of(model), logps_of(plain), rtol=1e-5, atol=1e-5)
+    ids = torch.arange(10, 30)[None]
+    assert torch.equal(model(ids, use_cache=False).logits, plain(ids, use_cache=False).logits)
+
+
+def test_a_window_that_is_switched_off_is_none():
+    assert prepare(tiny_model("mistral", sliding_window=None)) is None
+    assert prepare(tiny_model("qwen2", sliding_window=4, use_sliding_window=False)) is None
+
+
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_positions_that_depend_on_the_longest_row(rope_type):
+    extra = {"dynamic": {"factor": 2.0}, "longrope": {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}}[rope_type]
+    parameters = {"rope_type": rope_type, "rope_theta": 10000.0, "original_max_position_embeddings": 64, **extra}
+    model = tiny_model("llama", rope_parameters=parameters)
+    assert f"({rope_type} RoPE) depend on the longest row" in prepare(model)
+
+
+def test_eager_attention_that_was_asked_for_stays(qwen3):
+    qwen3.set_attn_implementation("eager")
+    assert "'eager' was asked for" in prepare(qwen3)
+    assert qwen3.config._attn_implementation == "eager"
+
+
+def test_adapters():
+    assert prepare(get_peft_model(tiny_model("qwen3"), LoraConfig())) is None
+    prefix = get_peft_model(tiny_model("qwen3"), PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
+    assert "adds tokens to the prompt" in obstacle(prefix)
+
+
+def test_a_head_with_more_to_it_gives_logits(qwen3):
+    class Doubled(type(qwen3)):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            output.logits = 2 * output.logits
+            return output
+
+    qwen3.__class__ = Doubled
+    expected = logps_of(qwen3)
+    assert "head cannot be run on chosen positions (log-probabilities differ by" in prepare(qwen3)
+    assert qwen3.evaluation == "logits"
+    assert torch.equal(logps_of(qwen3), expected)
+
+
+def test_a_second_time_changes_nothing(qwen3):
+    assert prepare(qwen3) is None
+    forward = qwen3.forward
+    assert prepare(qwen3) is None
+    assert qwen3.forward == forward
+
+
+def test_modes_and_gradients_are_left_alone(qwen3):
+    qwen3.train()
+    qwen3.lm_head.eval()
+    prepare(qwen3)
+    assert qwen3.training and not qwen3.lm_head.training
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in qwen3.parameters())
+
+
+def test_weights_that_are_not_there_cannot_be_tried():
+    with torch.device("meta"):
+        model = tiny_model("qwen3")
+    assert prepare(model) is None
+    assert model.evaluation == "packed"

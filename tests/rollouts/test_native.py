@@ -1,0 +1,272 @@
+"""The native engine samples what `hf_generate` samples, whatever runs beside it."""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from transformers import LogitsProcessor, NoRepeatNGramLogitsProcessor
+
+from grpo_trl.batch import Prompt, RolloutBatch
+from grpo_trl.policy import causal_lm, per_token_logps, prepare
+from grpo_trl.rollouts import EVAL_STREAM, SamplingParams, make_engine
+from grpo_trl.rollouts.hf_generate import HFGenerateEngine
+from grpo_trl.rollouts.native import NativeEngine
+from grpo_trl.rollouts.native.engine import Rollout, close_gaps, groups_that_fit
+from tests.policy.test_packed import KINDS, build, lora
+from tests.tiny import IM_END, PAD, VOCAB_SIZE, tiny_model
+
+MANY_EOS = tuple(range(1, VOCAB_SIZE, 8))  # one token in eight ends a completion, so that rows leave at all times
+SAMPLING = SamplingParams(
+    num_generations=4, max_completion_length=12, eos_token_ids=MANY_EOS, pad_token_id=PAD, seed=7
+)
+LENGTHS = (7, 1, 3, 11, 2, 7)
+PROMPTS = [
+    Prompt([(31 * draw + 7 * i) % (VOCAB_SIZE - 10) + 10 for i in range(length)], {"prompt": "?"}, draw=3 * draw)
+    for draw, length in enumerate(LENGTHS)
+]
+EVERYTHING = {
+    "plain": {},
+    "greedy": {"temperature": 0.0},
+    "truncated": {"temperature": 0.6, "top_k": 20, "top_p": 0.9, "min_p": 0.01},
+    "penalty": {"repetition_penalty": 1.3},
+    "history": {"logits_processors": (NoRepeatNGramLogitsProcessor(2),)},
+}
+
+
+def prepared(model):
+    assert prepare(model) is None
+    return model
+
+
+def rollout(engine, prompts=PROMPTS, sampling=SAMPLING):
+    return {group.prompt.draw: group for group in engine.generate(prompts, sampling)}
+
+
+def assert_same(ours, expected, atol=1e-4):
+    assert ours.keys() == expected.keys()
+    for draw, group in expected.items():
+        assert ours[draw].completion_ids == group.completion_ids
+        assert ours[draw].terminated == group.terminated
+        for logps, of_row in zip(ours[draw].sampling_per_token_logps, group.sampling_per_token_logps, strict=True):
+            assert logps == pytest.approx(of_row, abs=atol)
+
+
+@pytest.mark.parametrize("options", EVERYTHING.values(), ids=EVERYTHING)
+@pytest.mark.parametrize("kind", KINDS)
+def test_same_tokens_as_hf_generate(kind, options):
+    model, sampling = prepared(build(kind)), replace(SAMPLING, **options)
+    expected = rollout(HFGenerateEngine(model), sampling=sampling)
+    assert_same(rollout(NativeEngine(model), sampling=sampling), expected)
+    # one group at a time, two with refill in another order, three in yet another
+    for rows, order in ((4, [0, 1, 2, 3, 4, 5]), (8, [3, 1, 0, 5, 2, 4]), (13, [5, 4, 3, 2, 1, 0])):
+        engine = NativeEngine(model, max_concurrent_rows=rows)
+        assert_same(rollout(engine, [PROMPTS[i] for i in order], sampling), expected)
+
+
+def test_lengths_vary_and_both_ends_occur(qwen3):
+    groups = rollout(NativeEngine(prepared(qwen3)))
+    lengths = Counter(len(ids) for group in groups.values() for ids in group.completion_ids)
+    assert len(lengths) > 4 and lengths[1] and lengths[12]
+    for group in groups.values():
+        for ids, terminated in zip(group.completion_ids, group.terminated, strict=True):
+            eos = [token in MANY_EOS for token in ids]
+            assert not any(eos[:-1]) and eos[-1] == terminated
+            assert terminated or len(ids) == 12
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_log_probabilities_are_those_of_the_training_forward(kind):
+    model = prepared(build(kind))
+    sampling = replace(SAMPLING, temperature=0.7, max_completion_length=40)
+    groups = list(NativeEngine(model).generate(PROMPTS, sampling))
+    batch = RolloutBatch.from_groups(groups, pad_token_id=PAD)
+    with torch.no_grad():
+        logps, _ = per_token_logps(model, batch, temperature=0.7)
+    assert (logps - batch.sampling_per_token_logps)[batch.completion_mask.bool()].abs().max() < 1e-4
+
+
+def test_adapters_act_without_being_merged():
+    model = lora(build("qwen3"))
+    base = rollout(NativeEngine(prepared(build("qwen3"))))
+    expected = rollout(HFGenerateEngine(model))
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    ours = rollout(make_engine("native", prepared(model)))
+    assert_same(ours, expected)
+    assert all(ours[draw].completion_ids != base[draw].completion_ids for draw in (0, 9, 15))
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    with model.disable_adapter():
+        assert_same(rollout(NativeEngine(model)), base)
+
+
+def test_weights_are_the_live_ones(qwen3):
+    engine = NativeEngine(prepared(qwen3))
+    before = rollout(engine)
+    optimizer = torch.optim.SGD(qwen3.parameters(), lr=0.5)
+    batch = RolloutBatch.from_groups(list(before.values()), pad_token_id=PAD)
+    (per_token_logps(qwen3, batch)[0] * batch.completion_mask).mean().neg().backward()
+    optimizer.step()
+    after = rollout(engine)
+    assert any(after[draw].completion_ids != before[draw].completion_ids for draw in after)
+    assert_same(after, rollout(HFGenerateEngine(qwen3)))
+
+
+def test_each_prompt_is_run_once_and_rows_leave_at_once(qwen3):
+    rows = []
+    qwen3.model.layers[0].mlp.register_forward_hook(lambda module, args, output: rows.append(output.shape[:2]))
+    groups = rollout(NativeEngine(prepared(qwen3)))
+    rows = rows[-12:]  # behind the trial runs of `prepare`
+    lengths = [len(ids) for group in groups.values() for ids in group.completion_ids]
+    assert rows[0] == (1, sum(LENGTHS))
+    alive = [sum(length > step for length in lengths) for step in range(1, 12)]
+    assert rows[1:] == [(n, 1) for n in alive]
+
+
+def test_concurrency_is_bounded_and_groups_come_as_they_finish(qwen3):
+    engine = NativeEngine(prepared(qwen3), max_concurrent_rows=9)
+    rows = []
+    qwen3.model.layers[0].mlp.register_forward_hook(lambda module, args, output: rows.append(output.shape))
+    order = [group.prompt.draw for group in engine.generate(PROMPTS, SAMPLING)]
+    assert sorted(order) == [prompt.draw for prompt in PROMPTS] and order != sorted(order)
+    assert 4 < max(shape[0] for shape in rows) <= 8  # whole groups
+    prefills = [shape[1] for shape in rows if shape[0] == 1 and shape[1] > 1]
+    assert sum(prefills) >= sum(length for length in LENGTHS if length > 1)
+
+
+def test_a_group_larger_than_the_bound_is_decoded_alone(qwen3):
+    assert_same(rollout(NativeEngine(prepared(qwen3), max_concurrent_rows=1)), rollout(NativeEngine(prepared(qwen3))))
+
+
+def test_rows_that_fit_follow_from_free_memory(qwen3, monkeypatch):
+    # 2 (keys, values) x 100 tokens x 2 layers x 2 heads x 8 x 4 bytes = 25,600 bytes
+    class Memory:
+        available = 25_600 * 2 * 3 + 1
+
+    monkeypatch.setattr("grpo_trl.rollouts.native.engine.virtual_memory", Memory)
+    assert groups_that_fit(qwen3, 100) == 3
+    sampling = replace(SAMPLING, num_generations=2, max_completion_length=45)
+    assert Rollout(qwen3, [Prompt([1] * 10, {}, i) for i in range(5)], sampling, None).cache.groups == 3
+
+
+def test_nothing_random_is_touched_and_modes_are_restored(qwen3):
+    qwen3.train()
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    engine = NativeEngine(prepared(qwen3))
+    generator = engine.generate(PROMPTS, SAMPLING)
+    next(generator)
+    # where the consumer runs, between two groups, the model is as it was and gradients are on
+    assert qwen3.training and torch.is_grad_enabled()
+    list(generator)
+    assert qwen3.training and torch.equal(torch.get_rng_state(), state)
+
+
+def test_modes_are_restored_after_an_exception(qwen3):
+    class Broken(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            raise RuntimeError("inside")
+
+    prepared(qwen3).train()
+    with pytest.raises(RuntimeError, match="inside"):
+        rollout(NativeEngine(qwen3), sampling=replace(SAMPLING, logits_processors=(Broken(),)))
+    assert qwen3.training and torch.is_grad_enabled()
+
+
+def test_gradient_checkpointing_and_dropout_do_not_matter():
+    expected = rollout(NativeEngine(prepared(build("qwen3"))))
+    model = prepared(tiny_model("qwen3", attention_dropout=0.5)).train()
+    model.gradient_checkpointing_enable()
+    assert_same(rollout(NativeEngine(model)), expected)
+    assert model.is_gradient_checkpointing
+
+
+def test_processors_see_each_row_without_padding(qwen3):
+    seen = []
+
+    class Recorder(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            seen.extend(input_ids.tolist())
+            return scores
+
+    groups = rollout(NativeEngine(prepared(qwen3)), sampling=replace(SAMPLING, logits_processors=(Recorder(),)))
+    expected = [
+        [*group.prompt.ids, *ids[:t]]
+        for group in groups.values()
+        for ids in group.completion_ids
+        for t in range(len(ids))
+    ]
+    assert Counter(map(tuple, seen)) == Counter(map(tuple, expected))
+
+
+def test_seed_draw_and_stream_matter(qwen3):
+    engine = NativeEngine(prepared(qwen3))
+    base = rollout(engine, PROMPTS[:1])
+    for sampling in (replace(SAMPLING, seed=8), replace(SAMPLING, stream=EVAL_STREAM)):
+        assert rollout(engine, PROMPTS[:1], sampling)[0].completion_ids != base[0].completion_ids
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "mamba", "bloom"])
+def test_models_that_it_cannot_run_are_left_to_generate(kind):
+    model = tiny_model(kind, **({"n_layer": 2, "n_head": 4} if kind == "bloom" else {}))
+    assert prepare(model) is not None
+    assert isinstance(make_engine("native", model), HFGenerateEngine)
+
+
+def test_generation_kwargs_are_left_to_generate(qwen3, caplog):
+    sampling = replace(SAMPLING, generation_kwargs={"min_new_tokens": 6})
+    groups = rollout(NativeEngine(prepared(qwen3)), sampling=sampling)
+    assert_same(groups, rollout(HFGenerateEngine(qwen3), sampling=sampling))
+    assert min(len(ids) for group in groups.values() for ids in group.completion_ids) >= 6
+
+
+def test_too_many_positions_are_refused():
+    engine = NativeEngine(prepared(tiny_model("gpt2", max_position_embeddings=16, n_positions=16)))
+    with pytest.raises(ValueError, match="need more than the 16 positions"):
+        rollout(engine)
+
+
+@pytest.fixture
+def autocast():
+    AcceleratorState._reset_state(True)
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    yield accelerator.autocast
+    AcceleratorState._reset_state(True)
+
+
+def test_bf16_autocast(autocast):
+    model = prepared(build("qwen3"))
+    with autocast():
+        groups = rollout(NativeEngine(model))
+    batch = RolloutBatch.from_groups(list(groups.values()), pad_token_id=PAD)
+    mask = batch.completion_mask.bool()
+    with torch.no_grad():
+        exact, _ = per_token_logps(model, batch)
+        with autocast():
+            trained, _ = per_token_logps(model, batch)
+    gap = (batch.sampling_per_token_logps - trained)[mask].abs().mean()
+    # the engine rounds as the update does: no further from it than both are from fp32
+    assert gap < 2 * (trained - exact)[mask].abs().mean() < 0.1
+
+
+def test_a_single_token(qwen3):
+    sampling = replace(SAMPLING, max_completion_length=1, num_generations=1)
+    groups = rollout(NativeEngine(prepared(qwen3)), sampling=sampling)
+    assert all(len(ids) == 1 for group in groups.values() for ids in group.completion_ids)
+    assert_same(groups, rollout(HFGenerateEngine(qwen3), sampling=sampling))
+
+
+def test_gaps_are_closed_by_the_last():
+    items = list("abcdef")
+    assert close_gaps(items, [1, 3, 5]) == ([4], [1])
+    assert items == ["a", "e", "c"]
+    assert close_gaps(items, [0, 1, 2]) == ([], []) and items == []
+
+
+def test_eos_of_the_generation_config_ends_a_greedy_completion(qwen3):
+    sampling = replace(SAMPLING, eos_token_ids=(IM_END,), temperature=0.0, num_generations=1)
+    assert_same(
+        rollout(NativeEngine(prepared(qwen3)), sampling=sampling),
+        rollout(HFGenerateEngine(causal_lm(qwen3)), sampling=sampling),
+    )

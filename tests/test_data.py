@@ -258,16 +258,23 @@ def test_all_problems_of_entries_in_one_error():
 
 @pytest.mark.parametrize("entries", [[], {"path": "x"}, "x.jsonl", None])
 def test_entries_must_be_a_list(entries):
-    with pytest.raises(ValueError, match="must be a list of entries"):
+    with pytest.raises(ValueError, match="train_datasets must be a list of entries"):
         parse_entries(entries)
+
+
+def test_errors_name_the_list_that_is_wrong():
+    with pytest.raises(ValueError, match=r"^eval_datasets\[hard\] must be a list"):
+        parse_entries([], "eval_datasets[hard]")
+    with pytest.raises(ValueError, match=r"^eval_datasets:\n  - entry 1: unknown type 'xml'"):
+        parse_entries([entry("a.xml", "xml")], "eval_datasets")
 
 
 def test_missing_files_are_named_in_full(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
-    with pytest.raises(FileNotFoundError, match=str(tmp_path / "nowhere.jsonl")):
+    with pytest.raises(FileNotFoundError, match=f"^{tmp_path / 'nowhere.jsonl'}: no such file"):
         load_datasets([entry("nowhere.jsonl")])
-    with pytest.raises(FileNotFoundError, match=rf"no \*\.jsonl file in the folder {tmp_path / 'folder'}"):
+    with pytest.raises(FileNotFoundError, match=rf"^{tmp_path / 'folder'}: no \*\.jsonl file in this folder"):
         load_datasets([entry("folder")])
     with pytest.raises(FileNotFoundError, match=str(tmp_path / "nowhere")):
         load_datasets([entry("nowhere", "disk")])

@@ -9,7 +9,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from ..config import GRPOConfig, mapping
 from ..placement import DeviceMap
 from .model import RewardModel
-from .registry import REWARDS, RewardFunction, resolve_reward
+from .registry import REWARDS, TRL_NAMES, RewardFunction, resolve_reward
 from .scoring import RewardScorer
 
 RewardSpec = str | PreTrainedModel | RewardFunction
@@ -67,7 +67,7 @@ def is_reward_model(spec: RewardSpec) -> bool:
     """A model instance, an existing folder, or a Hub id (`organisation/name`)."""
     if not isinstance(spec, str):
         return isinstance(spec, PreTrainedModel)
-    return spec not in REWARDS and (os.path.isdir(spec) or "/" in spec)
+    return spec not in {*REWARDS, *TRL_NAMES} and (os.path.isdir(spec) or "/" in spec)
 
 
 def _load_model(

@@ -160,16 +160,20 @@ def load_tokenizer(
     """The tokenizer that was passed, or the model's own, with a pad token.
 
     Raises:
-        TypeError: a multimodal processor. ValueError: neither a pad nor an EOS token.
+        OSError: the model has none that can be loaded. TypeError: a multimodal processor. ValueError: neither a pad
+            nor an EOS token.
     """
     if processing_class is None:
         path = model if isinstance(model, str) else get_config_model_id(model.config)
-        processing_class = AutoTokenizer.from_pretrained(
-            path,
-            revision=mapping(args.model_init_kwargs).get("revision", "main"),
-            trust_remote_code=args.trust_remote_code,
-            padding_side="left",
-        )
+        try:
+            processing_class = AutoTokenizer.from_pretrained(
+                path,
+                revision=mapping(args.model_init_kwargs).get("revision", "main"),
+                trust_remote_code=args.trust_remote_code,
+                padding_side="left",
+            )
+        except (OSError, ValueError) as error:  # of which some do not name the model
+            raise OSError(f"model {path!r}: its tokenizer cannot be loaded: {error}") from error
     if not isinstance(processing_class, PreTrainedTokenizerBase):
         raise TypeError(
             f"processing_class must be a tokenizer (PreTrainedTokenizerBase), got {type(processing_class).__name__}; "

@@ -16,7 +16,8 @@ from trl.trainer.model_config import ModelConfig
 from grpo_trl import cli
 from grpo_trl.algorithm import VARIANTS
 from grpo_trl.config import GOVERNED, GRPOConfig
-from grpo_trl.refused import REFUSED
+from grpo_trl.refused import REFUSED, UNUSED
+from grpo_trl.rewards.registry import REWARDS, TRL_NAMES
 
 ROOT = Path(__file__).resolve().parent.parent
 ENTRY = {"path": "train.jsonl", "type": "jsonl", "input": "question", "output": "answer"}
@@ -480,6 +481,22 @@ def test_refused_options_and_remedies_are_documented(document):
         assert any(f"`{name}`" in line and remedy in line for line in plain.splitlines()), name
     for name in cli.REFUSED_SCRIPT_OPTIONS:
         assert f"`{name}`" in document
+
+
+def test_fields_without_effect_are_documented(document):
+    section = document.split("## Fields of transformers without effect")[1]
+    refused, warned = section.split("one warning names it")
+    for name, (_, is_refused, why) in UNUSED.items():
+        part = refused if is_refused else warned
+        assert any(f"`{name}`" in line and why in line for line in part.splitlines()), name
+
+
+def test_names_of_trls_rewards_are_documented():
+    text = (ROOT / "docs" / "rewards.md").read_text()
+    for name, own in TRL_NAMES.items():
+        assert f"| `{name}` | `{own}` |" in text
+    for name in REWARDS:
+        assert f"\n| `{name}` | " in text
 
 
 def test_every_default_that_differs_from_trl_is_in_the_table(document):

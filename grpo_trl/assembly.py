@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
+from datasets import IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
@@ -17,7 +18,7 @@ from .callbacks import EpochExportCallback, LossNoteCallback, MetricsPlotCallbac
 from .config import GRPOConfig, mapping
 from .placement import DeviceMap, resolve_device_map
 from .policy import disable_dropout, freeze_adapter, load_policy, load_reference_model, prepare
-from .prompts import check_prompt_dataset, encode_prompt, limit_prompts
+from .prompts import check_prompt_dataset, check_template_kwargs, encode_prompt, first_rows, limit_prompts
 from .rewards import check_rewards
 from .rewards.scoring import RESERVED
 from .rollouts import EVAL_STREAM, SamplingParams, check_engine
@@ -36,6 +37,7 @@ def named_datasets(train_dataset: Any, eval_dataset: Any) -> dict[str, Any]:
 
 
 def problems(
+    model: Any,
     args: GRPOConfig,
     rewards: list[Any],
     reward_processing_classes: Any,
@@ -54,7 +56,18 @@ def problems(
             "sync_ref_model=True needs a reference model of its own, but a policy with an adapter is its own "
             "reference; set sync_ref_model=False, or train all weights."
         )
+    evaluates = args.eval_strategy != "no" or args.eval_on_start
+    if evaluates and datasets.keys() == {"train_dataset"}:
+        found.append(
+            "eval_strategy or eval_on_start asks for evaluation, but there is no eval_dataset; pass one, or set "
+            "eval_strategy='no' and eval_on_start=False."
+        )
+    if isinstance(datasets["train_dataset"], IterableDataset) and args.max_steps <= 0:
+        found.append("train_dataset is a stream, whose length is not known; set max_steps.")
     found += _errors_of(
+        partial(check_path, model),
+        partial(_device_map_of, args, "ref_device"),
+        partial(_device_map_of, args, "reward_device"),
         partial(check_engine, args.rollout_engine),
         partial(check_rewards, rewards, reward_processing_classes, args),
         *(partial(check_prompt_dataset, dataset, where=name) for name, dataset in datasets.items()),
@@ -62,14 +75,18 @@ def problems(
     return found
 
 
-def prompt_problems(datasets: dict[str, Any], tokenizer: Any, chat_options: dict[str, Any]) -> list[str]:
-    """What is wrong with the first row of each dataset once it meets the tokenizer: no chat template, say, or a column
-    whose name is that of an argument of every reward."""
+def prompt_problems(
+    datasets: dict[str, Any], tokenizer: Any, chat_options: dict[str, Any], remove_unused_columns: bool | None
+) -> list[str]:
+    """What is wrong with the first text and the first conversation of each dataset once they meet the tokenizer (no
+    chat template, say), with its `chat_template_kwargs`, and with columns named as an argument of every reward."""
     found = []
     for name, dataset in datasets.items():
-        first = next(iter(dataset))
-        found += [f"{name}: {error}" for error in _errors_of(partial(encode_prompt, first, tokenizer, **chat_options))]
-        taken = sorted(set(RESERVED) & set(first))
+        rows = first_rows(dataset)
+        checks = [partial(encode_prompt, row, tokenizer, **chat_options) for row in rows]
+        errors = _errors_of(*checks, partial(check_template_kwargs, dataset))
+        found += [f"{name}: {error}" for error in dict.fromkeys(errors)]
+        taken = [] if remove_unused_columns else sorted(set(RESERVED) & set(rows[0]))
         if taken:
             found.append(f"{name} has columns {', '.join(taken)}, which rewards get as arguments; rename them.")
     return found
@@ -87,6 +104,25 @@ def limit(dataset: Any, tokenizer: Any, chat_options: dict[str, Any], args: GRPO
         max_prompt_length=args.max_prompt_length,
         overlong_prompts=args.overlong_prompts,
     )[0]
+
+
+def check_path(model: Any) -> None:
+    """Raises FileNotFoundError for a model that can only be a path, not an id of the Hub, and does not exist."""
+    if not isinstance(model, str):
+        return
+    is_path = model.startswith((".", "~", os.sep)) or model.count("/") > 1
+    if is_path and not os.path.exists(model):
+        raise FileNotFoundError(
+            f"model {model!r}: no such folder (current directory: {os.getcwd()}); give the path of a saved model, or "
+            "an id of the Hub (organisation/name)."
+        )
+
+
+def _device_map_of(args: GRPOConfig, name: str) -> DeviceMap:
+    try:
+        return device_map(args, getattr(args, name))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def _errors_of(*checks: Callable[[], Any]) -> list[str]:
@@ -130,16 +166,20 @@ def load_tokenizer(
     """The tokenizer that was passed, or the model's own, with a pad token.
 
     Raises:
-        TypeError: a multimodal processor. ValueError: neither a pad nor an EOS token.
+        OSError: the model has none that can be loaded. TypeError: a multimodal processor. ValueError: neither a pad
+            nor an EOS token.
     """
     if processing_class is None:
         path = model if isinstance(model, str) else get_config_model_id(model.config)
-        processing_class = AutoTokenizer.from_pretrained(
-            path,
-            revision=mapping(args.model_init_kwargs).get("revision", "main"),
-            trust_remote_code=args.trust_remote_code,
-            padding_side="left",
-        )
+        try:
+            processing_class = AutoTokenizer.from_pretrained(
+                path,
+                revision=mapping(args.model_init_kwargs).get("revision", "main"),
+                trust_remote_code=args.trust_remote_code,
+                padding_side="left",
+            )
+        except (OSError, ValueError) as error:  # of which some do not name the model
+            raise OSError(f"model {path!r}: its tokenizer cannot be loaded: {error}") from error
     if not isinstance(processing_class, PreTrainedTokenizerBase):
         raise TypeError(
             f"processing_class must be a tokenizer (PreTrainedTokenizerBase), got {type(processing_class).__name__}; "

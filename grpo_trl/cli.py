@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, NoReturn
 
 import yaml
-from datasets import load_dataset
+from datasets import Dataset, load_dataset
 from trl.scripts.utils import ScriptArguments as TRLScriptArguments
 from trl.scripts.utils import TrlParser
 from trl.trainer.model_config import ModelConfig
@@ -122,8 +122,10 @@ def parse_recipe(argv: Sequence[str], prog: str = "grpo-trl train") -> Recipe:
     if argv[-1:] == ["--config"]:
         raise ValueError("--config needs the path of a recipe's YAML file.")
     script_args, args, model_args = RecipeParser(prog).parse_args_and_config(argv)
-    if str(args.resume_from_checkpoint).lower() == "true":  # the command line has text only; True: the last checkpoint
-        args.resume_from_checkpoint = True
+    # the command line has text only; True: the last checkpoint
+    switches: dict[str, Any] = {"true": True, "false": False}
+    resume = args.resume_from_checkpoint
+    args.resume_from_checkpoint = switches.get(str(resume).lower(), resume)
     raise_all(_problems(script_args, args, model_args))
     return script_args, args, model_args
 
@@ -146,9 +148,9 @@ def _problems(script_args: ScriptArguments, args: GRPOConfig, model_args: ModelC
     for where, entries in {"train_datasets": script_args.train_datasets, **_named_eval_sets(script_args)}.items():
         if entries:
             try:
-                parse_entries(entries)
+                parse_entries(entries, where)
             except ValueError as error:
-                problems.append(str(error) if where == "train_datasets" else f"{where}: {error}")
+                problems.append(str(error))
     return problems
 
 
@@ -187,12 +189,14 @@ def _yaml_value(words: list[str]) -> Any:
 
 def train(argv: Sequence[str]) -> None:
     """Trains as a recipe says, saves the model to output_dir, and pushes it if asked to."""
+    # what is wrong with a recipe, its data or its models is the user's to put right: the message says how. From
+    # training itself an error keeps its traceback.
     try:
         script_args, args, model_args = parse_recipe(argv)
+        trainer = make_trainer(script_args, args, model_args)
     except (ValueError, OSError, yaml.YAMLError) as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from error
-    trainer = make_trainer(script_args, args, model_args)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model(args.output_dir)
     if args.push_to_hub:
@@ -226,19 +230,28 @@ def load_data(script_args: ScriptArguments, args: GRPOConfig) -> tuple[Any, Any]
     """Training set and evaluation set: None without evaluation, a dict for named ones."""
     train_entries: Any = script_args.train_datasets
     if train_entries:
-        train_dataset = load_datasets(train_entries, seed=args.seed)
+        train_dataset = _load_entries("train_datasets", train_entries, args.seed)
     else:
         train_dataset = _load_trl_dataset(script_args, script_args.dataset_train_split)
     eval_entries: Any = script_args.eval_datasets
     if not _wants_evaluation(args):
         eval_dataset = None
     elif isinstance(eval_entries, dict):
-        eval_dataset = {name: load_datasets(entries, seed=args.seed) for name, entries in eval_entries.items()}
+        eval_dataset = {
+            name: _load_entries(f"eval_datasets[{name}]", entries, args.seed) for name, entries in eval_entries.items()
+        }
     elif eval_entries:
-        eval_dataset = load_datasets(eval_entries, seed=args.seed)
+        eval_dataset = _load_entries("eval_datasets", eval_entries, args.seed)
     else:
         eval_dataset = _load_trl_dataset(script_args, script_args.dataset_test_split)
     return train_dataset, eval_dataset
+
+
+def _load_entries(where: str, entries: Any, seed: int) -> Dataset:
+    try:
+        return load_datasets(entries, seed=seed)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def _load_trl_dataset(script_args: ScriptArguments, split: str) -> Any:

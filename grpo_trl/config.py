@@ -1,7 +1,7 @@
 """`GRPOConfig`: TRL's names and meanings, the seed document's defaults, and every check that needs no model."""
 
 import functools
-import os
+import logging
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -11,7 +11,18 @@ from transformers import TrainingArguments
 from .algorithm import KL_ESTIMATORS, LOSS_TYPES, SURROGATES, VARIANTS
 from .algorithm.advantages import SCALE_REWARDS
 from .algorithm.token_weights import TOKEN_WEIGHTINGS
-from .refused import raise_all, refuse
+from .config_checks import (
+    BATCH_RANGES,
+    CHOICES,
+    RANGES,
+    choice_problems,
+    combination_problems,
+    json_problems,
+    range_problems,
+)
+from .refused import raise_all, refuse, unused
+
+logger = logging.getLogger(__name__)
 
 # The fields that a row of VARIANTS governs: None means "as the row says".
 GOVERNED = (
@@ -26,6 +37,15 @@ GOVERNED = (
     "kl_estimator",
     "mask_truncated_completions",
 )
+
+# What the governed fields may name.
+PARTS = {
+    "surrogate": SURROGATES,
+    "kl_estimator": KL_ESTIMATORS,
+    "scale_rewards": SCALE_REWARDS,
+    "token_weighting": TOKEN_WEIGHTINGS,
+    "importance_sampling_level": ("token", "sequence"),
+}
 
 # `generation_kwargs` that are fields of ours, and those that cannot be honoured
 GENERATION_FIELDS = {
@@ -190,12 +210,21 @@ class GRPOConfig(TrainingArguments):
             judged or self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
         ):
             self.metric_for_best_model = "reward"  # transformers would look for eval_loss, which there is not
+        problems = json_problems(self, self._VALID_DICT_FIELDS)
+        refused, hints = unused(self, TrainingArguments)  # before transformers changes some of them by itself
         super().__post_init__()
-        problems = self._resolve_objective() + self._resolve_batches() + self._resolve_generation_kwargs()
+        problems += self._resolve_objective() + self._resolve_generation_kwargs()
         if self.rollout_engine is None:
             self.rollout_engine = "hf_generate" if self.cache_implementation else "native"
-        problems += self._check_values()
-        raise_all(problems)
+        problems += range_problems(self, BATCH_RANGES) or self._resolve_batches()
+        problems += range_problems(self, RANGES) + choice_problems(self, CHOICES) + combination_problems(self)
+        raise_all(problems + refused)
+        if hints and self.process_index == 0:
+            logger.warning("Without effect here: %s.", "; ".join(hints))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the Hub's token: transformers pickles the arguments into folders that it may push."""
+        return self.__dict__ | {"hub_token": None}
 
     @property
     def n_gpu(self) -> int:
@@ -230,17 +259,7 @@ class GRPOConfig(TrainingArguments):
                 setattr(self, name, shorthand.get(name, getattr(VARIANTS[self.variant], name)))
         if self.epsilon_high is None:
             self.epsilon_high = self.epsilon
-        return [
-            f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(allowed)}."
-            for name, allowed in (
-                ("surrogate", SURROGATES),
-                ("kl_estimator", KL_ESTIMATORS),
-                ("scale_rewards", SCALE_REWARDS),
-                ("token_weighting", TOKEN_WEIGHTINGS),
-                ("importance_sampling_level", ("token", "sequence")),
-            )
-            if getattr(self, name) not in allowed
-        ]
+        return choice_problems(self, PARTS)
 
     def _resolve_batches(self) -> list[str]:
         """Fills steps_per_generation and generation_batch_size, and checks that collections are whole groups on each
@@ -251,8 +270,6 @@ class GRPOConfig(TrainingArguments):
             self.world_size,
             self.gradient_accumulation_steps,
         )
-        if self.num_generations is None or self.num_generations < 2:
-            return [f"num_generations={self.num_generations} but a group needs at least 2 completions to compare."]
         if self.generation_batch_size is not None and self.steps_per_generation is None:
             self.steps_per_generation, rest = divmod(self.generation_batch_size, rank_batch * ranks)
             if rest:
@@ -299,74 +316,6 @@ class GRPOConfig(TrainingArguments):
             f"generation_kwargs {', '.join(unusable)} cannot be used: each completion is one sample, ended by the EOS "
             "tokens of model and tokenizer. Use num_generations, max_completion_length and temperature."
         ]
-
-    def _check_values(self) -> list[str]:
-        """Ranges and names of the remaining fields, and combinations that cannot work."""
-        problems = [
-            f"{name}={getattr(self, name)!r} is out of range: {expected}."
-            for name, valid, expected in (
-                ("num_iterations", self.num_iterations >= 1, "expected at least 1"),
-                (
-                    "temperature",
-                    self.temperature > 0,
-                    "expected more than 0 (use eval_temperature=0 for greedy evaluation)",
-                ),
-                ("top_p", 0 < self.top_p <= 1, "expected in (0, 1]"),
-                ("top_k", self.top_k >= 0, "expected 0 (all tokens) or more"),
-                ("min_p", self.min_p is None or 0 <= self.min_p <= 1, "expected in [0, 1]"),
-                ("repetition_penalty", self.repetition_penalty > 0, "expected more than 0"),
-                ("max_completion_length", (self.max_completion_length or 0) >= 1, "expected at least 1 token"),
-                (
-                    "max_prompt_length",
-                    self.max_prompt_length is None or self.max_prompt_length >= 1,
-                    "expected at least 1",
-                ),
-                ("beta", (self.beta or 0) >= 0, "expected 0 or more"),
-                ("epsilon", 0 <= (self.epsilon or 0) <= 1, "expected in [0, 1]"),
-                ("eval_temperature", (self.eval_temperature or 0) >= 0, "expected 0 (greedy) or more"),
-                ("num_generations_eval", (self.num_generations_eval or 1) >= 1, "expected at least 1"),
-                (
-                    "reward_timeout",
-                    self.reward_timeout is None or self.reward_timeout > 0,
-                    "expected seconds, more than 0",
-                ),
-                ("reward_batch_size", self.reward_batch_size >= 1, "expected at least 1"),
-                ("max_concurrent_rows", (self.max_concurrent_rows or 1) >= 1, "expected at least 1"),
-                ("max_tokens_per_microbatch", (self.max_tokens_per_microbatch or 1) >= 1, "expected at least 1"),
-            )
-            if not valid
-        ]
-        problems += [
-            f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(allowed)}."
-            for name, allowed in (
-                ("prompt_format", ("auto", "chat", "text")),
-                ("overlong_prompts", ("drop", "truncate", "error")),
-                ("reward_call", ("batch", "group")),
-                ("reward_input_format", ("auto", "pair", "chat", "text")),
-            )
-            if getattr(self, name) not in allowed
-        ]
-        if int(os.environ.get("WORLD_SIZE", 1)) > self.world_size:
-            problems.append(
-                f"the launcher started {os.environ['WORLD_SIZE']} processes, but this one finds itself alone and "
-                "would train by itself; on CPU ranks set use_cpu: true."
-            )
-        if self.auto_find_batch_size:
-            problems.append(
-                "auto_find_batch_size would break up groups when it shrinks the batch; set it to False and lower "
-                "per_device_train_batch_size."
-            )
-        if (self.sync_ref_model or self.ref_model_name_or_path) and not self.beta:
-            problems.append(
-                "sync_ref_model and ref_model_name_or_path need the reference, but beta=0 loads none; set beta above "
-                "0 or leave them out."
-            )
-        if self.neftune_noise_alpha is not None:
-            problems.append(
-                "neftune_noise_alpha adds noise in training that is not there in sampling, so the importance ratio "
-                "would be wrong; leave it out."
-            )
-        return problems
 
 
 def _accept_trl_options(cls: type) -> None:

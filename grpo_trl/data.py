@@ -39,10 +39,11 @@ def load_datasets(entries: Sequence[Mapping[str, Any]], *, seed: int = 42) -> Da
     return mixed
 
 
-def parse_entries(entries: Sequence[Mapping[str, Any]]) -> list[DatasetEntry]:
-    """Checks all entries without reading data; one ValueError lists everything that is wrong with them."""
+def parse_entries(entries: Sequence[Mapping[str, Any]], where: str = "train_datasets") -> list[DatasetEntry]:
+    """Checks all entries without reading data; one ValueError lists everything that is wrong with them, and `where`
+    they stand."""
     if isinstance(entries, str | Mapping) or not isinstance(entries, Sequence) or not entries:
-        raise ValueError(f"train_datasets must be a list of entries {{path, type, input, output}}, got {entries!r}.")
+        raise ValueError(f"{where} must be a list of entries {{path, type, input, output}}, got {entries!r}.")
     # a key without a value in a YAML file is None: the same as leaving it out
     given = [
         {k: v for k, v in entry.items() if v is not None} if isinstance(entry, Mapping) else entry for entry in entries
@@ -53,7 +54,7 @@ def parse_entries(entries: Sequence[Mapping[str, Any]]) -> list[DatasetEntry]:
         without = [str(i) for i, has_weight in enumerate(weighted, 1) if not has_weight]
         problems.append(f"entries without weight: {', '.join(without)}; give all entries a weight, or none")
     if problems:
-        raise ValueError("train_datasets:\n  - " + "\n  - ".join(problems))
+        raise ValueError(f"{where}:\n  - " + "\n  - ".join(problems))
     return [DatasetEntry(**entry) for entry in given]
 
 

@@ -72,11 +72,11 @@ def _data_files(entry: DatasetEntry) -> list[Path]:
     if path.is_file():
         return [path]
     if path.is_dir():
-        files, what = sorted(path.rglob(f"*.{entry.type}")), f"no *.{entry.type} file in the folder {path}"
+        files, what = sorted(path.rglob(f"*.{entry.type}")), f"no *.{entry.type} file in this folder"
     else:
-        files, what = sorted(map(Path, glob.glob(str(path), recursive=True))), f"no such file: {path}"
+        files, what = sorted(map(Path, glob.glob(str(path), recursive=True))), "no such file"
     if not files:
-        raise FileNotFoundError(f"train_datasets: {what} (current directory: {Path.cwd()}).")
+        raise FileNotFoundError(f"{path}: {what} (current directory: {Path.cwd()}).")
     return files
 
 

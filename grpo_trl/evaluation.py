@@ -10,12 +10,13 @@ from torch import Tensor, float64, tensor
 
 from .algorithm import combine_rewards
 from .batch import Group
-from .metrics import Metrics
+from .metrics import Metrics, completion_rows
 from .prompts import check_prompt_dataset
 
 
 def evaluate_sets(trainer: Any, datasets: Any, prefix: str) -> dict[str, float]:
-    """Evaluates and logs one set, or several named ones, whose mean reward is then `<prefix>_reward`.
+    """Evaluates and logs one set, or named ones, whose mean reward is then `<prefix>_reward`: what a best model is
+    judged by, when no set is named.
 
     Raises:
         ValueError: there is no set, or one has no prompts.
@@ -27,31 +28,45 @@ def evaluate_sets(trainer: Any, datasets: Any, prefix: str) -> dict[str, float]:
     for name, dataset in named.items():
         check_prompt_dataset(dataset, where=f"eval_dataset {name}".strip())
         set_prefix = f"{prefix}_{name}" if name else prefix
-        results = {f"{set_prefix}_{key}": value for key, value in evaluate_prompts(trainer, dataset).items()}
+        summary, rows = evaluate_prompts(trainer, dataset)
+        results = {f"{set_prefix}_{key}": value for key, value in summary.items()}
         trainer.log(results)
+        trainer.show_completions(rows, set_prefix)
         metrics |= results
-    if len(named) > 1:  # what a best model is judged by, when no set is named
-        metrics[f"{prefix}_reward"] = sum(metrics[f"{prefix}_{name}_reward"] for name in named) / len(named)
+    if isinstance(datasets, dict):
+        # a set in which no reward applied has none
+        rewards = [metrics[key] for name in named if (key := f"{prefix}_{name}_reward") in metrics]
+        mean = {f"{prefix}_reward": sum(rewards) / len(rewards)} if rewards else {}
+        trainer.log(dict(mean))
+        metrics |= mean
     return metrics
 
 
-def evaluate_prompts(trainer: Any, dataset: Any) -> dict[str, float]:
+def evaluate_prompts(trainer: Any, dataset: Any) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Samples and scores every prompt once, over all ranks, with the `trainer`'s current sampling parameters.
 
-    The draw number is the row, so each evaluation of a run uses the same random numbers.
+    The draw number is the row, so each evaluation of a run uses the same random numbers. Returns the metrics and, with
+    `log_completions`, one row of a table per completion, in the order of the dataset.
     """
     rows = list(dataset) if isinstance(dataset, IterableDataset) else dataset
     mine = rows_of_rank(len(rows), trainer.accelerator.process_index, trainer.accelerator.num_processes)
     size = max(1, trainer.args.per_device_eval_batch_size // trainer.sampling.num_generations)
-    results, logged = [], Metrics()
+    results, table, logged = [], [], Metrics()
     for start in range(0, len(mine), size):
         prompts = [trainer.encode(rows[min(row, len(rows) - 1)], row) for row in mine[start : start + size]]
         groups = [group for group in trainer.sample(prompts) if group.prompt.draw < len(rows)]
         if groups:
-            results += records(groups, trainer.score(groups, logged))
+            rewards = trainer.score(groups, logged)
+            results += records(groups, rewards)
+            if trainer.args.log_completions:
+                no_advantages = [None] * len(rewards)
+                shown = completion_rows(groups, rewards, no_advantages, trainer.reward_names, trainer.extra_columns)
+                draws = [group.prompt.draw for group in groups for _ in range(len(group))]
+                table += zip(draws, shown, strict=True)
     results = gather_object(results)
+    table = sorted(gather_object(table), key=lambda entry: entry[0]) if trainer.args.log_completions else []
     summary = summarize(results, trainer.reward_names, trainer.reward_weights, trainer.args.eval_pass_threshold)
-    return logged.reduce(gather_object) | summary
+    return logged.reduce(gather_object) | summary, [row for _, row in table]
 
 
 def rows_of_rank(num_rows: int, rank: int, world_size: int) -> list[int]:

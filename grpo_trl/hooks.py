@@ -48,14 +48,15 @@ class TrainerHooks(Trainer):
         self.state.num_input_tokens_seen = self.num_tokens
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        # transformers pickles the arguments, the Hub token among them, into a folder that may be pushed
-        token, self.args.hub_token = self.args.hub_token, None
-        try:
-            super()._save(output_dir, state_dict)
-        finally:
-            self.args.hub_token = token
+        super()._save(output_dir, state_dict)
+        folder = Path(output_dir or str(self.args.output_dir))
         # PEFT saves every adapter in a folder of its name; the frozen copy of the start is no result
-        shutil.rmtree(Path(output_dir or str(self.args.output_dir)) / REFERENCE_ADAPTER, ignore_errors=True)
+        shutil.rmtree(folder / REFERENCE_ADAPTER, ignore_errors=True)
+        create_model_card(self, folder=folder)  # after PEFT, which writes one without content
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.create_model_card()  # in output_dir too, as TRL does: a push sends that folder
+        super()._save_checkpoint(model, trial)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         # private, but the one place that is called with the folder before trainer_state.json makes the checkpoint
@@ -87,7 +88,7 @@ class TrainerHooks(Trainer):
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None, **kwargs: Any
     ) -> None:
-        """Writes README.md: objective with its paper, data, rewards, versions, citation."""
+        """Writes README.md into output_dir: objective with its paper, data, rewards, versions, citation."""
         create_model_card(self, model_name=model_name, dataset_name=dataset_name, tags=tags)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:

@@ -137,8 +137,8 @@ class RolloutLoader:
 
     @property
     def is_fresh(self) -> bool:
-        """Whether what was yielded last belongs to the first optimizer step after its rollout, so that the policy still
-        is the one that sampled it."""
+        """Whether what was yielded last is of the first optimizer step after its rollout: the policy still is the one
+        that sampled it."""
         return (self.position - 1) % self.micro_batches_per_collection < self.micro_batches_per_step
 
     def set_epoch(self, epoch: int) -> None:

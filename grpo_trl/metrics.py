@@ -121,11 +121,12 @@ def record_rollout(
 def completion_rows(
     groups: Sequence[Group],
     rewards_per_func: Tensor,
-    advantages: Tensor,
+    advantages: Sequence[float | None],
     reward_names: Sequence[str],
     extra: Mapping[str, Sequence[Any]],
 ) -> list[dict[str, Any]]:
-    """One row per completion for tables: prompt, completion, rewards, advantage, and columns that rewards added."""
+    """One row per completion for tables: prompt, completion, rewards, advantage (None in an evaluation), and columns
+    that rewards added."""
     for column, values in extra.items():
         if len(values) != len(rewards_per_func):
             raise ValueError(
@@ -142,6 +143,6 @@ def completion_rows(
             **{column: values[i] for column, values in extra.items()},
         }
         for i, ((prompt, completion), row_rewards, advantage) in enumerate(
-            zip(texts, rewards_per_func.tolist(), advantages.tolist(), strict=True)
+            zip(texts, rewards_per_func.tolist(), advantages, strict=True)
         )
     ]

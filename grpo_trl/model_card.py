@@ -1,4 +1,4 @@
-"""The model card that `push_to_hub` uploads: what was trained, on what, with which objective, and whom to cite."""
+"""The model card beside every saved model: what was trained, on what, with which objective, and whom to cite."""
 
 import os
 import re
@@ -70,25 +70,31 @@ def create_model_card(
     model_name: str | None = None,
     dataset_name: str | Sequence[str] | None = None,
     tags: str | Sequence[str] | None = None,
+    folder: Path | None = None,
 ) -> None:
-    """Writes `<output_dir>/README.md`, on the main process.
+    """Writes `<folder>/README.md`, on the main process.
 
     Args:
         trainer: its `args` (a `GRPOConfig`), `model`, `state`, `reward_names` and `recipe` (a dict whose
-            `train_datasets` are listed, or None) are used.
+            `train_datasets` or `dataset_name` are listed, or None) are used.
         model_name: title of the card. Default: the last part of `hub_model_id` or of `output_dir`.
-        dataset_name: Hub id or ids of the data. Default: the entries of `recipe` whose type is `hub`.
+        dataset_name: Hub id or ids of the data. Default: those of `recipe`.
         tags: further tags beside grpo_trl, grpo and the variant.
+        folder: of the model that the card describes. Default: output_dir.
     """
     if not trainer.is_world_process_zero():
         return
     args = trainer.args
+    folder = folder or Path(args.output_dir)
     name = model_name or (args.hub_model_id or Path(args.output_dir).absolute().name).split("/")[-1]
     base_model = get_config_model_id(trainer.model.config) or None
     if base_model and os.path.isdir(base_model):
         base_model = None  # a path of the machine that trained says nothing on the Hub
-    entries = (trainer.recipe or {}).get("train_datasets") or []
-    hub_datasets = _listed(dataset_name) or [entry["path"] for entry in entries if entry["type"] == "hub"]
+    recipe = trainer.recipe or {}
+    entries = recipe.get("train_datasets") or []
+    hub_datasets = [entry["path"] for entry in entries if entry["type"] == "hub"]
+    hub_datasets = _listed(dataset_name or recipe.get("dataset_name")) or hub_datasets
+    hub_datasets = [name for name in hub_datasets if not os.path.exists(name)]  # as for base_model
     is_adapter = hasattr(trainer.model, "peft_config")
     card_data = ModelCardData(
         base_model=base_model,
@@ -106,15 +112,22 @@ def create_model_card(
         usage=_usage(args.hub_model_id, is_adapter),
         variant=args.variant,
         paper=args.objective["paper"],
-        data=_data(entries, hub_datasets),
+        data=_data(entries, hub_datasets) or ("Local files." if recipe.get("dataset_name") else "Given in code."),
         rewards=_table(("reward", "weight"), _reward_weights(trainer.reward_names, args.reward_weights)),
         objective=_table(("setting", "value"), _known(args.objective)),
         training=_table(("", ""), _training_facts(trainer)),
-        plot=f"![Training metrics]({PLOT_NAME})" if (Path(args.output_dir) / PLOT_NAME).exists() else "",
+        plot=_plot(folder, Path(args.output_dir)),
         versions="\n".join(f"- {name}: {version(name)}" for name in FRAMEWORKS),
         citations=_citations(args.objective["paper"]),
     )
-    card.save(Path(args.output_dir) / "README.md")
+    card.save(folder / "README.md")
+
+
+def _plot(folder: Path, output_dir: Path) -> str:
+    """A link to the plot, if there is one and the folder is output_dir or lies in it."""
+    if not (output_dir / PLOT_NAME).exists() or output_dir not in (folder, folder.parent):
+        return ""
+    return f"![Training metrics]({Path(os.path.relpath(output_dir / PLOT_NAME, folder)).as_posix()})"
 
 
 def _listed(value: str | Sequence[str] | None) -> list[str]:
@@ -136,7 +149,7 @@ def _usage(hub_model_id: str | None, is_adapter: bool) -> str:
 def _data(entries: Sequence[Mapping[str, Any]], hub_datasets: Sequence[str]) -> str:
     """One line per entry; of a local path only its last part, which is all that means something elsewhere."""
     if not entries:
-        return "\n".join(f"- {_dataset_link(name)}" for name in hub_datasets) or "Given in code."
+        return "\n".join(f"- {_dataset_link(name)}" for name in hub_datasets)
     lines = []
     for entry in entries:
         source = _dataset_link(entry["path"]) if entry["type"] == "hub" else f"`{Path(entry['path']).name}`"

@@ -29,6 +29,9 @@ def resolve_device_map(
         ValueError: a device that does not exist, or a word that is none of these.
     """
     if isinstance(device, dict):
+        for place_of in device.values():
+            if place_of != "disk":  # accelerate's word for weights that stay in their file
+                _existing(place_of, num_gpus)
         return device
     if device in (None, "auto"):
         spare = range(num_local_ranks, num_gpus)
@@ -37,8 +40,13 @@ def resolve_device_map(
         return {"": torch.device("cuda", spare[(policy_device.index or 0) % len(spare)])}
     if device == "same":
         return {"": policy_device}
+    return {"": _existing(device, num_gpus)}
+
+
+def _existing(device: Any, num_gpus: int) -> torch.device:
+    """A word, or in an accelerate map the number of a GPU, as a device that is there."""
     try:
-        chosen = torch.device(device)
+        chosen = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
     except (RuntimeError, TypeError):
         raise ValueError(f"device {device!r} is unknown; use auto, same, cpu, cuda:N or an accelerate map.") from None
     if chosen.type == "cuda" and (chosen.index or 0) >= num_gpus:
@@ -46,7 +54,7 @@ def resolve_device_map(
             f"device {device!r} does not exist: {num_gpus} GPU(s) are visible to this process. Use auto (a spare GPU, "
             "else the policy's device), same, cpu, or make the GPU visible with CUDA_VISIBLE_DEVICES."
         )
-    return {"": chosen}
+    return chosen
 
 
 def place(model: nn.Module, device_map: DeviceMap) -> nn.Module:

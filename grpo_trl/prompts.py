@@ -79,8 +79,8 @@ def _without_fillers(messages: Messages) -> Messages:
 
 def _row_kwargs(example: dict[str, Any]) -> dict[str, Any]:
     kwargs = example.get("chat_template_kwargs") or {}
-    if not isinstance(kwargs, dict):
-        raise ValueError(f"A row's chat_template_kwargs must be a mapping, got {kwargs!r}.")
+    if problem := template_kwargs_problem(kwargs):
+        raise ValueError(f"A row's chat_template_kwargs: {problem}.")
     return {k: v for k, v in kwargs.items() if v is not None}  # None: filled in by Arrow, as above
 
 
@@ -113,8 +113,16 @@ def _message_problem(message: Any) -> str | None:
     if not isinstance(message["role"], str):
         return f"a message whose role is {message['role']!r:.80}, expected text such as 'user'"
     if not isinstance(message["content"], str) and not message.get("tool_calls"):
-        return f"a message whose content is of type {type(message['content']).__name__}, expected text"
+        found = type(message["content"]).__name__
+        return f"a message whose content is of type {found}, expected text; join the text of its parts, if it has any"
     return None
+
+
+def template_kwargs_problem(value: Any) -> str | None:
+    """What keeps `value` from being a row's `chat_template_kwargs` (None: nothing): it must be a mapping or None."""
+    if value is None or isinstance(value, dict):
+        return None
+    return f"the {type(value).__name__} {value!r:.80}, expected a mapping such as {{enable_thinking: false}}"
 
 
 def column_batches(dataset: Dataset, column: str) -> Iterator[list[Any]]:
@@ -138,13 +146,13 @@ def check_prompt_dataset(dataset: Any, *, where: str) -> None:
     if isinstance(dataset, Mapping):  # DatasetDict and IterableDatasetDict are dicts
         splits = ", ".join(map(str, dataset))
         raise TypeError(f"{where} is a dictionary of datasets ({splits}); pass one of them, such as dataset['train'].")
-    streamed = isinstance(dataset, IterableDataset)
-    if not streamed and not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+    is_map_style = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+    if not isinstance(dataset, IterableDataset) and not is_map_style:
         raise TypeError(
             f"{where} must be a datasets.Dataset or IterableDataset (or have __getitem__ and __len__), "
             f"got {type(dataset).__name__}."
         )
-    first = next(iter(dataset), None) if streamed else dataset[0] if len(dataset) else None
+    first = _first_row(dataset)
     if first is None:
         raise ValueError(f"{where} has no rows.")
     if not isinstance(first, Mapping):
@@ -154,16 +162,48 @@ def check_prompt_dataset(dataset: Any, *, where: str) -> None:
             f"{where} has no 'prompt' column; its columns are {', '.join(first)}. "
             "Rename the right one with dataset.rename_column(name, 'prompt')."
         )
-    # a custom transform may need other columns than `prompt`
-    if isinstance(dataset, Dataset) and dataset.format["type"] != "custom":
-        batches = column_batches(dataset, "prompt")
-    elif isinstance(dataset, list | tuple):
-        batches = [[row.get("prompt") for row in dataset]]
-    else:
-        batches = [[first["prompt"]]]
-    if problems := row_problems(batches, prompt_problem):
+    _check_values(_values(dataset, "prompt") or [[first["prompt"]]], "prompt", prompt_problem, where=f"{where}, ")
+
+
+def check_template_kwargs(dataset: Any) -> None:
+    """Raises ValueError for a value of a `Dataset`'s or list's column `chat_template_kwargs` that is no mapping."""
+    column = "chat_template_kwargs"
+    _check_values(_values(dataset, column), column, template_kwargs_problem)
+
+
+def first_rows(dataset: Any) -> list[dict[str, Any]]:
+    """The first row of a checked dataset and, of a `Dataset` or list, the first whose prompt is of the other kind:
+    text or messages."""
+    first = _first_row(dataset)
+    is_text = isinstance(first["prompt"], str)
+    prompts = (value for batch in _values(dataset, "prompt") for value in batch)
+    other = next((index for index, value in enumerate(prompts) if isinstance(value, str) != is_text), None)
+    return [first] if other is None else [first, dataset[other]]
+
+
+def _first_row(dataset: Any) -> Any:
+    """None without rows."""
+    if isinstance(dataset, IterableDataset):
+        return next(iter(dataset), None)
+    return dataset[0] if len(dataset) else None
+
+
+def _check_values(
+    batches: Iterable[Sequence[Any]], column: str, problem_of: Callable[[Any], str | None], where: str = ""
+) -> None:
+    if problems := row_problems(batches, problem_of):
         row, problem = problems[0]
-        raise ValueError(f"{where}, row {row + 1}, column 'prompt': {problem} ({len(problems)} such rows).")
+        raise ValueError(f"{where}row {row + 1}, column {column!r}: {problem} ({len(problems)} such rows).")
+
+
+def _values(dataset: Any, column: str) -> Iterable[Sequence[Any]]:
+    """The values of a column of a `Dataset` or a list, in batches, None where a row lacks it. Nothing where they would
+    cost more: a stream, an object of another class, a custom transform (which may need other columns)."""
+    if isinstance(dataset, list | tuple):
+        return [[row.get(column) for row in dataset]]
+    if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom" or column not in dataset.column_names:
+        return []
+    return column_batches(dataset, column)
 
 
 def truncate_prompt(ids: list[int], max_prompt_length: int, bos_token_id: int | None) -> list[int]:

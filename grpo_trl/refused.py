@@ -1,5 +1,6 @@
-"""TRL options that this package does not have: refused with what to do instead, never silently ignored."""
+"""What TRL and transformers have and this package does not: said with what to do instead, never silently ignored."""
 
+from dataclasses import fields
 from typing import Any
 
 _NO_VLLM = "remove it: rollouts run in this process; see `rollout_engine`"
@@ -51,9 +52,103 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "log_completions_hub_repo": ((None,), "push the folder `completions/` of output_dir with huggingface_hub"),
 }
 
+_NO_EVAL_LOSS = "remove it: evaluation samples and scores, so there are no predictions and no eval_loss"
+_NO_DATALOADER = "prompts are read in this process, as they are needed"
+
+# Fields of `transformers.TrainingArguments` that have no effect here:
+# name -> (values that change nothing, whether others are refused (else: one warning), why and what to do instead).
+UNUSED: dict[str, tuple[tuple[Any, ...], bool, str]] = {
+    # the loss
+    "label_smoothing_factor": ((0.0,), True, "remove it: the targets are what was sampled"),
+    "average_tokens_across_devices": ((True,), True, "remove it: token weights are counted over all ranks"),
+    "neftune_noise_alpha": (
+        (None,),
+        True,
+        "leave it out: its noise is in training and not in sampling, so the importance ratio would be wrong",
+    ),
+    # batches and their order
+    "auto_find_batch_size": (
+        (False,),
+        True,
+        "set it to False and lower per_device_train_batch_size: a batch that shrinks would break up groups",
+    ),
+    "train_sampling_strategy": (
+        ("random",),
+        True,
+        "set shuffle_dataset: true or false; groups are not sorted by length",
+    ),
+    "length_column_name": (("length",), False, "groups are not sorted by length"),
+    "dataloader_drop_last": ((False,), True, "remove it: the last rollout of an epoch is completed, not dropped"),
+    "dataloader_num_workers": ((0,), False, _NO_DATALOADER),
+    "dataloader_persistent_workers": ((False,), False, _NO_DATALOADER),
+    "dataloader_prefetch_factor": ((None,), False, _NO_DATALOADER),
+    "dataloader_multiprocessing_context": ((None,), False, _NO_DATALOADER),
+    "dataloader_in_order": ((True, False), False, _NO_DATALOADER),
+    "dataloader_pin_memory": ((True, False), False, _NO_DATALOADER),
+    "ignore_data_skip": (
+        (True, False),
+        False,
+        "a resumed run always goes on with the prompt that would have come next",
+    ),
+    # evaluation
+    "prediction_loss_only": ((False,), True, _NO_EVAL_LOSS),
+    "include_for_metrics": (([],), True, _NO_EVAL_LOSS),
+    "batch_eval_metrics": ((False,), True, _NO_EVAL_LOSS),
+    "label_names": ((None,), False, "there are no labels"),
+    "eval_do_concat_batches": ((True,), False, "there are no predictions to concatenate"),
+    "eval_accumulation_steps": ((None,), False, "there are no predictions to accumulate; per_device_eval_batch_size"),
+    "eval_use_gather_object": ((False,), False, "results are gathered as objects anyway"),
+    "bf16_full_eval": ((False,), True, "remove it: evaluation samples with what is trained; use bf16"),
+    "fp16_full_eval": ((False,), True, "remove it: evaluation samples with what is trained; use fp16"),
+    # ranks and scripts
+    "parallelism_config": (
+        (None,),
+        True,
+        "remove it: ranks are data-parallel; shard with ZeRO or FSDP (accelerate_configs/)",
+    ),
+    "do_train": ((False,), False, "the script decides"),
+    "do_eval": ((False,), False, "eval_strategy decides"),
+    "do_predict": ((False,), False, "there is no prediction"),
+    "local_rank": ((-1,), False, "the launcher's LOCAL_RANK decides"),
+}
+
+# Methods of TRL's GRPOTrainer, and of transformers' Trainer, that nothing calls here: name -> the method to override.
+_ROLLOUT = "rollout(prompts), which yields the groups of completions"
+_SCORE = "score(groups, metrics), which returns the rewards"
+_LOSS = "compute_loss(model, inputs), which has the log-probabilities and the objective"
+_LOADER = "get_train_dataloader, which returns a RolloutLoader"
+_EVALUATE = "evaluate(eval_dataset), which samples and scores"
+UNCALLED: dict[str, str] = {
+    "_generate_and_score_completions": "collect(prompts), or its parts: rollout, score, compute_loss",
+    "_generate": _ROLLOUT,
+    "_generate_single_turn": _ROLLOUT,
+    "_tool_call_loop": _ROLLOUT,
+    "_get_tool_suffix_ids": _ROLLOUT,
+    "_tokenize_prompts": "encode(example, draw), which returns a Prompt",
+    "_calculate_rewards": _SCORE,
+    "_log_completion_extra": _SCORE,
+    "_log_metric": _SCORE,
+    "_compute_loss": _LOSS,
+    "_get_per_token_logps_and_entropies": _LOSS,
+    "get_high_entropy_mask": _LOSS,
+    "get_off_policy_mask": _LOSS,
+    "get_gamma_weights": _LOSS,
+    "_get_dataloader": _LOADER,
+    "_get_train_sampler": _LOADER,
+    "_set_signature_columns_if_needed": _LOADER,
+    "_remove_unused_columns": _LOADER,
+    "get_eval_dataloader": _EVALUATE,
+    "get_test_dataloader": _EVALUATE,
+    "_get_eval_sampler": _EVALUATE,
+    "evaluation_loop": _EVALUATE,
+    "prediction_step": _EVALUATE,
+}
+
 
 def refuse(options: dict[str, Any]) -> dict[str, Any]:
     """Drops TRL options that change nothing here and raises one ValueError for all that would."""
+    if not options.get("use_vllm"):  # then the others of vLLM change nothing in TRL either
+        options = {name: value for name, value in options.items() if not name.startswith("vllm_")}
     problems = []
     kept = {}
     for name, value in options.items():
@@ -63,6 +158,30 @@ def refuse(options: dict[str, Any]) -> dict[str, Any]:
             problems.append(f"{name}={value!r} is a TRL option that is not available here; {REFUSED[name][1]}.")
     raise_all(problems)
     return kept
+
+
+def unused(args: Any, cls: type) -> tuple[list[str], list[str]]:
+    """What the user set among the fields of `cls` in UNUSED: problems, and what deserves one warning."""
+    problems, hints = [], []
+    for name in (field.name for field in fields(cls) if field.name in UNUSED):
+        harmless, is_problem, why = UNUSED[name]
+        value = getattr(args, name)
+        if value in harmless:
+            continue
+        if is_problem:
+            problems.append(f"{name}={value!r} is not available here; {why}.")
+        else:
+            hints.append(f"{name}={value!r} ({why})")
+    return problems, hints
+
+
+def uncalled(cls: type, base: type) -> list[str]:
+    """Methods that a subclass `cls` of our trainer `base` overrides in vain."""
+    return [
+        f"{cls.__name__}.{name} would never be called; override {instead} (docs/rollouts.md)."
+        for name, instead in UNCALLED.items()
+        if getattr(cls, name, None) is not getattr(base, name, None)
+    ]
 
 
 def raise_all(problems: list[str]) -> None:

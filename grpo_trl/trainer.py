@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     TrainerCallback,
 )
+from transformers.utils import logging
 from trl.trainer.utils import get_config_model_id, identity
 
 from .algorithm import combine_rewards, group_advantages, policy_loss
@@ -50,9 +51,11 @@ from .policy import (
     pieces,
 )
 from .prompts import encode_prompt, truncate_prompt
-from .refused import raise_all
+from .refused import raise_all, uncalled
 from .rewards import RewardScorer, load_rewards
 from .rollouts import decode_completions, make_engine, ordered_groups, weights_for_generation
+
+logger = logging.get_logger(__name__)
 
 # what `policy_loss` takes of the fields that a variant governs
 LOSS_FIELDS = tuple(
@@ -69,7 +72,7 @@ class GRPOTrainer(TrainerHooks):
         model: path or id of a causal LM, a loaded model, or a PEFT model whose adapter is trained further.
         reward_funcs: one or several of: a registered name, a dotted path, a function, an id, path or instance of a
             sequence-classification reward model. See `docs/rewards.md`.
-        args: `GRPOConfig`.
+        args: `GRPOConfig` (of this package).
         train_dataset: rows with a `prompt` (text or messages), map-style or streaming; all other columns reach the
             rewards.
         eval_dataset: the same, or a dict of named sets.
@@ -82,6 +85,7 @@ class GRPOTrainer(TrainerHooks):
 
     Raises:
         ValueError: one message with all that is wrong with the arguments, before any model is loaded.
+        TypeError: `args` of another class.
 
     To bring your own completions (tools, environments, replay), override [`rollout`][GRPOTrainer.rollout].
     """
@@ -106,12 +110,18 @@ class GRPOTrainer(TrainerHooks):
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = GRPOConfig(f"{Path(name).name or 'model'}-GRPO")
+        if not isinstance(args, GRPOConfig):
+            raise TypeError(
+                f"args is a {type(args).__module__}.{type(args).__qualname__}, expected grpo_trl.GRPOConfig, which "
+                "takes the same options; import it with `from grpo_trl import GRPOConfig`."
+            )
         several = isinstance(reward_funcs, list | tuple)
         specs: list[Any] = list(reward_funcs) if several else [reward_funcs] if reward_funcs else []
         refused = {"tools": tools, "rollout_func": rollout_func, "environment_factory": environment_factory}
         with_adapter = peft_config is not None or isinstance(model, PeftModel)
         datasets = named_datasets(train_dataset, eval_dataset)
-        raise_all(problems(args, specs, reward_processing_classes, datasets, with_adapter, refused))
+        found = problems(model, args, specs, reward_processing_classes, datasets, with_adapter, refused)
+        raise_all(found + uncalled(type(self), GRPOTrainer))
 
         self.processing_class = processing_class = load_tokenizer(model, args, processing_class)
         self.chat_options = {
@@ -119,7 +129,7 @@ class GRPOTrainer(TrainerHooks):
             "system_prompt": args.system_prompt,
             "chat_template_kwargs": mapping(args.chat_template_kwargs),
         }
-        raise_all(prompt_problems(datasets, processing_class, self.chat_options))
+        raise_all(prompt_problems(datasets, processing_class, self.chat_options, args.remove_unused_columns))
         train_dataset = limit(train_dataset, processing_class, self.chat_options, args)
         eval_dataset = limit(eval_dataset, processing_class, self.chat_options, args)
 
@@ -161,7 +171,7 @@ class GRPOTrainer(TrainerHooks):
         self.recipe: dict[str, Any] | None = None  # set by the command line: model, data and reward sections
         self.model.add_model_tags(self._tag_names)
         if self.is_world_process_zero():
-            print("objective:", ", ".join(f"{name} {value}" for name, value in args.objective.items()))
+            logger.warning("Objective: %s", ", ".join(f"{name} {value}" for name, value in args.objective.items()))
         for callback in default_callbacks(self, reference_model):
             self.add_callback(callback)
 
@@ -184,11 +194,13 @@ class GRPOTrainer(TrainerHooks):
         return self.loader
 
     def encode(self, example: dict[str, Any], draw: int) -> Prompt:
-        """A dataset row and its draw number -> `Prompt`, truncated to `max_prompt_length` if need be."""
+        """A dataset row and its draw number -> `Prompt`, truncated to `max_prompt_length` if need be. Its example is
+        what the rewards see: with `remove_unused_columns` the prompt alone."""
         ids, prompt = encode_prompt(example, self.processing_class, **self.chat_options)
         if self.args.max_prompt_length is not None:
             ids = truncate_prompt(ids, self.args.max_prompt_length, self.processing_class.bos_token_id)
-        return Prompt(ids, {**example, "prompt": prompt}, draw)
+        columns = {} if self.args.remove_unused_columns else example
+        return Prompt(ids, {**columns, "prompt": prompt}, draw)
 
     # ---- Rollout ----
 
@@ -237,12 +249,12 @@ class GRPOTrainer(TrainerHooks):
     def score(self, groups: list[Group], metrics: Metrics) -> Tensor:
         """Rewards of each completion by each function, (B, F); NaN: not applicable. `metrics` gets what they log."""
         calls = [[group] for group in groups] if self.args.reward_call == "group" else [groups]
-        self._extra_columns: dict[str, list[Any]] = {}
+        self.extra_columns: dict[str, list[Any]] = {}
         rewards = [
             self.scorer.score(
                 call,
                 trainer_state=self.state,
-                log_extra=lambda column, values: self._extra_columns.setdefault(column, []).extend(values),
+                log_extra=lambda column, values: self.extra_columns.setdefault(column, []).extend(values),
                 log_metric=metrics.add,
             )
             for call in calls
@@ -279,7 +291,8 @@ class GRPOTrainer(TrainerHooks):
         for rows in parts:
             last = rows.stop == len(inputs)
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                losses.append(super().training_step(model, inputs.rows(rows), num_items_in_batch))
+                piece: Any = inputs.rows(rows)
+                losses.append(super().training_step(model, piece, num_items_in_batch))
         return torch.stack(losses).sum()
 
     def compute_loss(
@@ -348,8 +361,8 @@ class GRPOTrainer(TrainerHooks):
         """Samples and scores one or several sets with the evaluation's own sampling parameters.
 
         Returns `eval_reward`, `eval_rewards/<name>/mean`, `eval_avg@k`, `eval_pass@k`, lengths and truncation; with
-        named sets `eval_<name>_reward` and so on, and their mean as `eval_reward`. Training is not affected: nothing
-        random is shared with it.
+        named sets `eval_<name>_reward` and so on, and their mean as `eval_reward`, however many there are. Training
+        is not affected: nothing random is shared with it.
         """
         datasets = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(datasets, str):
@@ -378,8 +391,12 @@ class GRPOTrainer(TrainerHooks):
         if training and self.args.log_completions:
             rows = gather_object(self.completions_log)
             self.completions_log = []  # a rollout is shown once, however many passes are made over it
-            if self.is_world_process_zero():
-                log_completions(rows, args=self.args, state=self.state)
+            self.show_completions(rows)
+
+    def show_completions(self, rows: list[dict[str, Any]], mark: str = "") -> None:
+        """Prints and saves completions of all ranks; `mark` tells those of an evaluation from those of training."""
+        if self.is_world_process_zero():
+            log_completions(rows, args=self.args, state=self.state, mark=mark)
 
     def _record_rollout(
         self, groups: list[Group], rewards_per_func: Tensor, rewards: Tensor, batch: RolloutBatch
@@ -388,5 +405,5 @@ class GRPOTrainer(TrainerHooks):
         self.num_tokens += int(self.all_reduce(batch.prompt_mask.sum() + batch.completion_mask.sum()))
         if self.args.log_completions and batch.advantages is not None:
             self.completions_log = completion_rows(
-                groups, rewards_per_func, batch.advantages, self.reward_names, self._extra_columns
+                groups, rewards_per_func, batch.advantages.tolist(), self.reward_names, self.extra_columns
             )

@@ -1,6 +1,10 @@
 import math
+import random
+import re
 import subprocess
 import sys
+import types
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import matplotlib
@@ -243,14 +247,62 @@ def test_without_rows_nothing_is_written(tmp_path, capsys):
     assert not (tmp_path / "completions").exists()
 
 
-def test_wandb_gets_the_table(tmp_path, monkeypatch):
-    wandb = pytest.importorskip("wandb", reason="needs the tracker wandb")
-    run = wandb.init(mode="offline", dir=tmp_path)
-    monkeypatch.chdir(tmp_path)
-    args = make_args(tmp_path, report_to="wandb", log_unique_prompts=True)
+def test_the_same_rows_are_printed_and_the_users_random_numbers_stay(tmp_path, capsys):
+    rows = [{"prompt": f"p{i}", "completion": "c", "accuracy": 1.0, "advantage": 0.0} for i in range(50)]
+    args, state = make_args(tmp_path, num_completions_to_print=3), TrainerState(global_step=1)
+    before = random.getstate()
+    printed = []
+    for _ in range(2):
+        log_completions(rows, args=args, state=state)
+        printed.append(re.findall(r"p\d+", capsys.readouterr().out))
+    assert len(printed[0]) == 3 and printed[0] == printed[1] == sorted(printed[0], key=lambda name: int(name[1:]))
+    assert random.getstate() == before
+
+
+def test_an_evaluation_is_marked_and_no_more_of_it_printed_than_of_a_rollout(tmp_path, capsys):
+    rows = [{"prompt": "1+1=", "completion": "2", "accuracy": 1.0, "advantage": None}] * 20
+    args = make_args(tmp_path)
+    log_completions(rows, args=args, state=TrainerState(global_step=3), mark="eval_hard")
+    printed = capsys.readouterr().out
+    assert "Step 3 eval_hard" in printed and printed.count("1+1=") == args.generation_batch_size == 4
+    assert "Advantage" not in printed
+    assert len(pd.read_parquet(tmp_path / "completions" / "completions_00003_eval_hard.parquet")) == 20
+
+
+@pytest.fixture(params=["wandb", "trackio"])
+def tracker(request, monkeypatch):
+    """A module that stands for an experiment tracker with a run, and keeps what it is sent."""
+    module = types.ModuleType(request.param)
+    module.__spec__ = ModuleSpec(request.param, None)
+    module.run, module.sent = object(), []
+    module.Table, module.log = (lambda dataframe: dataframe), module.sent.append
+    monkeypatch.setitem(sys.modules, request.param, module)
+    return module
+
+
+@pytest.mark.parametrize("unique", [False, True])
+@pytest.mark.parametrize("mark", ["", "eval"])
+def test_trackers_get_the_table(tmp_path, tracker, unique, mark):
+    rows = [*completion_rows(), {**completion_rows()[0], "prompt": "2+2="}]
+    args = make_args(tmp_path, report_to=tracker.__name__, log_unique_prompts=unique)
+    log_completions(rows, args=args, state=TrainerState(global_step=3), mark=mark)
+    ((key, frame),) = [item for values in tracker.sent for item in values.items()]
+    assert key == ("eval_completions" if mark else "completions")
+    assert frame["prompt"].tolist() == (["1+1=", "2+2="] if unique else ["1+1=", "1+1=", "2+2="])
+    assert frame["step"].tolist() == [3] * len(frame) and list(frame.columns)[-1] == "advantage"
+
+
+def test_a_tracker_that_is_not_asked_for_gets_nothing(tmp_path, tracker):
+    log_completions(completion_rows(), args=make_args(tmp_path), state=TrainerState(global_step=3))
+    assert tracker.sent == []
+
+
+@pytest.mark.parametrize("tracker", ["wandb"], indirect=True)
+def test_wandb_without_a_run_gets_nothing(tmp_path, tracker):
+    tracker.run = None
+    args = make_args(tmp_path, report_to="wandb")
     log_completions(completion_rows(), args=args, state=TrainerState(global_step=3))
-    assert run.summary["completions"]["nrows"] == 1
-    run.finish()
+    assert tracker.sent == []
 
 
 # ---- epoch folders ----
@@ -384,11 +436,14 @@ def as_config(recipe: str) -> GRPOConfig:
         {"gradient_accumulation_steps": 2, "generation_batch_size": 16, "lr_scheduler_type": "cosine"},
         {"save_steps": 0.5, "generation_kwargs": {"no_repeat_ngram_size": 3}, "reward_weights": [0.5]},
         {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+        {"eval_strategy": "epoch"},
     ],
 )
-def test_recipe_gives_the_same_config_again(tmp_path, qwen3, options):
-    trainer = make_trainer(tmp_path, qwen3, **options)
+def test_recipe_gives_the_same_config_again(tmp_path, qwen3, options, caplog):
+    trainer = make_trainer(tmp_path, qwen3)
+    trainer.args = make_args(tmp_path, **options)
     assert as_config(recipe_yaml(trainer)).to_dict() == trainer.args.to_dict()
+    assert "Without effect" not in caplog.text
 
 
 def test_recipe_holds_the_resolved_objective_and_what_was_changed(tmp_path, qwen3):

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import fields
@@ -15,7 +16,8 @@ from trl.trainer.model_config import ModelConfig
 from grpo_trl import cli
 from grpo_trl.algorithm import VARIANTS
 from grpo_trl.config import GOVERNED, GRPOConfig
-from grpo_trl.refused import REFUSED
+from grpo_trl.refused import REFUSED, UNUSED
+from grpo_trl.rewards.registry import REWARDS, TRL_NAMES
 
 ROOT = Path(__file__).resolve().parent.parent
 ENTRY = {"path": "train.jsonl", "type": "jsonl", "input": "question", "output": "answer"}
@@ -103,7 +105,15 @@ def test_reward_model_comes_first_and_one_name_is_a_list(write):
 
 def test_resume_from_the_last_checkpoint(write):
     assert cli.parse_recipe([*write(), "--resume_from_checkpoint", "true"])[1].resume_from_checkpoint is True
+    assert cli.parse_recipe([*write(), "--resume_from_checkpoint", "false"])[1].resume_from_checkpoint is False
     assert cli.parse_recipe([*write(), "--resume_from_checkpoint", "out/c-1"])[1].resume_from_checkpoint == "out/c-1"
+
+
+@pytest.mark.parametrize("value", ['{"a": ', "[1]"])
+@pytest.mark.parametrize("name", ["chat_template_kwargs", "lr_scheduler_kwargs"])
+def test_json_that_is_no_mapping_names_its_field(write, name, value):
+    with pytest.raises(ValueError, match=f"{name}={re.escape(repr(value))} must be a mapping"):
+        cli.parse_recipe([*write(), f"--{name}", value])
 
 
 # ---- refusals ----
@@ -112,18 +122,19 @@ def test_resume_from_the_last_checkpoint(write):
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_trl_option_names_its_remedy(write, name):
     remedy = REFUSED[name][1]
-    plain = write()
-    for argv in ([*plain, f"--{name}", "unusual"], [*plain, f"--{name}=unusual"], write(**{name: "unusual"})):
+    vllm = {"use_vllm": True} if name.startswith("vllm_") else {}  # without it they mean nothing
+    plain = write(**vllm)
+    for argv in ([*plain, f"--{name}", "unusual"], [*plain, f"--{name}=unusual"], write(**vllm, **{name: "unusual"})):
         with pytest.raises(ValueError) as error:
             cli.parse_recipe(argv)
         assert f"{name}='unusual'" in str(error.value) and remedy in str(error.value)
 
 
 def test_harmless_trl_options_are_dropped(write):
-    harmless = {"use_vllm": False, "vllm_mode": "colocate", "top_entropy_quantile": 1.0}
+    harmless = {"use_vllm": False, "vllm_mode": "server", "top_entropy_quantile": 1.0}
     args = cli.parse_recipe(write(**harmless))[1]
     assert not hasattr(args, "use_vllm")
-    argv = ["--use_vllm", "false", "--vllm_server_port=8000", "--router_aux_loss_coef", "none", "--max_steps", "3"]
+    argv = ["--use_vllm", "false", "--vllm_server_port=8001", "--router_aux_loss_coef", "none", "--max_steps", "3"]
     assert cli.parse_recipe([*write(), *argv])[1].max_steps == 3
 
 
@@ -163,7 +174,10 @@ def test_trl_script_options_are_ours_or_refused():
         ({"dataset_name": "some/data"}, "got both"),
         ({"eval_strategy": "epoch"}, "needs data: set eval_datasets"),
         ({"train_datasets": [ENTRY | {"typ": "csv"}]}, "unknown key 'typ'"),
-        ({"eval_datasets": {"hard": [ENTRY | {"type": "xml"}]}}, r"eval_datasets\[hard\].*(?s:.)*unknown type 'xml'"),
+        (
+            {"eval_datasets": {"hard": [ENTRY | {"type": "xml"}]}},
+            r"- eval_datasets\[hard\]:\n  - entry 1: unknown type 'xml'",
+        ),
         ({"num_generations": "four"}, "num_generations.*invalid int value: 'four'"),
         ({"num_generations": 3}, "num_generations=3 must divide the 8 completions"),
         ({"dtype": "float8"}, "dtype='float8' is unknown; use one of auto, bfloat16"),
@@ -188,6 +202,45 @@ def test_usage_errors_end_with_code_2_and_the_message_alone(write, capsys):
         cli.main(["train", *write(learning_rat=1)])
     assert exit_.value.code == 2
     assert "did you mean learning_rate?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_datasets": [ENTRY | {"path": "none.jsonl"}]}, "train_datasets: {folder}/none.jsonl: no such file"),
+        (
+            {"eval_datasets": [ENTRY | {"path": "none.jsonl"}], "eval_strategy": "epoch"},
+            "eval_datasets: {folder}/none.jsonl: no such file (current directory: {folder}).",
+        ),
+        (
+            {"eval_datasets": {"hard": [ENTRY | {"path": "none.jsonl"}]}, "eval_strategy": "epoch"},
+            "eval_datasets[hard]: {folder}/none.jsonl: no such file",
+        ),
+        (
+            {"model_name_or_path": "models/of/mine"},
+            "model 'models/of/mine': no such folder (current directory: {folder});",
+        ),
+        ({"reward_funcs": ["acuracy"]}, "Reward 'acuracy' is unknown"),
+        ({"model_name_or_path": "nobody/nothing"}, "model 'nobody/nothing': its tokenizer cannot be loaded: "),
+        ({"reward_funcs": ["nobody/judge"]}, "reward or reference model 'nobody/judge' cannot be loaded: "),
+    ],
+)
+def test_what_is_wrong_with_data_and_models_ends_with_code_2_and_the_message_alone(
+    write, tmp_path, monkeypatch, capsys, changes, message
+):
+    monkeypatch.chdir(tmp_path)
+    jsonl(tmp_path / "train.jsonl", ROWS)
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["train", *write(use_cpu=True, **changes)])
+    assert exit_.value.code == 2
+    assert message.format(folder=tmp_path) in capsys.readouterr().err
+
+
+def test_an_error_of_training_keeps_its_traceback(write, tmp_path, monkeypatch):
+    monkeypatch.setattr("grpo_trl.trainer.GRPOTrainer", Recorder)
+    monkeypatch.setattr(Recorder, "train", lambda self, **options: int("no number"), raising=False)
+    with pytest.raises(ValueError, match="no number"):
+        cli.train(write(train_datasets=[jsonl(tmp_path / "rows.jsonl", ROWS)]))
 
 
 @pytest.mark.parametrize(("argv", "message"), [([], "required: command"), (["tune"], "invalid choice: 'tune'")])
@@ -257,6 +310,76 @@ def test_data_errors_come_before_the_model(write, tmp_path):
     recipe = cli.parse_recipe(write(train_datasets=[entry], model_name_or_path="no/such-model"))
     with pytest.raises(ValueError, match=r"rows\.jsonl, row 9, column 'question'"):
         cli.make_trainer(*recipe)
+
+
+# ---- what reaches the trainer ----
+
+
+class Recorder:
+    """Stands for GRPOTrainer: keeps how it was made and what was called."""
+
+    def __init__(self, **options):
+        self.options, self.calls = options, []
+        Recorder.last = self
+
+    def __getattr__(self, name):
+        return lambda *args, **options: self.calls.append((name, args, options))
+
+
+@pytest.fixture
+def recorded(write, tmp_path, monkeypatch):
+    """Runs a recipe with a recording trainer, and returns that."""
+    monkeypatch.setattr("grpo_trl.trainer.GRPOTrainer", Recorder)
+    entry = jsonl(tmp_path / "rows.jsonl", ROWS)
+
+    def run(**changes):
+        cli.train(write(train_datasets=[entry], use_cpu=True, **changes))
+        return Recorder.last
+
+    return run
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, None), (True, True), ("false", False), ("out/c-1", "out/c-1")])
+def test_a_run_is_resumed_saved_and_ended(recorded, tmp_path, given, expected):
+    trainer = recorded(resume_from_checkpoint=given)
+    assert trainer.calls == [
+        ("train", (), {"resume_from_checkpoint": expected}),
+        ("save_model", (str(tmp_path / "out"),), {}),
+        ("end", (), {}),
+    ]
+
+
+def test_a_run_is_pushed_with_the_name_of_its_data(recorded, write, tmp_path, monkeypatch):
+    Dataset.from_list([{"prompt": "a"}]).to_parquet(tmp_path / "data" / "train.parquet")
+    monkeypatch.setattr("grpo_trl.trainer.GRPOTrainer", Recorder)
+    cli.train(write(train_datasets=None, dataset_name=str(tmp_path / "data"), push_to_hub=True))
+    assert ("push_to_hub", (), {"dataset_name": str(tmp_path / "data")}) in Recorder.last.calls
+    assert recorded(push_to_hub=True).calls[2] == ("push_to_hub", (), {"dataset_name": None})
+    assert "push_to_hub" not in [name for name, *_ in recorded().calls]
+
+
+def test_how_the_policy_is_loaded(recorded):
+    options = recorded().options
+    assert options["model"] == "some/model" and options["reward_funcs"] == ["accuracy"]
+    assert options["peft_config"] is None and options["quantization_config"] is None
+    assert options["args"].model_init_kwargs == {"revision": "main", "attn_implementation": None, "dtype": "float32"}
+    options = recorded(model_revision="v2", attn_implementation="eager", dtype="bfloat16").options
+    assert options["args"].model_init_kwargs == {"revision": "v2", "attn_implementation": "eager", "dtype": "bfloat16"}
+    options = recorded(model_revision="v2", model_init_kwargs={"revision": "v3", "use_cache": True}).options
+    assert options["args"].model_init_kwargs["revision"] == "v3" and options["args"].model_init_kwargs["use_cache"]
+
+
+def test_adapter_and_quantisation(recorded):
+    adapter = recorded(use_peft=True, lora_r=4, lora_target_modules=["q_proj", "v_proj"]).options["peft_config"]
+    assert adapter.r == 4 and adapter.target_modules == {"q_proj", "v_proj"}
+    quantised = recorded(load_in_4bit=True, bnb_4bit_quant_type="fp4").options["quantization_config"]
+    assert quantised.load_in_4bit and quantised.bnb_4bit_quant_type == "fp4"
+
+
+def test_the_recipe_reaches_cards_and_epoch_folders(recorded):
+    recipe = recorded(reward_funcs=["think_format"], dtype="bfloat16").recipe
+    assert recipe["model_name_or_path"] == "some/model" and recipe["dtype"] == "bfloat16"
+    assert recipe["reward_funcs"] == ["think_format"] and recipe["train_datasets"][0]["input"] == "question"
 
 
 # ---- the whole way ----
@@ -358,6 +481,22 @@ def test_refused_options_and_remedies_are_documented(document):
         assert any(f"`{name}`" in line and remedy in line for line in plain.splitlines()), name
     for name in cli.REFUSED_SCRIPT_OPTIONS:
         assert f"`{name}`" in document
+
+
+def test_fields_without_effect_are_documented(document):
+    section = document.split("## Fields of transformers without effect")[1]
+    refused, warned = section.split("one warning names it")
+    for name, (_, is_refused, why) in UNUSED.items():
+        part = refused if is_refused else warned
+        assert any(f"`{name}`" in line and why in line for line in part.splitlines()), name
+
+
+def test_names_of_trls_rewards_are_documented():
+    text = (ROOT / "docs" / "rewards.md").read_text()
+    for name, own in TRL_NAMES.items():
+        assert f"| `{name}` | `{own}` |" in text
+    for name in REWARDS:
+        assert f"\n| `{name}` | " in text
 
 
 def test_every_default_that_differs_from_trl_is_in_the_table(document):

@@ -1,18 +1,18 @@
 import dataclasses
 import inspect
 import json
+import pickle
 import re
-from pathlib import Path
 
 import pytest
 import torch
 import trl
 from transformers import TrainingArguments
 
-import grpo_trl
 from grpo_trl import VARIANTS, GRPOConfig, GRPOTrainer
 from grpo_trl.config import FIELD_NAMES, GOVERNED
-from grpo_trl.refused import REFUSED
+from grpo_trl.refused import REFUSED, UNUSED
+from tests.fields import reads_of_this_package, reads_of_transformers
 
 TRL_FIELDS = {field.name: field for field in dataclasses.fields(trl.GRPOConfig)}
 OWN_FIELDS = FIELD_NAMES - {field.name for field in dataclasses.fields(TrainingArguments)}
@@ -47,10 +47,17 @@ def test_refused_options_name_a_remedy():
 def test_refused_options(config, name):
     assert not hasattr(config(**{name: default_of(TRL_FIELDS[name])}), name)  # what TRL does anyway changes nothing
     with pytest.raises(ValueError) as error:
-        config(**{name: "something else"})
+        config(**({"use_vllm": True} | {name: "something else"}))
     assert f"{name}='something else' is a TRL option that is not available here; {REFUSED[name][1]}." in str(
         error.value
     )
+
+
+def test_options_of_vllm_mean_nothing_without_it(config):
+    options = {name: "something else" for name in REFUSED if name.startswith("vllm_")}
+    assert len(options) > 10
+    for switch in ({}, {"use_vllm": False}):
+        assert not any(hasattr(config(**switch, **options), name) for name in options)
 
 
 def test_an_unknown_option_is_a_type_error(config):
@@ -94,15 +101,65 @@ def test_trainer_has_trls_constructor():
 
 
 def test_every_field_has_help_and_is_read_somewhere():
-    package = Path(grpo_trl.__file__).parent
-    source = "\n".join(path.read_text() for path in package.rglob("*.py") if path.name != "config.py")
-    assert {name for name in OWN_FIELDS if not re.search(rf"\b{name}\b", source)} <= {
+    """Those of transformers that are declared anew count too: here, or where transformers runs, they must be read."""
+    declared = OWN_FIELDS | set(GRPOConfig.__annotations__)
+    assert "remove_unused_columns" in declared
+    read = reads_of_this_package() | reads_of_transformers()
+    assert {name for name in declared if name not in read} <= {
         # resolved into other fields in config.py
         "loss_type",
         "use_bias_correction_kl",
     }
     for field in dataclasses.fields(GRPOConfig):
-        assert field.name not in OWN_FIELDS or len(field.metadata["help"]) > 10
+        assert field.name not in declared or len(field.metadata["help"]) > 10
+
+
+# ---- What transformers has and nothing here reads ----
+
+TRANSFORMERS_FIELDS = {field.name: field for field in dataclasses.fields(TrainingArguments)}
+
+
+def test_every_field_of_transformers_has_an_effect_or_is_said_to_have_none():
+    read = reads_of_this_package() | reads_of_transformers()
+    assert {name for name in TRANSFORMERS_FIELDS if name not in read and name not in UNUSED} == set()
+    assert {name for name in UNUSED if name not in TRANSFORMERS_FIELDS} == set()
+    assert all(len(why) > 10 for _, _, why in UNUSED.values())
+
+
+@pytest.mark.parametrize("name", sorted(UNUSED))
+def test_a_field_without_effect_is_refused_or_warned_about(config, name, caplog):
+    harmless, refused, why = UNUSED[name]
+    assert default_of(TRANSFORMERS_FIELDS[name]) in harmless
+    for value in harmless:
+        config(**{name: value})
+    assert "Without effect" not in caplog.text
+    other = 3 if name not in ("train_sampling_strategy", "length_column_name") else "sequential"
+    if refused:
+        with pytest.raises(ValueError, match=re.escape(f"{name}={other!r} is not available here; {why}.")):
+            config(**{name: other})
+    elif {True, False} != set(harmless):
+        # transformers wants workers for a prefetch factor
+        config(**({"dataloader_num_workers": 1} if name == "dataloader_prefetch_factor" else {}), **{name: other})
+        assert len(caplog.messages) == 1 and f"{name}={other!r} ({why})" in caplog.text
+
+
+def test_one_warning_names_all(config, caplog):
+    config(dataloader_num_workers=2, do_eval=True)
+    assert len(caplog.messages) == 1
+    assert "dataloader_num_workers=2 (prompts are read" in caplog.text and "do_eval=True (eval_strategy" in caplog.text
+
+
+def test_other_ranks_do_not_warn(config, caplog, monkeypatch):
+    monkeypatch.setattr(GRPOConfig, "process_index", 1)
+    config(dataloader_num_workers=2)
+    assert not caplog.messages
+
+
+def test_the_token_is_not_pickled(config):
+    args = config(hub_token="hf_token_of_mine")
+    assert args.hub_token == "hf_token_of_mine"
+    assert b"hf_token_of_mine" not in pickle.dumps(args)
+    assert pickle.loads(pickle.dumps(args)).learning_rate == args.learning_rate
 
 
 # ---- The seed's defaults ----
@@ -206,9 +263,25 @@ def test_saved_config_reloads_to_the_same(config, options, form):
     assert again.per_device_train_batch_size == args.per_device_train_batch_size
 
 
+DICT_FIELDS = ("model_init_kwargs", "reward_model_init_kwargs", "generation_kwargs", "chat_template_kwargs")
+
+
 def test_json_on_the_command_line_is_parsed(config):
-    for name in ("model_init_kwargs", "reward_model_init_kwargs", "generation_kwargs", "chat_template_kwargs"):
+    for name in DICT_FIELDS:
         assert getattr(config(**{name: '{"a": 1}'}), name) == {"a": 1}
+
+
+@pytest.mark.parametrize("value", ['{"a": ', "[1]", "fast", [1], 7])
+@pytest.mark.parametrize("name", [*DICT_FIELDS, "lr_scheduler_kwargs", "activation_checkpointing_kwargs"])
+def test_a_mapping_that_is_none_names_its_field(config, name, value):
+    with pytest.raises(ValueError, match=rf"{name}={re.escape(repr(value))} must be a mapping.* '{{...}}'"):
+        config(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["ref_device", "reward_device", "accelerator_config", "fsdp_config", "deepspeed"])
+def test_broken_json_where_a_word_may_stand_names_its_field(config, name):
+    with pytest.raises(ValueError, match=rf"{name}='{{\"a\": ' must be a mapping.*Expecting value"):
+        config(**{name: '{"a": '})
 
 
 # ---- Batches ----
@@ -258,8 +331,12 @@ def test_on_policy(config, options, on_policy):
         ({"scale_rewards": "max"}, "scale_rewards='max' is unknown; use one of "),
         ({"token_weighting": "batch"}, "token_weighting='batch' is unknown; use one of "),
         ({"importance_sampling_level": "word"}, "importance_sampling_level='word' is unknown; use one of token, "),
-        ({"num_generations": 1}, "num_generations=1 but a group needs at least 2"),
-        ({"num_generations": None}, "num_generations=None but a group needs at least 2"),
+        ({"num_generations": 1}, "num_generations=1 is out of range: expected at least 2, because a group compares"),
+        ({"num_generations": None}, "num_generations=None is out of range: expected at least 2"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size=0 is out of range: expected at least 1"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0 is out of range: expected at least 1"),
+        ({"steps_per_generation": 0}, "steps_per_generation=0 is out of range: expected at least 1"),
+        ({"generation_batch_size": 0}, "generation_batch_size=0 is out of range: expected at least 1"),
         ({"num_generations": 3}, "num_generations=3 must divide the 8 completions .* use one of \\[2, 4, 8\\]"),
         (
             {"per_device_train_batch_size": 1},
@@ -287,14 +364,27 @@ def test_on_policy(config, options, on_policy):
         ({"beta": -0.1}, "beta=-0.1 is out of range"),
         ({"epsilon": 1.5}, "epsilon=1.5 is out of range"),
         ({"eval_temperature": -1.0}, "eval_temperature=-1.0 is out of range"),
+        ({"epsilon_high": -0.1}, "epsilon_high=-0.1 is out of range"),
         ({"num_generations_eval": -1}, "num_generations_eval=-1 is out of range"),
+        ({"num_generations_eval": 0}, "num_generations_eval=0 is out of range"),
+        ({"eval_max_completion_length": 0}, "eval_max_completion_length=0 is out of range"),
+        ({"per_device_eval_batch_size": 0}, "per_device_eval_batch_size=0 is out of range"),
+        ({"reward_max_length": 0}, "reward_max_length=0 is out of range"),
+        ({"ref_model_sync_steps": 0}, "ref_model_sync_steps=0 is out of range"),
+        ({"ref_model_mixup_alpha": 1.1}, r"ref_model_mixup_alpha=1.1 is out of range: expected in \[0, 1\]"),
+        ({"ref_model_mixup_alpha": -0.1}, "ref_model_mixup_alpha=-0.1 is out of range"),
+        ({"num_completions_to_print": -1}, "num_completions_to_print=-1 is out of range"),
+        ({"delta": 0.0}, r"delta=0.0 must be more than 1 \+ epsilon_high = 1.2"),
+        ({"delta": 1.28, "epsilon_high": 0.28}, r"delta=1.28 must be more than 1 \+ epsilon_high = 1.28"),
+        ({"metric_for_best_model": "loss"}, "metric_for_best_model='loss': .*no eval_loss; use eval_reward"),
+        ({"metric_for_best_model": "eval_loss"}, "metric_for_best_model='eval_loss': .*no eval_loss; use eval_reward"),
         ({"reward_timeout": 0.0}, "reward_timeout=0.0 is out of range"),
         ({"reward_batch_size": 0}, "reward_batch_size=0 is out of range"),
         ({"prompt_format": "html"}, "prompt_format='html' is unknown; use one of auto, chat, text"),
         ({"overlong_prompts": "cut"}, "overlong_prompts='cut' is unknown; use one of drop, truncate, error"),
         ({"reward_call": "row"}, "reward_call='row' is unknown; use one of batch, group"),
         ({"reward_input_format": "xml"}, "reward_input_format='xml' is unknown; use one of auto, pair, chat, text"),
-        ({"auto_find_batch_size": True}, "auto_find_batch_size would break up groups .* set it to False"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size=True is not available here; set it to False"),
         (
             {"sync_ref_model": True, "beta": 0.0},
             "sync_ref_model and ref_model_name_or_path need the reference, but beta=0",
@@ -308,7 +398,14 @@ def test_refusals(config, options, message):
     assert str(error.value).count("\n- ") == 1  # and nothing else is blamed
 
 
-@pytest.mark.parametrize("options", [{"top_p": 1.0, "min_p": 0.0, "eval_temperature": 0.0}, {"max_prompt_length": 1}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"top_p": 1.0, "min_p": 0.0, "eval_temperature": 0.0},
+        {"max_prompt_length": 1, "reward_max_length": None, "num_generations_eval": 1, "num_completions_to_print": 0},
+        {"delta": 1.21, "ref_model_mixup_alpha": 0.0, "ref_model_sync_steps": 1},
+    ],
+)
 def test_edges_that_are_allowed(config, options):
     args = config(**options)
     assert {name: getattr(args, name) for name in options} == options

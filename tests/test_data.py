@@ -12,7 +12,7 @@ from datasets import Dataset, DatasetDict, Features, IterableDataset, List, Valu
 
 from grpo_trl.data import load_datasets, parse_entries
 from grpo_trl.data_forms import LOADERS
-from grpo_trl.prompts import check_prompt_dataset
+from grpo_trl.prompts import check_prompt_dataset, check_template_kwargs, first_rows
 
 ROWS = [{"question": f"What is {i} + {i}?", "answer": f"{2 * i}", "level": i} for i in range(6)]
 
@@ -258,16 +258,23 @@ def test_all_problems_of_entries_in_one_error():
 
 @pytest.mark.parametrize("entries", [[], {"path": "x"}, "x.jsonl", None])
 def test_entries_must_be_a_list(entries):
-    with pytest.raises(ValueError, match="must be a list of entries"):
+    with pytest.raises(ValueError, match="train_datasets must be a list of entries"):
         parse_entries(entries)
+
+
+def test_errors_name_the_list_that_is_wrong():
+    with pytest.raises(ValueError, match=r"^eval_datasets\[hard\] must be a list"):
+        parse_entries([], "eval_datasets[hard]")
+    with pytest.raises(ValueError, match=r"^eval_datasets:\n  - entry 1: unknown type 'xml'"):
+        parse_entries([entry("a.xml", "xml")], "eval_datasets")
 
 
 def test_missing_files_are_named_in_full(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
-    with pytest.raises(FileNotFoundError, match=str(tmp_path / "nowhere.jsonl")):
+    with pytest.raises(FileNotFoundError, match=f"^{tmp_path / 'nowhere.jsonl'}: no such file"):
         load_datasets([entry("nowhere.jsonl")])
-    with pytest.raises(FileNotFoundError, match=rf"no \*\.jsonl file in the folder {tmp_path / 'folder'}"):
+    with pytest.raises(FileNotFoundError, match=rf"^{tmp_path / 'folder'}: no \*\.jsonl file in this folder"):
         load_datasets([entry("folder")])
     with pytest.raises(FileNotFoundError, match=str(tmp_path / "nowhere")):
         load_datasets([entry("nowhere", "disk")])
@@ -384,6 +391,11 @@ def test_dataset_objects_that_are_accepted():
         ),
         (Dataset.from_dict({"prompt": [1]}).to_iterable_dataset(), ValueError, "row 1, column 'prompt': .* int"),
         ([{"prompt": "a"}, {"prompt": 5}], ValueError, "row 2, column 'prompt': a value of type int"),
+        (
+            [{"prompt": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}],
+            ValueError,
+            "row 1, column 'prompt': .*content is of type list, expected text; join the text of its parts",
+        ),
         (["a"], TypeError, "rows must be dicts with a 'prompt', got str"),
         (DatasetDict({"train": Dataset.from_dict({"prompt": ["a"]})}), TypeError, r"dictionary of datasets \(train\)"),
         ((row for row in [{"prompt": "a"}]), TypeError, "got generator"),
@@ -393,6 +405,36 @@ def test_dataset_objects_that_are_accepted():
 def test_dataset_objects_that_are_refused(dataset, error, message):
     with pytest.raises(error, match=message):
         check_prompt_dataset(dataset, where="train_dataset")
+
+
+CHAT = [{"role": "user", "content": "b"}]
+MIXED = [{"prompt": "a"}, {"prompt": "c"}, {"prompt": CHAT}, {"prompt": CHAT, "chat_template_kwargs": {"x": 1}}]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "prompts"),
+    [
+        (MIXED, ["a", CHAT]),
+        (MIXED[2:], [CHAT]),
+        (MIXED[::-1], [CHAT, "c"]),
+        (Dataset.from_list(MIXED[:2]), ["a"]),
+        (Dataset.from_dict({"x": ["a", "b"]}).with_transform(lambda batch: {"prompt": batch["x"]}), ["a"]),
+        (IterableDataset.from_generator(lambda: iter(MIXED)), ["a"]),
+    ],
+)
+def test_first_rows_of_each_kind(dataset, prompts):
+    assert [row["prompt"] for row in first_rows(dataset)] == prompts
+
+
+def test_template_kwargs_of_every_row_are_checked():
+    rows = [{"prompt": "a", "chat_template_kwargs": {"x": 1}}, {"prompt": "a", "chat_template_kwargs": None}]
+    for good in (rows, MIXED, Dataset.from_list(rows), Dataset.from_list([{"prompt": "a"}])):
+        check_template_kwargs(good)
+    bad = [*rows, {"prompt": "a", "chat_template_kwargs": "{}"}]
+    with pytest.raises(ValueError, match=r"row 3, column 'chat_template_kwargs': the str '{}', expected a mapping"):
+        check_template_kwargs(bad)
+    with pytest.raises(ValueError, match="row 1, column 'chat_template_kwargs': the list"):
+        check_template_kwargs(Dataset.from_dict({"prompt": ["a"], "chat_template_kwargs": [[1]]}))
 
 
 def test_large_string_columns_match_string_columns(tmp_path):

@@ -236,7 +236,12 @@ class Evaluated:
     def __init__(self, ranks, rank, world_size):
         self.ranks, self.sampled, self.scored = ranks, [], []
         self.accelerator = SimpleNamespace(process_index=rank, num_processes=world_size)
-        self.args = SimpleNamespace(per_device_eval_batch_size=5, eval_pass_threshold=1.0)  # two groups at once
+        self.args = SimpleNamespace(
+            per_device_eval_batch_size=5,  # two groups at once
+            eval_pass_threshold=1.0,
+            log_completions=True,
+        )
+        self.extra_columns = {}
         self.sampling = SimpleNamespace(num_generations=2)
         self.reward_names, self.reward_weights = ["a", "b"], torch.tensor([1.0, 0.5])
 
@@ -261,11 +266,11 @@ class Evaluated:
 
 
 def evaluate_on(world_size, num_rows, monkeypatch):
-    """The metrics of every rank, and what each sampled and scored."""
+    """The metrics and the table of every rank, and what each sampled and scored."""
     ranks = Ranks(world_size)
     monkeypatch.setattr(evaluation, "gather_object", ranks.gather_object)
     trainers = [Evaluated(ranks, rank, world_size) for rank in range(world_size)]
-    rows = [{"id": 100 + row} for row in range(num_rows)]
+    rows = [{"id": 100 + row, "prompt": f"row {row}"} for row in range(num_rows)]
 
     def run(rank):
         ranks.current.rank = rank
@@ -278,9 +283,12 @@ def evaluate_on(world_size, num_rows, monkeypatch):
 @pytest.mark.parametrize("num_rows", [1, 2, 5, 6, 7, 9])
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_uneven_rows_over_ranks_give_what_one_rank_gives(num_rows, world_size, monkeypatch):
-    (alone,), _ = evaluate_on(1, num_rows, monkeypatch)
+    ((alone, table),), _ = evaluate_on(1, num_rows, monkeypatch)
     results, trainers = evaluate_on(world_size, num_rows, monkeypatch)
-    assert results == [alone] * world_size  # to the last digit, on every rank
+    assert [metrics for metrics, _ in results] == [alone] * world_size  # to the last digit, on every rank
+    assert repr(results[0][1]) == repr(table)  # in the order of the dataset; repr: NaN equals NaN
+    assert [row["prompt"] for row in table] == [f"row {i // 2}" for i in range(2 * num_rows)]
+    assert all(row["advantage"] is None for row in table)
     # every row was scored once, as itself; repeats were sampled only, and by every rank as often
     scored = sorted(pair for trainer in trainers for pair in trainer.scored)
     assert scored == [(row, 100 + row) for row in range(num_rows)]
@@ -288,7 +296,7 @@ def test_uneven_rows_over_ranks_give_what_one_rank_gives(num_rows, world_size, m
 
 
 def test_evaluation_of_five_rows_by_hand(monkeypatch):
-    (result, _), trainers = evaluate_on(2, 5, monkeypatch)
+    ((result, _), _), trainers = evaluate_on(2, 5, monkeypatch)
     assert [trainer.sampled for trainer in trainers] == [[[0, 2], [4]], [[1, 3], [5]]]
     # rows 0 and 3 pass with their first completion; the second never does
     assert result["pass@2"] == result["rewards/a/pass@2"] == 2 / 5 and result["avg@2"] == 2 / 10
@@ -306,5 +314,6 @@ def test_a_stream_is_evaluated_as_a_whole(monkeypatch):
     ranks.current.rank = 0
     monkeypatch.setattr(evaluation, "gather_object", ranks.gather_object)
     trainer = Evaluated(ranks, 0, 1)
-    evaluate_prompts(trainer, IterableDataset.from_generator(lambda: ({"id": 100 + i} for i in range(3))))
+    rows = [{"id": 100 + i, "prompt": "?"} for i in range(3)]
+    evaluate_prompts(trainer, IterableDataset.from_generator(lambda: iter(rows)))
     assert trainer.scored == [(0, 100), (1, 101), (2, 102)]

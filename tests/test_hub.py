@@ -39,7 +39,8 @@ args = GRPOConfig(
     gradient_checkpointing=False,
     report_to="none",
     logging_steps=1,
-    save_strategy="no",
+    save_strategy=sys.argv[2],
+    save_steps=1,
     save_epochs=False,
     push_to_hub=True,
     hub_model_id="tester/tiny-grpo",
@@ -74,9 +75,8 @@ class Hub(BaseHTTPRequestHandler):
             modes = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in files]
             self.reply({"files": modes})
         elif self.path == "/api/models/tester/tiny-grpo/commit/main":
-            for line in map(json.loads, body.splitlines()):
-                if line["key"] == "file":
-                    self.server.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            lines = [line["value"] for line in map(json.loads, body.splitlines()) if line["key"] == "file"]
+            self.server.commits.append({line["path"]: base64.b64decode(line["content"]) for line in lines})
             url = f"{self.server.url}/tester/tiny-grpo/commit/abc123"
             self.reply({"commitUrl": url, "commitOid": "abc123", "success": True})
         else:
@@ -97,10 +97,18 @@ class Hub(BaseHTTPRequestHandler):
         """Requests are kept, not printed."""
 
 
+PUSH = [
+    ("/api/repos/create", "Bearer hf_token_of_mine"),
+    ("/api/validate-yaml", "Bearer hf_token_of_mine"),
+    ("/api/models/tester/tiny-grpo/preupload/main", "Bearer hf_token_of_mine"),
+    ("/api/models/tester/tiny-grpo/commit/main", "Bearer hf_token_of_mine"),
+]
+
+
 @pytest.fixture
 def hub():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.url, server.requests, server.files = f"http://127.0.0.1:{server.server_port}", [], {}
+    server.url, server.requests, server.commits = f"http://127.0.0.1:{server.server_port}", [], []
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     yield server
@@ -109,7 +117,8 @@ def hub():
     server.server_close()
 
 
-def test_push_to_hub_uploads_the_model_and_its_card(tmp_path, hub):
+@pytest.mark.parametrize("save_strategy", ["no", "steps"])
+def test_push_to_hub_uploads_the_model_and_its_card(tmp_path, hub, save_strategy):
     environment = {
         **os.environ,
         "HF_ENDPOINT": hub.url,
@@ -118,23 +127,19 @@ def test_push_to_hub_uploads_the_model_and_its_card(tmp_path, hub):
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, "-c", PUSHING, str(tmp_path / "out")]
+    command = [sys.executable, "-c", PUSHING, str(tmp_path / "out"), save_strategy]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     assert "pushed abc123" in run.stdout
-    assert hub.requests == [
-        ("/api/repos/create", "Bearer hf_token_of_mine"),
-        ("/api/validate-yaml", "Bearer hf_token_of_mine"),
-        ("/api/models/tester/tiny-grpo/preupload/main", "Bearer hf_token_of_mine"),
-        ("/api/models/tester/tiny-grpo/commit/main", "Bearer hf_token_of_mine"),
-    ]
-    assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= set(hub.files)
-    assert "lm_head.weight" in load(hub.files["model.safetensors"])
-    card = ModelCard(hub.files["README.md"].decode())
+    # with a checkpoint, that is pushed first
+    assert hub.requests == (PUSH if save_strategy == "no" else [*PUSH, *PUSH[1:]])
+    for files in hub.commits:
+        assert {"model.safetensors", "config.json", "tokenizer.json", "training_args.bin", "README.md"} <= set(files)
+        assert b"| digits | 1.0 |" in files["README.md"]
+        assert not [name for name, content in files.items() if b"hf_token" in content]
+    assert "lm_head.weight" in load(files["model.safetensors"])
+    card = ModelCard(files["README.md"].decode())
     assert card.data.datasets == ["tester/sums"]
     assert {"grpo_trl", "grpo"} <= set(card.data.tags)
     assert "# tiny-grpo" in card.text
-    assert "| digits | 1.0 |" in card.text
     assert "shao2024deepseekmath" in card.text
-    # training_args.bin: transformers pickles the arguments as they are
-    assert not [name for name, content in hub.files.items() if name != "training_args.bin" and b"hf_token" in content]

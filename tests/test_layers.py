@@ -1,6 +1,7 @@
 """Imports go down only: the layers of the package, kept by reading the source."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ SOURCE = Path(__file__).resolve().parent.parent / PACKAGE
 LAYERS = [
     ["algorithm"],
     ["batch", "placement"],
-    ["refused"],
+    ["refused", "config_checks"],
     ["config"],
     ["policy", "rollouts", "rewards", "data", "data_forms", "prompts", "metrics"],
     ["loader", "checkpoint", "callbacks", "memory", "evaluation", "model_card"],
@@ -98,6 +99,15 @@ def test_imports_go_down_only():
         file = str(path.relative_to(SOURCE.parent))
         found += violations(path.read_text(), module_name(path), file, is_package=path.name == "__init__.py")
     assert not found, "\n" + "\n".join(found)
+
+
+@pytest.mark.parametrize("document", ["CONTRIBUTING.md", "docs/architecture.md"])
+def test_tables_of_the_layers_name_what_is_there(document):
+    text = (SOURCE.parent / document).read_text()
+    table = text[text.index("| Layer | Holds |") :].split("\n\n")[0]
+    named = {name for row in table.splitlines() for name in re.findall(r"`(\w+(?:\.py|/))`", row.split("|")[1])}
+    units = {path.name + "/" * path.is_dir() for path in SOURCE.iterdir() if path.name[0] != "_"}
+    assert named == units
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ def card_of(folder, model, *, recipe=None, name=None, card_options=None, **optio
     trainer.state.global_step = 120
     trainer.state.log_history = [{"step": 1, "reward": 0.25}, {"step": 2}, {"step": 120, "reward": 0.75}]
     create_model_card(trainer, name, **(card_options or {}))
-    return ModelCard.load(folder / "README.md")
+    return ModelCard.load((card_options or {}).get("folder", folder) / "README.md")
 
 
 def test_card_says_what_was_trained_and_how(tmp_path, qwen3):
@@ -92,6 +92,25 @@ def test_dataset_ids_given_by_the_caller(tmp_path, qwen3):
     card = card_of(tmp_path, qwen3, card_options={"dataset_name": "openai/gsm8k"})
     assert card.data.datasets == ["openai/gsm8k"]
     assert "- [openai/gsm8k](https://huggingface.co/datasets/openai/gsm8k)" in card.text
+
+
+def test_a_data_set_by_name_is_that_of_the_recipe(tmp_path, qwen3):
+    card = card_of(tmp_path, qwen3, recipe={"dataset_name": "openai/gsm8k"})
+    assert card.data.datasets == ["openai/gsm8k"]
+    (tmp_path / "private").mkdir()
+    card = card_of(tmp_path, qwen3, recipe={"dataset_name": str(tmp_path / "private")})
+    assert "datasets" not in card.data.to_dict() and "private" not in card.content
+    assert "## Data\n\nLocal files.\n" in card.text
+
+
+def test_card_in_a_folder_of_its_own(tmp_path, qwen3):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "training_metrics.png").write_bytes(b"")
+    for folder, link in (("out", ""), ("out/checkpoint-1", "../"), (".", None), ("elsewhere", None)):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        text = card_of(tmp_path / "out", qwen3, card_options={"folder": tmp_path / folder}).text
+        assert ("training_metrics.png" in text) is (link is not None)
+        assert link is None or f"]({link}training_metrics.png)" in text
 
 
 def test_adapter_is_a_peft_model(tmp_path, qwen3):

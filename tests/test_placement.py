@@ -60,7 +60,7 @@ def test_index_may_be_left_out():
 
 
 def test_accelerate_map_is_taken_as_it_is():
-    device_map = {"model.embed_tokens": 0, "model.layers": 1, "model.norm": 1, "lm_head": "cpu"}
+    device_map = {"model.embed_tokens": 0, "model.layers": 1, "model.norm": "disk", "lm_head": "cpu"}
     assert resolve_device_map(device_map, cuda(0), num_gpus=2) is device_map
 
 
@@ -72,6 +72,9 @@ def test_accelerate_map_is_taken_as_it_is():
         ("cuda", 0, r"'cuda' does not exist"),
         ("spare", 2, r"'spare' is unknown; use auto, same, cpu, cuda:N or an accelerate map"),
         ("", 2, r"'' is unknown"),
+        ({"model.layers": 0, "lm_head": 2}, 2, r"device 2 does not exist: 2 GPU"),
+        ({"": "cuda:1"}, 1, r"'cuda:1' does not exist"),
+        ({"": "gpu"}, 1, r"'gpu' is unknown"),
     ],
 )
 def test_devices_that_do_not_exist(device, num_gpus, message):

@@ -98,9 +98,16 @@ def test_dropout_in_an_adapter_leaves_the_first_ratio_at_one(tmp_path):
 @pytest.mark.parametrize("peft", [False, True])
 def test_bf16_samples_with_what_it_trains(tmp_path, peft):
     run = trainer(tmp_path, bf16=True, max_steps=2, num_iterations=1, peft=adapter(0) if peft else None)
+    dtypes = set()
+    for name, module in run.model.named_modules():
+        if name.endswith("k_proj"):
+            module.register_forward_hook(lambda module, inputs, output: dtypes.add(output.dtype))
     run.train()
-    # later steps differ by bf16 rounding between decoding and the full forward; the first, of tiny weights, does not
-    assert logged(run, "sampling/logp_gap")[0] < 1e-5 and logged(run, "kl")[0] == 0.0
+    assert dtypes == {torch.bfloat16}  # decoding, the reference and the update alike
+    # Decoding sees one token at a time, and CPUs sum in different orders: each bf16 operation then rounds differently,
+    # by up to 2^-9 of its value, some 3e-3 in a log-probability. The reference sees what the update sees: no gap.
+    assert max(logged(run, "sampling/logp_gap")) < 3e-2
+    assert logged(run, "kl")[0] == 0.0
 
 
 def test_a_group_with_masks_of_another_length_is_refused():
@@ -116,7 +123,10 @@ def test_generation_kwargs_that_cannot_work_are_refused(tmp_path):
 
 @pytest.mark.parametrize("options", [{"gradient_checkpointing": True}, {"bf16": True}, {"variant": "deepseekmath"}])
 def test_runs_with(tmp_path, options):
-    run = trainer(tmp_path, max_steps=2, **options)
+    def no_ties(completions, **kwargs):
+        return [float(row) for row in range(len(completions))]
+
+    run = trainer(tmp_path, rewards=no_ties, max_steps=2, **options)
     run.train()
     assert all(torch.isfinite(weight).all() for weight in weights(run).values())
     assert all(norm > 0 for norm in logged(run, "grad_norm"))
@@ -305,6 +315,8 @@ def test_named_sets_and_greedy_evaluation(tmp_path):
     first, second = run.evaluate(), run.evaluate()
     assert {"eval_easy_reward", "eval_hard_reward", "eval_hard_pass@1"} <= first.keys()
     assert first == second
+    assert first["eval_reward"] == pytest.approx((first["eval_easy_reward"] + first["eval_hard_reward"]) / 2)
+    assert logged(run, "eval_reward") == [first["eval_reward"]] * 2  # where trackers and the plot see it
     assert run.evaluate(dataset(1), metric_key_prefix="test").keys() >= {"test_reward"}
 
 
@@ -359,17 +371,6 @@ def test_a_checkpoint_without_rollout_state_is_named(tmp_path):
 
 
 # ---- Errors ----
-
-
-def test_all_that_is_wrong_is_said_before_a_model_is_loaded(tmp_path):
-    with pytest.raises(ValueError) as error:
-        GRPOTrainer(
-            "no/such-model", ["acuracy"], config(tmp_path, rollout_engine="warp"), Dataset.from_dict({"text": ["a"]}),
-            rollout_func=print,
-        )  # fmt: skip
-    message = str(error.value)
-    for part in ("rollout_func", "rollout_engine='warp'", "'acuracy' is unknown", "no 'prompt' column"):
-        assert part in message
 
 
 def test_an_incomplete_rollout_is_refused(tmp_path):
@@ -534,15 +535,26 @@ def test_a_peft_model_can_be_given_to_a_second_trainer(tmp_path):
         assert logged(run, "kl") == [0.0]
 
 
-def test_named_sets_and_the_best_model(tmp_path):
+@pytest.mark.parametrize("names", ["a", "ab"])
+def test_named_sets_and_the_best_model(tmp_path, names):
     run = trainer(
-        tmp_path, eval_dataset={"a": dataset(1), "b": dataset(2)}, eval_strategy="steps", eval_steps=2,
-        save_strategy="steps", save_steps=2, load_best_model_at_end=True,
+        tmp_path, eval_dataset={name: dataset(1 + i) for i, name in enumerate(names)}, eval_strategy="steps",
+        eval_steps=2, save_strategy="steps", save_steps=2, load_best_model_at_end=True,
     )  # fmt: skip
     run.train()
-    assert run.state.best_metric == pytest.approx(max(
-        (a + b) / 2 for a, b in zip(logged(run, "eval_a_reward"), logged(run, "eval_b_reward"), strict=True)
-    ))  # fmt: skip
+    rewards = zip(*(logged(run, f"eval_{name}_reward") for name in names), strict=True)
+    means = [sum(values) / len(values) for values in rewards]
+    assert logged(run, "eval_reward") == pytest.approx(means)
+    assert run.state.best_metric == pytest.approx(max(means))
+
+
+def test_a_set_without_any_applicable_reward_has_no_mean(tmp_path):
+    def only_short(prompts, completions, **kwargs):
+        return [1.0 if len(prompt) == 10 else None for prompt in prompts]
+
+    sets = {"short": dataset(1), "long": dataset(4).select([1, 2])}
+    metrics = trainer(tmp_path, rewards=only_short, eval_dataset=sets).evaluate()
+    assert metrics["eval_reward"] == metrics["eval_short_reward"] == 1.0 and "eval_long_reward" not in metrics
 
 
 def test_passing_is_judged_by_the_first_reward(tmp_path):
@@ -554,24 +566,6 @@ def test_passing_is_judged_by_the_first_reward(tmp_path):
 
     metrics = trainer(tmp_path, rewards=(right, tidy), eval_dataset=dataset(2)).evaluate()
     assert metrics["eval_pass@4"] == 0 and metrics["eval_rewards/tidy/pass@4"] == 1 and metrics["eval_reward"] == 1
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"data": Dataset.from_dict({"prompt": ["a"], "trainer_state": ["b"]})}, "columns trainer_state"),
-        ({"eval_dataset": Dataset.from_dict({"prompt": []})}, "eval_dataset has no rows"),
-        ({"prompt_format": "text", "system_prompt": "be brief"}, "system_prompt needs a chat template"),
-        ({"rewards": ["/no/such/judge"]}, "no/such/judge"),
-        ({"ref_model_name_or_path": "/no/such/model"}, "no/such/model"),
-        ({"rewards": lambda completions, **_: [0.0], "reward_timeout": 1.0}, "define it at module level"),
-        ({"reward_weights": [1.0, 2.0]}, "reward_weights has 2 values for 1 reward functions"),
-    ],
-)
-def test_refused_before_the_model_is_loaded(tmp_path, options, message, monkeypatch):
-    monkeypatch.setattr("grpo_trl.assembly.load_policy", lambda *args, **kwargs: pytest.fail("a model was loaded"))
-    with pytest.raises(ValueError, match=message):
-        trainer(tmp_path, **options)
 
 
 def test_evaluate_and_predict_say_what_they_need(tmp_path):
@@ -595,9 +589,3 @@ def test_log_extra_of_another_length_names_the_column(tmp_path):
 
     with pytest.raises(ValueError, match=r"log_extra\('note', ...\) was given 1 values for 8 completions"):
         trainer(tmp_path, rewards=reward, log_completions=True).train()
-
-
-def test_the_resolved_objective_is_shown(tmp_path, capsys):
-    trainer(tmp_path, variant="deepseekmath")
-    shown = capsys.readouterr().out
-    assert "variant deepseekmath" in shown and "arXiv 2402.03300" in shown and "kl_estimator k3" in shown

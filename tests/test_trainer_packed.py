@@ -146,8 +146,8 @@ def test_a_model_with_a_sliding_window_is_trained_padded_and_said_so(tmp_path, c
     result = trainer(tmp_path, tiny_model("gemma2"), max_steps=1)
     (sentence,) = [record.message for record in caplog.records if "padded rows" in record.message]
     assert sentence.endswith(
-        "The policy is run on padded rows, each with its whole prompt, and sampled by model.generate: it has layers of "
-        "the kind sliding_attention."
+        "The policy is run on padded rows, each with its whole prompt, and sampled by model.generate: it has layers "
+        "of the kind sliding_attention."
     )
     result.train()
     assert isinstance(result.engine, HFGenerateEngine)

@@ -2,6 +2,7 @@
 
 import math
 import os
+import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,16 @@ from trl.trainer.utils import print_prompt_completions_sample
 FOLDER = "completions"
 
 
-def log_completions(rows: Sequence[Mapping[str, Any]], *, args: Any, state: TrainerState) -> None:
+def log_completions(rows: Sequence[Mapping[str, Any]], *, args: Any, state: TrainerState, mark: str = "") -> None:
     """Prints sampled completions, writes them as parquet and sends them to wandb or trackio; on the main process.
 
     Args:
         rows: one dict per completion, its keys in this order: `prompt` and `completion` (text or messages), one key
             per reward (a number; None or NaN: not applicable), `advantage`, further columns (a row may lack some).
-        args: `output_dir`, `report_to`, `num_completions_to_print` (None: all) and `log_unique_prompts` count.
-        state: its `global_step` names the file, `<output_dir>/completions/completions_<step>.parquet`.
+        args: `output_dir`, `report_to`, `num_completions_to_print` (None: as many as a rollout has), whose choice
+            depends on the step alone, and `log_unique_prompts` count.
+        state: its `global_step` names the file, `<output_dir>/completions/completions_<step>[_<mark>].parquet`.
+        mark: of an evaluation, `eval` or `eval_<set>`: in the title, the file's name and the trackers' key.
     """
     if not rows:
         return
@@ -33,20 +36,25 @@ def log_completions(rows: Sequence[Mapping[str, Any]], *, args: Any, state: Trai
     names = list(columns)
     rewards = names[names.index("completion") + 1 : names.index("advantage")]
     extra = names[names.index("advantage") + 1 :]
-    print_prompt_completions_sample(
-        columns["prompt"],
-        columns["completion"],
-        {name: [math.nan if value is None else value for value in columns[name]] for name in rewards},
-        columns["advantage"],
-        state.global_step,
-        args.num_completions_to_print,
-        extra={name: columns[name] for name in extra},
-    )
+    number = args.generation_batch_size if args.num_completions_to_print is None else args.num_completions_to_print
+    # not TRL's choice, which draws from Python's global generator
+    chosen = sorted(random.Random(state.global_step).sample(range(len(rows)), min(number, len(rows))))
+    shown = {name: [values[i] for i in chosen] for name, values in columns.items()}
+    if chosen:
+        print_prompt_completions_sample(
+            shown["prompt"],
+            shown["completion"],
+            {name: [math.nan if value is None else value for value in shown[name]] for name in rewards},
+            None if None in shown["advantage"] else shown["advantage"],  # an evaluation has none
+            f"{state.global_step} {mark}".strip(),  # pyright: ignore[reportArgumentType] - printed as it is
+            extra={name: shown[name] for name in extra},
+        )
     # the order of TRL's files: advantage last
     table = {name: columns[name] for name in ["prompt", "completion", *rewards, *extra, "advantage"]}
     table = {"step": [state.global_step] * len(rows), **table}
-    write_parquet(table, Path(args.output_dir) / FOLDER / f"completions_{state.global_step:05d}.parquet")
-    _log_to_trackers(table, args)
+    name = "_".join(filter(None, ("completions", f"{state.global_step:05d}", mark)))
+    write_parquet(table, Path(args.output_dir) / FOLDER / f"{name}.parquet")
+    _log_to_trackers(table, args, "_".join(filter(None, (mark, "completions"))))
 
 
 def write_parquet(table: Mapping[str, list], path: Path) -> None:
@@ -65,7 +73,7 @@ def _arrow(values: list) -> pa.Array:
         return pa.array([None if value is None else str(value) for value in values])
 
 
-def _log_to_trackers(table: Mapping[str, list], args: Any) -> None:
+def _log_to_trackers(table: Mapping[str, list], args: Any, key: str) -> None:
     trackers = _active_trackers(args.report_to or [])
     if not trackers:
         return
@@ -74,7 +82,7 @@ def _log_to_trackers(table: Mapping[str, list], args: Any) -> None:
         # prompts may be conversations, lists of dicts, which cannot be hashed: compared as text
         frame = frame[~frame["prompt"].astype(str).duplicated()]
     for tracker in trackers:
-        tracker.log({"completions": tracker.Table(dataframe=frame)})
+        tracker.log({key: tracker.Table(dataframe=frame)})
 
 
 def _active_trackers(report_to: Sequence[str]) -> list[Any]:

@@ -42,7 +42,7 @@ if __name__ == "__main__":
 SECRETS = frozenset({"token", "hf_token", "hub_token", "push_to_hub_token", "use_auth_token", "api_key"})
 
 # Follow from other arguments, from the machine or from the trainer, and so do not belong into a recipe.
-DERIVED = frozenset({"generation_batch_size", "ignore_data_skip", "dataloader_pin_memory"})
+DERIVED = frozenset({"do_eval", "generation_batch_size", "ignore_data_skip", "dataloader_pin_memory"})
 
 
 class EpochExportCallback(TrainerCallback):

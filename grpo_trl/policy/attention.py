@@ -1,16 +1,17 @@
 """Attention over a stream of groups: each prompt once, then its completions, no padding.
 
 `use_group_attention(model)` makes a model's attention look for a `layout` among its keyword arguments, which
-transformers hands down through gradient checkpointing and adapters. Without one, attention is what it was. The function
-stays in place: checkpointing runs layers again in the backward pass, and would otherwise run another attention there.
+transformers hands down through gradient checkpointing and adapters. Without one, attention is what it was. The
+function stays in place: checkpointing runs layers again in the backward pass, and must not find another one there.
 
-`GroupLayout` has three implementations of one function: `merged_attention` on the CPU, `varlen_attention` on CUDA in 16
-bit, and `branchwise_attention` everywhere else.
+`GroupLayout` has three implementations of one function: `merged_attention` on the CPU, `varlen_attention` on CUDA in
+16 bit, and `branchwise_attention` everywhere else.
 """
 
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import accumulate, chain, pairwise
+from math import sqrt
 from typing import Any, Protocol
 
 import torch
@@ -66,7 +67,7 @@ def _group_attention(
     device = query.device.type
     if torch.is_autocast_enabled(device):  # it casts what SDPA is given, but does not know these implementations
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scaling = 1 / sqrt(query.shape[-1]) if scaling is None else scaling
     return layout.attend(module, query, key, value, scaling=scaling, dropout=dropout), None
 
 
@@ -123,9 +124,9 @@ class GroupLayout:
 def merged_attention(query: Tensor, key: Tensor, value: Tensor, layout: GroupLayout, scaling: float) -> Tensor:
     """On the CPU, without a copy of any key: query (1, H, N, D), key and value (1, Hk, N, D) -> (1, H, N, D).
 
-    All branches of a group attend to their shared part in one product and each to itself in another; the two are merged
-    by their log-sum-exp. Given the merged output and log-sum-exp, the backward pass of each product is the exact
-    gradient of its part, as between the blocks of Ring Attention (arXiv 2310.01889).
+    All branches of a group attend to their shared part in one product and each to itself in another; the two are
+    merged by their log-sum-exp. Given the merged output and log-sum-exp, the backward pass of each product is the
+    exact gradient of its part, as between the blocks of Ring Attention (arXiv 2310.01889).
     """
     return _MergedAttention.apply(query, key, value, layout, scaling)  # pyright: ignore[reportReturnType]
 

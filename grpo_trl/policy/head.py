@@ -40,7 +40,8 @@ def score_completions(model: PreTrainedModel) -> None:
     """
     if "_forward_to_logits" in vars(model):
         return
-    model._forward_to_logits = model.forward  # on the model, not in a closure: a deep copy calls its own
+    # on the model, not in a closure: a deep copy calls its own
+    model._forward_to_logits = model.forward  # pyright: ignore[reportArgumentType]
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if "scored" not in kwargs:
@@ -78,8 +79,8 @@ def score(
 def fused_scores(
     model: PreTrainedModel, hidden: Tensor, labels: Tensor, *, temperature: float, with_entropy: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """`score` by TRL's kernels, for a head that is a weight and nothing else. They sum the weight's gradient up in fp32
-    whatever its dtype."""
+    """`score` by TRL's kernels, for a head that is a weight and nothing else. They sum up the weight's gradient in
+    fp32 whatever its dtype."""
     head: Any = model.get_output_embeddings()
     scale, softcap = logit_scale_and_softcap(model)
     options = (temperature, VOCABULARY_CHUNK, softcap, scale, ("entropy",) if with_entropy else ())
@@ -90,7 +91,8 @@ def fused_scores(
 def to_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Hidden states (..., d) as the head takes them -> the model's logits (..., V) in fp32."""
     scale, softcap = logit_scale_and_softcap(model)
-    logits = model.get_output_embeddings()(hidden).float()
+    head: Any = model.get_output_embeddings()
+    logits = head(hidden).float()
     logits = logits if scale == 1 else logits * scale
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 

@@ -35,8 +35,8 @@ class Stream:
 
 
 def pack(batch: RolloutBatch) -> Stream:
-    """Of each group `prompt[:-1]` once, then `[prompt[-1]] + completion[:-1]` of each of its rows. The positions of every
-    row go on from those of the prompt."""
+    """Of each group `prompt[:-1]` once, then `[prompt[-1]] + completion[:-1]` of each of its rows, whose positions go
+    on from the prompt's."""
     ids = torch.cat([batch.prompt_ids, batch.completion_ids], dim=1)
     width = batch.prompt_ids.shape[1]  # prompts end, and completions begin, here
     prompts, completions = batch.prompt_mask.sum(1).tolist(), batch.completion_mask.sum(1).tolist()
@@ -48,10 +48,9 @@ def pack(batch: RolloutBatch) -> Stream:
         for rows in groups
     ]
     branches = [(row, width - 1, completions[row], prompts[row] - 1) for rows in groups for row in rows]
-    places = [
-        row * ids.shape[1] + torch.arange(column, column + length) for row, column, length, _ in shared + branches
-    ]
-    positions = [torch.arange(position, position + length) for _, _, length, position in shared + branches]
+    parts = shared + branches
+    places = [row * ids.shape[1] + torch.arange(column, column + length) for row, column, length, _ in parts]
+    positions = [torch.arange(position, position + length) for _, _, length, position in parts]
     mask = batch.completion_mask.bool()
     inputs = {
         "input_ids": ids.flatten()[torch.cat(places).to(ids.device)][None],

@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from .format import answer_format, think_format
     from .length import LengthPenalty
     from .loading import check_rewards, load_rewards
-    from .math import AccuracyReward, accuracy, exact_match
+    from .math import AccuracyReward, accuracy, exact_match, reasoning_accuracy
     from .model import RewardModel
     from .registry import REWARDS, resolve_reward, reward_name
     from .scoring import RewardScorer
@@ -26,6 +26,7 @@ _MODULES = {
     "exact_match": "math",
     "final_answer": "text",
     "load_rewards": "loading",
+    "reasoning_accuracy": "math",
     "resolve_reward": "registry",
     "reward_name": "registry",
     "think_format": "format",
@@ -43,6 +44,7 @@ __all__ = [
     "exact_match",
     "final_answer",
     "load_rewards",
+    "reasoning_accuracy",
     "resolve_reward",
     "reward_name",
     "think_format",

@@ -9,7 +9,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from ..config import GRPOConfig, mapping
 from ..placement import DeviceMap
 from .model import RewardModel
-from .registry import REWARDS, RewardFunction, resolve_reward
+from .registry import REWARDS, TRL_NAMES, RewardFunction, resolve_reward
 from .scoring import RewardScorer
 
 RewardSpec = str | PreTrainedModel | RewardFunction
@@ -26,7 +26,10 @@ def check_rewards(specs: Sequence[RewardSpec], processing_classes: Any, args: GR
         raise ValueError("reward_funcs is empty; pass at least one function, registered name or reward model.")
     paths = [spec for spec in (*specs, args.ref_model_name_or_path) if isinstance(spec, str) and is_reward_model(spec)]
     for path in paths:
-        AutoConfig.from_pretrained(path, trust_remote_code=args.trust_remote_code)
+        try:
+            AutoConfig.from_pretrained(path, trust_remote_code=args.trust_remote_code)
+        except (OSError, ValueError) as error:  # of which some do not name the model
+            raise ValueError(f"reward or reference model {path!r} cannot be loaded: {error}") from error
     functions = [
         resolve_reward(spec, max_completion_length=args.max_completion_length)
         for spec in specs
@@ -67,7 +70,7 @@ def is_reward_model(spec: RewardSpec) -> bool:
     """A model instance, an existing folder, or a Hub id (`organisation/name`)."""
     if not isinstance(spec, str):
         return isinstance(spec, PreTrainedModel)
-    return spec not in REWARDS and (os.path.isdir(spec) or "/" in spec)
+    return spec not in {*REWARDS, *TRL_NAMES} and (os.path.isdir(spec) or "/" in spec)
 
 
 def _load_model(

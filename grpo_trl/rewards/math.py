@@ -9,7 +9,7 @@ from typing import Any
 
 from .isolation import IsolatedFunction, RewardTimeoutError
 from .math_verification import verify_answer
-from .text import completion_texts, final_answer, gold_answers, normalize_text, stated_answer
+from .text import THINK_END, completion_texts, final_answer, gold_answers, normalize_text, stated_answer
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +73,16 @@ class AccuracyReward:
             return 0.0
 
 
+class ReasoningAccuracyReward(AccuracyReward):
+    """`accuracy` of what follows the reasoning: 0.0 where no `</think>` ends it, whatever stands in it."""
+
+    __name__ = "reasoning_accuracy"
+
+    def __call__(self, completions: list[Any], **kwargs: Any) -> list[float | None]:
+        answers = [text if THINK_END in text else "" for text in completion_texts(completions)]
+        return super().__call__(answers, **kwargs)
+
+
 def exact_match(
     completions: list[Any], answer: list[Any] | None = None, solution: list[Any] | None = None, **kwargs: Any
 ) -> list[float | None]:
@@ -91,4 +101,6 @@ def same_text(gold: str, answer: str) -> bool:
     return bool(gold) and gold in (normalize_text(answer), normalize_text(stated_answer(answer)))
 
 
-accuracy = AccuracyReward()  # shared, so that training and evaluation use one process
+# shared, so that training and evaluation use one process
+accuracy = AccuracyReward()
+reasoning_accuracy = ReasoningAccuracyReward()

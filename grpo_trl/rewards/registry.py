@@ -11,13 +11,14 @@ from trl.trainer.utils import get_callable_name
 
 from .format import answer_format, think_format
 from .length import LengthPenalty, repetition, soft_overlong
-from .math import accuracy, exact_match
+from .math import accuracy, exact_match, reasoning_accuracy
 
 RewardFunction = Callable[..., Any]
 
 # name -> (max_completion_length -> reward function)
 REWARDS: dict[str, Callable[[int], RewardFunction]] = {
     "accuracy": lambda max_completion_length: accuracy,
+    "reasoning_accuracy": lambda max_completion_length: reasoning_accuracy,
     "exact_match": lambda max_completion_length: exact_match,
     "think_format": lambda max_completion_length: think_format,
     "answer_format": lambda max_completion_length: answer_format,
@@ -25,14 +26,21 @@ REWARDS: dict[str, Callable[[int], RewardFunction]] = {
     "repetition": repetition,
     "length": LengthPenalty,
 }
+# what a recipe of TRL's script may say -> the name of REWARDS that stands for it; docs/rewards.md has the differences
+TRL_NAMES = {
+    "accuracy_reward": "accuracy",
+    "reasoning_accuracy_reward": "reasoning_accuracy",
+    "think_format_reward": "think_format",
+    "get_soft_overlong_punishment": "soft_overlong",
+}
 
 
 def resolve_reward(spec: str | RewardFunction, *, max_completion_length: int) -> RewardFunction:
     """The reward function that `spec` names.
 
     Args:
-        spec: a callable (returned as it is), a name of `REWARDS`, or a dotted path: `package.module.function` or
-            `package.module:function`.
+        spec: a callable (returned as it is), a name of `REWARDS` or one of TRL's (`TRL_NAMES`), or a dotted path:
+            `package.module.function` or `package.module:function`.
         max_completion_length: tokens; what the length rewards are relative to.
 
     Raises:
@@ -42,8 +50,9 @@ def resolve_reward(spec: str | RewardFunction, *, max_completion_length: int) ->
         return spec
     if not isinstance(spec, str):
         raise ValueError(f"A reward is a callable, a name or a dotted path; got {spec!r} ({type(spec).__name__}).")
-    if spec in REWARDS:
-        return REWARDS[spec](max_completion_length)
+    name = TRL_NAMES.get(spec, spec)
+    if name in REWARDS:
+        return REWARDS[name](max_completion_length)
     module_name, _, attribute = spec.rpartition(":" if ":" in spec else ".")
     if not module_name or not attribute or "/" in spec:
         raise ValueError(

@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-_THINK_END = "</think>"
+THINK_END = "</think>"
 _ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 # GSM8K's mark is "#### 72". A Markdown heading ("#### 2. Add the clips") is none: after the hashes stands a number
 # alone on its line, or the line is the last one.
@@ -57,7 +57,7 @@ def final_answer(text: str) -> str:
     `<answer>...</answer>`, `\boxed{...}`, GSM8K's `#### ...`. A later mark replaces an earlier one, so listing
     several answers does not help.
     """
-    text = text.rpartition(_THINK_END)[2]
+    text = text.rpartition(THINK_END)[2]
     if tagged := _ANSWER_TAG.findall(text):
         text = tagged[-1]
     boxed = _last_boxed(text)

@@ -50,10 +50,10 @@ class SamplingParams:
         return self.top_p < 1 or self.top_k > 0 or bool(self.min_p) or bool(others) or bool(self.history_processors)
 
     @property
-    def history_processors(self) -> list[LogitsProcessor]:
+    def history_processors(self) -> LogitsProcessorList:
         """What changes the logits by what came before."""
-        penalty = self.repetition_penalty
-        return [*self.logits_processors, *([RepetitionPenaltyLogitsProcessor(penalty)] if penalty != 1 else [])]
+        penalty = [RepetitionPenaltyLogitsProcessor(self.repetition_penalty)] if self.repetition_penalty != 1 else []
+        return LogitsProcessorList([*self.logits_processors, *penalty])
 
 
 def row_keys(seed: int, stream: int, draws: Sequence[int], rows: Sequence[int]) -> Tensor:
@@ -104,8 +104,8 @@ class TokenSampler:
     """From logits to tokens: processors that read what came before, warpers, inverse CDF.
 
     `histories` are pairs (rows, ids): some rows of the logits, and their tokens so far without any padding
-    (rows, length). Padding would show: a repetition penalty, say, would fall on the pad token in rows that happen to be
-    padded. They are read only if `needs_history`.
+    (rows, length). Padding would show: a repetition penalty, say, would fall on the pad token in rows that happen to
+    be padded. They are read only if `needs_history`.
     """
 
     def __init__(self, sampling: SamplingParams):
@@ -115,17 +115,14 @@ class TokenSampler:
         self.needs_history = bool(self.processors)
 
     def __call__(
-        self, logits: Tensor, u: Tensor, histories: Iterable[tuple[Tensor | slice, Tensor]] = ()
+        self, logits: Tensor, u: Tensor, histories: Iterable[tuple[Tensor, Tensor]] = ()
     ) -> tuple[Tensor, Tensor]:
         """Logits (B, V) and uniform numbers (B,) -> tokens (B,) and their log-probabilities (B,) as sampled."""
-        scores = logits.float()
+        scores: Any = logits.float()
         if self.needs_history:
             scores = scores.clone()
             for rows, ids in histories:
-                part: Any = scores[rows]
-                for processor in self.processors:
-                    part = processor(ids, part)
-                scores[rows] = part
+                scores[rows] = self.processors(ids, scores[rows])  # pyright: ignore[reportArgumentType]
         return sample(self.warpers(_NO_IDS, scores), u, greedy=self.greedy)
 
 

@@ -7,6 +7,7 @@ import yaml
 from grpo_trl import cli
 from grpo_trl.algorithm import VARIANTS
 from grpo_trl.data import parse_entries
+from grpo_trl.placement import resolve_device_map
 from grpo_trl.rewards import REWARDS, resolve_reward
 from grpo_trl.rollouts import ENGINES
 
@@ -84,6 +85,17 @@ def test_the_seeds_hyper_parameters():
     assert (args.epsilon, args.epsilon_high, args.beta) == (0.2, 0.2, 0.01)
     assert (args.scale_rewards, args.token_weighting) == ("batch_relative", "token")
     assert (args.ref_device, args.reward_device) == ("cuda:1", "cuda:1")
+
+
+@pytest.mark.parametrize("name", ["ref_device", "reward_device"])
+def test_the_seed_recipe_runs_without_a_gpu_when_its_devices_are_named_anew(name):
+    argv = [*arguments("qwen3_0.6b_seed/grpo.yaml"), "--use_cpu", "true"]
+    args = cli.parse_recipe(argv)[1]
+    with pytest.raises(ValueError, match="'cuda:1' does not exist"):
+        resolve_device_map(getattr(args, name), args.device, num_gpus=0)
+    args = cli.parse_recipe([*argv, f"--{name}", "same"])[1]
+    assert resolve_device_map(getattr(args, name), args.device, num_gpus=0) == {"": args.device}
+    assert f"--{name} same" in (RECIPES / "README.md").read_text()
 
 
 def test_lora_differs_from_full_in_the_adapter_only():

@@ -1,11 +1,14 @@
 """Format, length and repetition rewards, the registry."""
 
 import functools
+import re
 
 import pytest
+import trl
 
 from grpo_trl.rewards import REWARDS, answer_format, completion_texts, exact_match, resolve_reward, think_format
-from grpo_trl.rewards.registry import reward_name
+from grpo_trl.rewards.loading import is_reward_model
+from grpo_trl.rewards.registry import TRL_NAMES, reward_name
 from grpo_trl.rewards.text import normalize_text
 from tests.rewards import reward_functions
 
@@ -98,6 +101,52 @@ def test_every_registered_reward_works_under_its_name_on_both_data_forms(name):
     chat = [[{"role": "user", "content": "a"}]] * 2
     assert plain == reward(prompts=chat, completions=conversational(texts), **rows)
     assert len(plain) == 2 and all(isinstance(value, float) for value in plain)
+
+
+def trls_registry():
+    """The names of `reward_funcs` that TRL's own script knows: those in its help."""
+    from trl.scripts.grpo import GRPOScriptArguments
+
+    text = GRPOScriptArguments.__dataclass_fields__["reward_funcs"].metadata["help"]
+    return set(re.findall(r"`([a-z_]+)`", text))
+
+
+def test_every_name_of_trls_script_is_a_reward_of_ours():
+    assert trls_registry() == set(TRL_NAMES) and set(TRL_NAMES.values()) <= set(REWARDS)
+    for name, own in TRL_NAMES.items():
+        assert not is_reward_model(name)
+        assert reward_name(resolve_reward(name, max_completion_length=8)) == own
+
+
+TEXTS = [
+    r"<think>1/3?</think> \boxed{\frac{1}{3}}",
+    r"<think>1/3?</think> \boxed{\frac{1}{2}}",
+    r"<think>so \boxed{\frac{1}{3}} and",  # reasoning that never ends
+    r"\boxed{\frac{1}{3}}",
+    r"<think>a</think>none",
+]
+
+
+@pytest.mark.parametrize("name", ["accuracy_reward", "reasoning_accuracy_reward", "think_format_reward"])
+def test_rewards_under_trls_names_are_trls(name):
+    theirs = getattr(trl.rewards, name)(conversational(TEXTS), solution=[r"$\frac{1}{3}$"] * len(TEXTS))
+    ours = resolve_reward(name, max_completion_length=8)
+    assert ours(completions=TEXTS, solution=[r"$\frac{1}{3}$"] * len(TEXTS)) == theirs
+    assert len(set(theirs)) == 2  # not all the same
+
+
+def test_soft_overlong_under_trls_name_is_trls_at_the_length_that_it_fixes():
+    ids = [[1] * length for length in (0, 1023, 1024, 1025, 1152, 1280, 1281)]
+    theirs = trl.rewards.get_soft_overlong_punishment(max_completion_len=1280, soft_punish_cache=256)
+    ours = resolve_reward("get_soft_overlong_punishment", max_completion_length=1280)
+    assert ours(completion_ids=ids) == theirs(completion_ids=ids)
+
+
+def test_unfinished_reasoning_is_wrong_and_a_row_without_gold_answer_does_not_apply():
+    reward = resolve_reward("reasoning_accuracy", max_completion_length=8)
+    texts = ["<think>72", "<think>a</think>72", "72", "<think>a</think>72"]
+    assert reward(completions=texts, answer=["72", "72", "72", None]) == [0.0, 1.0, 0.0, None]
+    assert reward(completions=conversational(texts), solution=["72", "72", None, None]) == [0.0, 1.0, None, None]
 
 
 def test_resolve_callable_and_dotted_paths():

@@ -63,8 +63,8 @@ class NativeEngine:
         """Yields each group when its last row has ended. `generation_kwargs` are left to `model.generate`."""
         if sampling.generation_kwargs:
             logger.warning_once(
-                f"generation_kwargs {', '.join(sampling.generation_kwargs)} are done by model.generate, slower than the "
-                "native engine."
+                f"generation_kwargs {', '.join(sampling.generation_kwargs)} are left to model.generate, which is "
+                "slower than the native engine."
             )
             yield from self.fallback.generate(prompts, sampling)
             return

@@ -1,0 +1,139 @@
+"""What a `GRPOConfig` must be, as tables: ranges, names, combinations. Nothing here changes a value."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, NamedTuple
+
+
+class Range(NamedTuple):
+    """Numbers from `low` to `high`, `low` itself left out if `above`; `hint` says what to do instead."""
+
+    low: float
+    high: float = math.inf
+    above: bool = False
+    hint: str = ""
+
+    def __contains__(self, value: Any) -> bool:
+        return (self.low < value if self.above else self.low <= value) and value <= self.high
+
+    def __str__(self) -> str:
+        if self.high < math.inf:
+            return f"expected in {'(' if self.above else '['}{self.low:g}, {self.high:g}]{self.hint}"
+        return f"expected {'more than' if self.above else 'at least'} {self.low:g}{self.hint}"
+
+
+# Fields from which the sizes of a rollout follow: nothing can be worked out from wrong ones.
+BATCH_RANGES = {
+    "per_device_train_batch_size": Range(1),
+    "gradient_accumulation_steps": Range(1),
+    "steps_per_generation": Range(1),
+    "generation_batch_size": Range(1),
+    "num_generations": Range(2, hint=", because a group compares its completions"),
+}
+RANGES = {
+    "per_device_eval_batch_size": Range(1),
+    "num_iterations": Range(1),
+    "temperature": Range(0, above=True, hint=" (use eval_temperature=0 for greedy evaluation)"),
+    "top_p": Range(0, 1, above=True),
+    "top_k": Range(0, hint=" (0: all tokens)"),
+    "min_p": Range(0, 1),
+    "repetition_penalty": Range(0, above=True),
+    "max_completion_length": Range(1, hint=" token"),
+    "max_prompt_length": Range(1, hint=" token"),
+    "beta": Range(0),
+    "epsilon": Range(0, 1),
+    "epsilon_high": Range(0),
+    "ref_model_mixup_alpha": Range(0, 1),
+    "ref_model_sync_steps": Range(1),
+    "reward_timeout": Range(0, above=True, hint=" seconds"),
+    "reward_batch_size": Range(1),
+    "reward_max_length": Range(1, hint=" token"),
+    "num_generations_eval": Range(1),
+    "eval_temperature": Range(0, hint=" (0: greedy)"),
+    "eval_max_completion_length": Range(1, hint=" token"),
+    "num_completions_to_print": Range(0),
+    "max_concurrent_rows": Range(1, hint=" completion"),
+    "max_tokens_per_microbatch": Range(1, hint=" token"),
+}
+CHOICES = {
+    "prompt_format": ("auto", "chat", "text"),
+    "overlong_prompts": ("drop", "truncate", "error"),
+    "reward_call": ("batch", "group"),
+    "reward_input_format": ("auto", "pair", "chat", "text"),
+}
+# Dict-valued fields that a word or a file's path may stand for; text in any other is a JSON object.
+DICT_OR_WORD = ("accelerator_config", "fsdp_config", "deepspeed", "ref_device", "reward_device")
+
+
+def range_problems(args: Any, ranges: Mapping[str, Range]) -> list[str]:
+    """Numbers out of their range. None is in range where it is the default: another field, or nothing, decides."""
+    optional = {field.name for field in fields(args) if field.default is None}
+    values = {name: getattr(args, name) for name in ranges}
+    return [
+        f"{name}={value!r} is out of range: {ranges[name]}."
+        for name, value in values.items()
+        if not (name in optional if value is None else value in ranges[name])
+    ]
+
+
+def choice_problems(args: Any, choices: Mapping[str, Any]) -> list[str]:
+    """Names that are none of those allowed."""
+    return [
+        f"{name}={getattr(args, name)!r} is unknown; use one of {', '.join(allowed)}."
+        for name, allowed in choices.items()
+        if getattr(args, name) not in allowed
+    ]
+
+
+def combination_problems(args: Any) -> list[str]:
+    """Values that are right by themselves and cannot work here, or together."""
+    processes = os.environ.get("WORLD_SIZE", 1)
+    highest = 1 + (args.epsilon_high or 0)
+    rows = (
+        (
+            int(processes) > args.world_size,
+            f"the launcher started {processes} processes, but this one finds itself alone and would train by itself; "
+            "on CPU ranks set use_cpu: true.",
+        ),
+        (
+            (args.sync_ref_model or args.ref_model_name_or_path) and not args.beta,
+            "sync_ref_model and ref_model_name_or_path need the reference, but beta=0 loads none; set beta above 0 or "
+            "leave them out.",
+        ),
+        (
+            args.max_tokens_per_microbatch and args.deepspeed_plugin is not None,
+            "max_tokens_per_microbatch cannot be used with DeepSpeed, whose engine would step with every piece; lower "
+            "per_device_train_batch_size and raise gradient_accumulation_steps instead.",
+        ),
+        (
+            args.delta is not None and args.delta <= highest,
+            f"delta={args.delta} must be more than 1 + epsilon_high = {highest:g}: it bounds the ratios that the clip "
+            "range leaves free, and a lower one would narrow that range; raise it, or leave it out.",
+        ),
+        (
+            args.metric_for_best_model in ("loss", "eval_loss"),
+            f"metric_for_best_model={args.metric_for_best_model!r}: evaluation samples and scores, so there is no "
+            "eval_loss; use eval_reward, eval_<set>_reward or another metric of docs/configuration.md, Evaluation.",
+        ),
+    )
+    return [message for wrong, message in rows if wrong]
+
+
+def json_problems(args: Any, dict_fields: list[str]) -> list[str]:
+    """Fields that must be a mapping and are none, nor JSON text of one. Those are emptied, so that reading goes on."""
+    problems = []
+    for name in dict_fields:
+        value = getattr(args, name)
+        if name in DICT_OR_WORD and not (isinstance(value, str) and value.startswith("{")):
+            continue
+        try:
+            parsed, reason = (json.loads(value) if isinstance(value, str) else value), ""
+        except json.JSONDecodeError as error:
+            parsed, reason = value, f" ({error})"
+        if parsed is not None and not isinstance(parsed, dict):
+            problems.append(f"{name}={value!r} must be a mapping, as JSON on the command line: '{{...}}'{reason}.")
+            setattr(args, name, None)
+    return problems

@@ -1,0 +1,93 @@
+"""What `GRPOTrainer` refuses before it loads a model."""
+
+import inspect
+import re
+
+import pytest
+import trl
+from datasets import Dataset
+from transformers import TrainingArguments
+
+from grpo_trl import GRPOTrainer
+from grpo_trl.refused import UNCALLED
+from tests.test_trainer import config, dataset, reward_vowels, trainer
+from tests.tiny import tiny_model, tiny_tokenizer
+
+
+def test_all_that_is_wrong_is_said_before_a_model_is_loaded(tmp_path):
+    with pytest.raises(ValueError) as error:
+        GRPOTrainer(
+            "no/such-model", ["acuracy"], config(tmp_path, rollout_engine="warp"), Dataset.from_dict({"text": ["a"]}),
+            rollout_func=print,
+        )  # fmt: skip
+    message = str(error.value)
+    for part in ("rollout_func", "rollout_engine='warp'", "'acuracy' is unknown", "no 'prompt' column"):
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data": Dataset.from_dict({"prompt": ["a"], "trainer_state": ["b"]})}, "columns trainer_state"),
+        ({"eval_dataset": Dataset.from_dict({"prompt": []})}, "eval_dataset has no rows"),
+        ({"prompt_format": "text", "system_prompt": "be brief"}, "system_prompt needs a chat template"),
+        ({"rewards": ["/no/such/judge"]}, "no/such/judge"),
+        ({"ref_model_name_or_path": "/no/such/model"}, "no/such/model"),
+        ({"rewards": lambda completions, **_: [0.0], "reward_timeout": 1.0}, "define it at module level"),
+        ({"reward_weights": [1.0, 2.0]}, "reward_weights has 2 values for 1 reward functions"),
+        ({"ref_device": "cuda:77"}, "ref_device: device 'cuda:77' does not exist"),
+        ({"reward_device": "gpu"}, "reward_device: device 'gpu' is unknown; use auto, same"),
+        ({"ref_device": {"": 77}}, "ref_device: device 77 does not exist"),
+        ({"eval_strategy": "epoch"}, "eval_strategy or eval_on_start asks for evaluation, .*pass one"),
+        ({"eval_on_start": True}, "there is no eval_dataset; pass one"),
+        ({"eval_on_start": True, "eval_dataset": {}}, "there is no eval_dataset; pass one"),
+        ({"data": dataset().to_iterable_dataset(), "max_steps": -1}, "train_dataset is a stream.*set max_steps"),
+        ({"model": "./no/such/model"}, r"model './no/such/model': no such folder \(current directory: /"),
+        (
+            {"data": Dataset.from_dict({"prompt": ["a", "b"], "chat_template_kwargs": [None, "{}"]})},
+            r"train_dataset: row 2, column 'chat_template_kwargs': the str '{}', expected a mapping",
+        ),
+        (
+            {
+                "data": [{"prompt": [{"role": "user", "content": "a"}]}, {"prompt": "b"}],
+                "prompt_format": "text",
+                "system_prompt": "be brief",
+            },
+            "train_dataset: system_prompt needs a chat template, but prompt_format='text'",
+        ),  # the first text is the second row
+    ],
+)
+def test_refused_before_the_model_is_loaded(tmp_path, options, message, monkeypatch):
+    monkeypatch.setattr("grpo_trl.assembly.load_policy", lambda *args, **kwargs: pytest.fail("a model was loaded"))
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, **options)
+
+
+def test_a_conversation_further_down_meets_the_template_before_the_model_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr("grpo_trl.assembly.load_policy", lambda *args, **kwargs: pytest.fail("a model was loaded"))
+    rows = [{"prompt": "a"}, {"prompt": "b"}, {"prompt": [{"role": "user", "content": "c"}]}]
+    with pytest.raises(ValueError, match="train_dataset: The prompt is a conversation, but the tokenizer"):
+        GRPOTrainer(tiny_model("qwen3"), reward_vowels, config(tmp_path), rows,
+                    processing_class=tiny_tokenizer(chat=False))  # fmt: skip
+
+
+@pytest.mark.parametrize("cls", [trl.GRPOConfig, TrainingArguments])
+def test_arguments_of_another_class_are_named_with_the_import(tmp_path, cls):
+    args = cls(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    with pytest.raises(
+        TypeError, match=rf"args is a {cls.__module__}.{cls.__name__}, .*from grpo_trl import GRPOConfig"
+    ):
+        GRPOTrainer(tiny_model("qwen3"), reward_vowels, args, dataset(), processing_class=tiny_tokenizer())
+
+
+@pytest.mark.parametrize("name", sorted(UNCALLED))
+def test_a_method_that_nothing_calls_may_not_be_overridden(tmp_path, name):
+    mine = type("Mine", (GRPOTrainer,), {name: lambda self, *args, **kwargs: None})
+    with pytest.raises(ValueError, match=rf"Mine\.{name} would never be called; override {re.escape(UNCALLED[name])}"):
+        trainer(tmp_path, cls=mine)
+
+
+def test_every_method_of_trls_trainer_is_called_or_said_not_to_be():
+    theirs = {name for name, value in vars(trl.GRPOTrainer).items() if inspect.isfunction(value)}
+    assert "_generate_and_score_completions" in theirs
+    assert {name for name in theirs if name not in UNCALLED and not hasattr(GRPOTrainer, name)} == set()

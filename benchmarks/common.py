@@ -37,7 +37,13 @@ PAD, EOS = 0, 1
 # Qwen3's shape: what a name of --shape stands for
 SHAPES: dict[str, dict[str, int]] = {
     "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 512, "num_attention_heads": 2, "head_dim": 32},
-    "small": {"hidden_size": 256, "num_hidden_layers": 6, "vocab_size": 4096, "num_attention_heads": 4, "head_dim": 64},
+    "small": {
+        "hidden_size": 256,
+        "num_hidden_layers": 6,
+        "vocab_size": 4096,
+        "num_attention_heads": 4,
+        "head_dim": 64,
+    },
     "qwen3-0.6b": {
         "hidden_size": 1024,
         "num_hidden_layers": 28,
@@ -80,8 +86,8 @@ class Load:
         )
 
 
-# Loads with a name: (a) long prompts, ragged; (b) the seed's batch and its four passes; (c) very long prompts; (d) nothing
-# to share and nothing to unpad.
+# Loads with a name: (a) long prompts, ragged completions; (b) the seed's batch and its four passes; (c) very long
+# prompts; (d) nothing to share and nothing to unpad.
 LOADS = {
     "a": Load(),
     "b": Load(prompts=2, group=4, mu=4),
@@ -94,7 +100,8 @@ def parser(description: str, output: str, *, loads: str = "a") -> argparse.Argum
     """Options of every benchmark: named loads, and each field of `Load` to change in all of them."""
     result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = result.add_argument
-    add("--load", default=loads, help=f"named loads, comma-separated: {', '.join(f'{k} = {v}' for k, v in LOADS.items())}")
+    named = ", ".join(f"{name} = {load}" for name, load in LOADS.items())
+    add("--load", default=loads, help=f"named loads, comma-separated: {named}")
     add("--shape", choices=SHAPES, help="of the model")
     add("--prompts", type=int, help="per rollout")
     add("--group", type=int, help="completions per prompt")
@@ -210,7 +217,9 @@ def peak_memory(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
-def alternate(measure: Callable[..., dict[str, Any]], load: Load, sides: Sequence[str], repeats: int) -> list[dict[str, Any]]:
+def alternate(
+    measure: Callable[..., dict[str, Any]], load: Load, sides: Sequence[str], repeats: int
+) -> list[dict[str, Any]]:
     """`measure(load, folder, seed, side)` of each side in turn, so that a slow minute of the machine does not fall on
     one of them; each in a process of its own, so that peak memory is one side's."""
     pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1)
@@ -234,10 +243,14 @@ def ratios(rows: list[dict[str, Any]], ours: str, peer: str, names: Sequence[str
 
 def check_same_work(rows: list[dict[str, Any]], name: str, tolerance: float) -> None:
     """Raises when a figure that must be equal on all sides differs by more than the tolerance, relatively."""
-    medians = {side: median(row[name] for row in rows if row["side"] == side) for side in {row["side"] for row in rows}}
+    medians = {
+        side: median(row[name] for row in rows if row["side"] == side) for side in {row["side"] for row in rows}
+    }
     low, high = min(medians.values()), max(medians.values())
     if high - low > tolerance * max(abs(high), abs(low)):
-        raise RuntimeError(f"The sides did not do the same work: {name} {medians} differ by more than {tolerance:.0%}.")
+        raise RuntimeError(
+            f"The sides did not do the same work: {name} {medians} differ by more than {tolerance:.0%}."
+        )
 
 
 def report(options: argparse.Namespace, results: dict[str, Any], held_equal: Sequence[str] = HELD_EQUAL) -> None:

@@ -1,4 +1,4 @@
-"""The learner alone, side by side with TRL: reference, old log-probabilities and updates on the same given completions.
+"""The learner alone, side by side with TRL: reference, old log-probabilities and updates on given completions.
 
     python benchmarks/learner_vs_trl.py --load a,b,c,d --steps 2 --repeats 3
 
@@ -120,7 +120,11 @@ SIDES = {"trl": (trl_trainer, {}), "grpo_trl": (our_trainer, {"plot_metrics": Fa
 def measure(load: Load, folder: str, seed: int, side: str) -> dict[str, float]:
     """Trains one side."""
     module, clock, (make, extras) = module_of(side), Clock(load), SIDES[side]
-    options = trainer_options(load, seed) | {"logging_strategy": "steps", "logging_steps": 1, "logging_first_step": True}
+    options = trainer_options(load, seed) | {
+        "logging_strategy": "steps",
+        "logging_steps": 1,
+        "logging_first_step": True,
+    }
     with tempfile.TemporaryDirectory() as output_dir:
         args = module.GRPOConfig(output_dir, **options, **extras)
         dataset = Dataset.from_dict({"prompt": build_prompts(load, load.steps + 1)})

@@ -1,10 +1,10 @@
 """Sampling alone: TRL with `model.generate`, TRL with transformers' continuous batching, and the native engine.
 
     python benchmarks/rollout_vs_trl.py --load a,c --steps 3 --repeats 3
-    python benchmarks/rollout_vs_trl.py --load a --device cuda --shape qwen3-0.6b --dtype bfloat16 --completion-len 1024
+    python benchmarks/rollout_vs_trl.py --load a --device cuda --shape qwen3-0.6b --completion-len 1024
 
-Each side samples the same prompts with the same weights. On CUDA the time that reading weights, keys and values takes at
-the device's own copy bandwidth is printed beside it (the floor of a rollout).
+Each side samples the same prompts with the same weights. On CUDA the time that reading weights, keys and values takes
+at the device's own copy bandwidth is printed beside it (the floor of a rollout).
 """
 
 import tempfile
@@ -101,8 +101,8 @@ def copy_bandwidth() -> float:
 
 
 def floor_seconds(load: Load, mean_length: float, bandwidth: float) -> float:
-    """A rollout at the memory's speed, 16-bit weights and keys: weights once per decoding step, keys and values of each
-    prompt once for its group and of each completion's past, until the longest completion ends."""
+    """A rollout at the memory's speed, 16-bit weights and keys: weights once per decoding step, keys and values of
+    each prompt once for its group and of each completion's past, until the longest completion ends."""
     shape, prompt = SHAPES[load.shape], sum(load.prompt_len) / 2
     hidden, layers, size = shape["hidden_size"], shape["num_hidden_layers"], shape["head_dim"]
     heads = shape["num_attention_heads"]

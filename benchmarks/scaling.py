@@ -1,4 +1,4 @@
-"""How the cost of a step grows with the group, the prompt, the completion and the model: TRL and grpo_trl, one picture.
+"""How the cost of a step grows with group, prompt, completion and model: TRL and grpo_trl, in one picture.
 
     python benchmarks/scaling.py
 

@@ -1,7 +1,7 @@
 """The whole GRPO step, side by side with TRL: rollout, rewards, reference and updates on the same load.
 
     python benchmarks/step_vs_trl.py --load a,b,c,d --steps 2 --repeats 3
-    python benchmarks/step_vs_trl.py --load a --device cuda --shape qwen3-0.6b --dtype bfloat16 --completion-len 1024
+    python benchmarks/step_vs_trl.py --load a --device cuda --shape qwen3-0.6b --completion-len 1024
 
 Read the ratios; `benchmarks/README.md` says how.
 """

@@ -150,6 +150,10 @@ class GRPOConfig(TrainingArguments):
     max_concurrent_rows: int | None = _help(
         "Completions that are decoded at a time. Default: native: what fits into half of the free memory; else all."
     )
+    cuda_graphs: bool = _help(
+        "Native engine on CUDA: capture decoding steps as graphs; keys and values stay allocated between rollouts.",
+        False,
+    )
     max_tokens_per_microbatch: int | None = _help(
         "Run each micro-batch in pieces of at most this many tokens, whole groups where they fit: same gradient, less "
         "memory. Default: in one piece."

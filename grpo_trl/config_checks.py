@@ -104,6 +104,10 @@ def combination_problems(args: Any) -> list[str]:
             "leave them out.",
         ),
         (
+            args.cuda_graphs and args.device.type != "cuda",
+            f"cuda_graphs=True needs a CUDA device, and this run is on {args.device}; leave it out.",
+        ),
+        (
             args.max_tokens_per_microbatch and args.deepspeed_plugin is not None,
             "max_tokens_per_microbatch cannot be used with DeepSpeed, whose engine would step with every piece; lower "
             "per_device_train_batch_size and raise gradient_accumulation_steps instead.",

@@ -163,6 +163,7 @@ class GRPOTrainer(TrainerHooks):
             self.accelerator.unwrap_model(self.model),
             max_concurrent_rows=args.max_concurrent_rows,
             cache_implementation=args.cache_implementation,
+            cuda_graphs=args.cuda_graphs,
         )
         self.metrics = Metrics()
         self._share_of_micro_batch = 1.0  # what `compute_loss` sees of one; see `training_step`

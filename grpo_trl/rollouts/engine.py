@@ -21,6 +21,7 @@ class RolloutEngine(Protocol):
         *,
         max_concurrent_rows: int | None = None,
         cache_implementation: str | None = None,
+        cuda_graphs: bool = False,
     ): ...
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> Iterator[Group]:

@@ -13,8 +13,11 @@ from grpo_trl.batch import Prompt, RolloutBatch
 from grpo_trl.policy import causal_lm, per_token_logps, prepare
 from grpo_trl.rollouts import EVAL_STREAM, SamplingParams, make_engine
 from grpo_trl.rollouts.hf_generate import HFGenerateEngine
-from grpo_trl.rollouts.native import NativeEngine
-from grpo_trl.rollouts.native.engine import Rollout, close_gaps, groups_that_fit
+from grpo_trl.rollouts.native import NativeEngine, engine
+from grpo_trl.rollouts.native.attention import Shape, attention_and_lse, products_and_lse
+from grpo_trl.rollouts.native.cuda_graph import GraphedSteps, bucket
+from grpo_trl.rollouts.native.engine import close_gaps, groups_that_fit
+from grpo_trl.rollouts.native.weights import LowPrecisionWeights
 from tests.policy.test_packed import KINDS, build, lora
 from tests.tiny import IM_END, PAD, VOCAB_SIZE, tiny_model
 
@@ -41,8 +44,8 @@ def prepared(model):
     return model
 
 
-def rollout(engine, prompts=PROMPTS, sampling=SAMPLING):
-    return {group.prompt.draw: group for group in engine.generate(prompts, sampling)}
+def rollout(sampler, prompts=PROMPTS, sampling=SAMPLING):
+    return {group.prompt.draw: group for group in sampler.generate(prompts, sampling)}
 
 
 def assert_same(ours, expected, atol=1e-4):
@@ -62,8 +65,8 @@ def test_same_tokens_as_hf_generate(kind, options):
     assert_same(rollout(NativeEngine(model), sampling=sampling), expected)
     # one group at a time, two with refill in another order, three in yet another
     for rows, order in ((4, [0, 1, 2, 3, 4, 5]), (8, [3, 1, 0, 5, 2, 4]), (13, [5, 4, 3, 2, 1, 0])):
-        engine = NativeEngine(model, max_concurrent_rows=rows)
-        assert_same(rollout(engine, [PROMPTS[i] for i in order], sampling), expected)
+        ours = NativeEngine(model, max_concurrent_rows=rows)
+        assert_same(rollout(ours, [PROMPTS[i] for i in order], sampling), expected)
 
 
 def test_lengths_vary_and_both_ends_occur(qwen3):
@@ -102,13 +105,13 @@ def test_adapters_act_without_being_merged():
 
 
 def test_weights_are_the_live_ones(qwen3):
-    engine = NativeEngine(prepared(qwen3))
-    before = rollout(engine)
+    ours = NativeEngine(prepared(qwen3))
+    before = rollout(ours)
     optimizer = torch.optim.SGD(qwen3.parameters(), lr=0.5)
     batch = RolloutBatch.from_groups(list(before.values()), pad_token_id=PAD)
     (per_token_logps(qwen3, batch)[0] * batch.completion_mask).mean().neg().backward()
     optimizer.step()
-    after = rollout(engine)
+    after = rollout(ours)
     assert any(after[draw].completion_ids != before[draw].completion_ids for draw in after)
     assert_same(after, rollout(HFGenerateEngine(qwen3)))
 
@@ -125,10 +128,10 @@ def test_each_prompt_is_run_once_and_rows_leave_at_once(qwen3):
 
 
 def test_concurrency_is_bounded_and_groups_come_as_they_finish(qwen3):
-    engine = NativeEngine(prepared(qwen3), max_concurrent_rows=9)
+    ours = NativeEngine(prepared(qwen3), max_concurrent_rows=9)
     rows = []
     qwen3.model.layers[0].mlp.register_forward_hook(lambda module, args, output: rows.append(output.shape))
-    order = [group.prompt.draw for group in engine.generate(PROMPTS, SAMPLING)]
+    order = [group.prompt.draw for group in ours.generate(PROMPTS, SAMPLING)]
     assert sorted(order) == [prompt.draw for prompt in PROMPTS] and order != sorted(order)
     assert 4 < max(shape[0] for shape in rows) <= 8  # whole groups
     prefills = [shape[1] for shape in rows if shape[0] == 1 and shape[1] > 1]
@@ -147,15 +150,14 @@ def test_rows_that_fit_follow_from_free_memory(qwen3, monkeypatch):
     monkeypatch.setattr("grpo_trl.rollouts.native.engine.virtual_memory", Memory)
     assert groups_that_fit(qwen3, 100) == 3
     sampling = replace(SAMPLING, num_generations=2, max_completion_length=45)
-    assert Rollout(qwen3, [Prompt([1] * 10, {}, i) for i in range(5)], sampling, None).cache.groups == 3
+    assert NativeEngine(qwen3)._memory(qwen3, 5, 10, sampling).most.groups == 3
 
 
 def test_nothing_random_is_touched_and_modes_are_restored(qwen3):
     qwen3.train()
     torch.manual_seed(1)
     state = torch.get_rng_state()
-    engine = NativeEngine(prepared(qwen3))
-    generator = engine.generate(PROMPTS, SAMPLING)
+    generator = NativeEngine(prepared(qwen3)).generate(PROMPTS, SAMPLING)
     next(generator)
     # where the consumer runs, between two groups, the model is as it was and gradients are on
     assert qwen3.training and torch.is_grad_enabled()
@@ -201,10 +203,10 @@ def test_processors_see_each_row_without_padding(qwen3):
 
 
 def test_seed_draw_and_stream_matter(qwen3):
-    engine = NativeEngine(prepared(qwen3))
-    base = rollout(engine, PROMPTS[:1])
+    ours = NativeEngine(prepared(qwen3))
+    base = rollout(ours, PROMPTS[:1])
     for sampling in (replace(SAMPLING, seed=8), replace(SAMPLING, stream=EVAL_STREAM)):
-        assert rollout(engine, PROMPTS[:1], sampling)[0].completion_ids != base[0].completion_ids
+        assert rollout(ours, PROMPTS[:1], sampling)[0].completion_ids != base[0].completion_ids
 
 
 @pytest.mark.parametrize("kind", ["gemma2", "mamba", "bloom"])
@@ -222,9 +224,9 @@ def test_generation_kwargs_are_left_to_generate(qwen3, caplog):
 
 
 def test_too_many_positions_are_refused():
-    engine = NativeEngine(prepared(tiny_model("gpt2", max_position_embeddings=16, n_positions=16)))
+    model = prepared(tiny_model("gpt2", max_position_embeddings=16, n_positions=16))
     with pytest.raises(ValueError, match="need more than the 16 positions"):
-        rollout(engine)
+        rollout(NativeEngine(model))
 
 
 @pytest.fixture
@@ -248,6 +250,125 @@ def test_bf16_autocast(autocast):
     gap = (batch.sampling_per_token_logps - trained)[mask].abs().mean()
     # the engine rounds as the update does: no further from it than both are from fp32
     assert gap < 2 * (trained - exact)[mask].abs().mean() < 0.1
+
+
+# ---- What CUDA needs, on the CPU ----
+
+
+@pytest.mark.parametrize("rows", [None, 8])
+@pytest.mark.parametrize("check_every", [3, 8])
+def test_looking_late_at_who_has_ended(qwen3, check_every, rows, monkeypatch):
+    expected = rollout(NativeEngine(prepared(qwen3)))
+    monkeypatch.setitem(engine.CHECK_EVERY, "cpu", check_every)
+    assert_same(rollout(NativeEngine(qwen3, max_concurrent_rows=rows)), expected)
+
+
+def graphed_engine(model, captured, **options):
+    """An engine that replays steps by running them again, with the sizes that they were captured with."""
+    result = NativeEngine(model, **options)
+    result.graphs = GraphedSteps(capture=lambda step: captured.append(step) or step)
+    return result
+
+
+@pytest.mark.parametrize("rows", [None, 8])
+def test_captured_steps(qwen3, rows, monkeypatch):
+    monkeypatch.setitem(engine.CHECK_EVERY, "cpu", 4)
+    expected = rollout(NativeEngine(prepared(qwen3)))
+    captured = []
+    ours = graphed_engine(qwen3, captured, max_concurrent_rows=rows)
+    assert_same(rollout(ours), expected)
+    # later rollouts of the same size capture at most what the first has only warmed up
+    shapes = set(ours.graphs.graphs)
+    assert {shape.rows for shape in shapes} <= {1, 2, 4, 8, 16, 24} and {shape.length for shape in shapes} == {12}
+    assert_same(rollout(ours), expected)
+    number = len(captured)
+    assert number == len(shapes)
+    assert_same(rollout(ours), expected)
+    assert len(captured) == number
+
+
+def test_graphs_outlive_an_update_in_place_but_not_a_move(qwen3):
+    captured = []
+    ours = graphed_engine(prepared(qwen3), captured)
+    rollout(ours), rollout(ours)
+    graphs = ours.graphs.graphs
+    with torch.no_grad():
+        for parameter in qwen3.parameters():
+            parameter.mul_(1.1)
+    assert_same(rollout(ours), rollout(NativeEngine(qwen3)))
+    assert ours.graphs.graphs is graphs
+    qwen3.lm_head.weight = torch.nn.Parameter(qwen3.lm_head.weight.clone())
+    assert_same(rollout(ours), rollout(NativeEngine(qwen3)))
+    assert ours.graphs.graphs is not graphs
+
+
+def test_the_memory_of_graphs_grows_and_is_kept(qwen3):
+    ours = graphed_engine(prepared(qwen3), [])
+    small, large = PROMPTS[:2], PROMPTS
+    rollout(ours, small)
+    first = ours.memory
+    rollout(ours, large)
+    assert ours.memory is not first
+    addresses = [tensor.data_ptr() for tensor in ours.memory.tensors()]
+    assert_same(rollout(ours, small), rollout(NativeEngine(qwen3), small))
+    assert [tensor.data_ptr() for tensor in ours.memory.tensors()] == addresses
+    longer = replace(SAMPLING, max_completion_length=20)
+    assert_same(rollout(ours, large, longer), rollout(NativeEngine(qwen3), large, longer))
+    assert NativeEngine(qwen3).memory is None  # without graphs it ends with the rollout
+
+
+def test_histories_are_not_captured(qwen3):
+    captured = []
+    sampling = replace(SAMPLING, repetition_penalty=1.3)
+    ours = graphed_engine(prepared(qwen3), captured)
+    assert_same(rollout(ours, sampling=sampling), rollout(NativeEngine(qwen3), sampling=sampling))
+    assert not captured
+
+
+def test_buckets():
+    most = Shape(rows=24, groups=3, columns=8, prompt_length=100, length=300)
+    assert bucket(Shape(5, 2, 4, 30, 7), most) == Shape(8, 2, 8, 100, 128)
+    assert bucket(Shape(17, 3, 8, 30, 129), most) == Shape(24, 3, 8, 100, 256)
+    assert bucket(Shape(1, 1, 1, 1, 290), most) == Shape(1, 1, 8, 100, 300)
+
+
+def test_prompt_attention_without_the_cpu_kernel():
+    query, keys, values = torch.randn(2, 2, 3, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
+    bias = torch.zeros(2, 1, 1, 5)
+    bias[1, ..., 3:] = -torch.inf
+    out, lse = attention_and_lse(query, keys, values, bias)
+    for ours, expected in zip(products_and_lse(query, keys, values, bias), (out, lse), strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_16_bit_copies_are_what_autocast_makes(autocast, monkeypatch):
+    model = prepared(lora(build("qwen3")))
+    own = dict(model.named_parameters())
+    with autocast():
+        expected = rollout(NativeEngine(model))
+        monkeypatch.setattr(engine, "LOW_PRECISION_ON", {"cpu"})
+        ours = NativeEngine(model)
+        assert_same(rollout(ours), expected, atol=0)
+    assert all(own[name] is parameter for name, parameter in model.named_parameters())
+    assert ours.weights is None
+    weights = LowPrecisionWeights(model, torch.bfloat16)
+    with pytest.raises(RuntimeError, match="inside"), weights.active():
+        dtypes = {type(m).__name__: m.weight.dtype for m in model.modules() if hasattr(m, "weight")}
+        assert dtypes["Linear"] == torch.bfloat16
+        assert dtypes["Embedding"] == dtypes["Qwen3RMSNorm"] == torch.float32
+        raise RuntimeError("inside")
+    assert all(own[name] is parameter for name, parameter in model.named_parameters())
+
+
+def test_16_bit_copies_follow_the_weights(qwen3):
+    weights = LowPrecisionWeights(qwen3, torch.bfloat16)
+    with torch.no_grad():
+        qwen3.lm_head.weight.mul_(2)
+    addresses = [copy.data_ptr() for copy in weights.copies]
+    weights.refresh()
+    assert [copy.data_ptr() for copy in weights.copies] == addresses
+    for layer, copy in zip(weights.layers, weights.copies, strict=True):
+        assert torch.equal(copy, layer.weight.bfloat16())
 
 
 def test_a_single_token(qwen3):

@@ -1,12 +1,14 @@
-"""Keys and values of a rollout: each prompt's once, each row's own, in memory that is allocated once.
+"""Memory of a rollout, allocated once: keys and values of each prompt once and of each row's own tokens, and the state
+of the rows.
 
 Nothing is padded on the left and nothing is concatenated. Live groups and rows are the first ones: whoever leaves is
-replaced by the last.
+replaced by the last. Addresses never change, so that decoding steps can be captured.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -21,7 +23,7 @@ class LayerCache:
 
 
 class Cache:
-    """Room for `groups` prompts of `prompt_length` tokens and for `rows` completions of `length` tokens.
+    """Keys and values of `groups` prompts of `prompt_length` tokens and of `rows` completions of `length` tokens.
 
     A layer is allocated when it is first written to, with the heads, size, dtype and device of what is written. It
     begins as zeros: what is masked weighs 0, which does not hide a NaN that happens to be in unused memory.
@@ -50,3 +52,20 @@ class Cache:
         for layer in self.layers.values():
             for memory in (layer.prompt_keys, layer.prompt_values):
                 memory[targets] = memory[sources]
+
+
+class Rows:
+    """What is known of each row: room for `rows` completions of `length` tokens."""
+
+    def __init__(self, rows: int, length: int, device: torch.device):
+        self.keys = torch.zeros(rows, dtype=torch.long, device=device)  # of its random numbers
+        self.ages = torch.zeros(rows, dtype=torch.long, device=device)  # place of its last token
+        self.last = torch.zeros(rows, dtype=torch.long, device=device)  # that token
+        self.ended = torch.zeros(rows, dtype=torch.bool, device=device)  # whether an EOS was among its tokens
+        self.tokens = torch.zeros(rows, length, dtype=torch.long, device=device)
+        self.logps = torch.zeros(rows, length, device=device)
+
+    def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copies some rows to others."""
+        for state in vars(self).values():
+            state[targets] = state[sources]

@@ -5,7 +5,8 @@ Rows that finish leave at once, and waiting prompts take their place. What is sa
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,12 +24,17 @@ from ...policy.logprobs import causal_lm
 from ...policy.mode import evaluation_mode
 from ..hf_generate import HFGenerateEngine, check_positions
 from ..sampling import SamplingParams, TokenSampler, group_keys, uniforms
-from .attention import Grid, PromptLayout, RowsLayout
-from .cache import Cache
+from .attention import Grid, PromptLayout, RowsLayout, Shape
+from .cache import Cache, Rows
+from .cuda_graph import GraphedSteps, bucket
+from .weights import LowPrecisionWeights
 
 logger = logging.get_logger(__name__)
 
 PREFILL_TOKENS = 16384  # of prompts in one forward pass
+# Decoding steps between two looks at who has ended, by device: looking makes the host wait for any other than the CPU
+CHECK_EVERY = {"cpu": 1, "cuda": 8}
+LOW_PRECISION_ON = {"cuda"}
 
 
 class NativeEngine:
@@ -39,6 +45,7 @@ class NativeEngine:
         max_concurrent_rows: completions that are decoded at a time, rounded down to whole groups, of which there is at
             least one. Default: as many as keep their keys and values in half of the free memory.
         cache_implementation: of `model.generate`, for what is left to it (see `generate`).
+        cuda_graphs: capture decoding steps (CUDA); the memory of a rollout is then kept for the next.
     """
 
     def __init__(
@@ -47,9 +54,13 @@ class NativeEngine:
         *,
         max_concurrent_rows: int | None = None,
         cache_implementation: str | None = None,
+        cuda_graphs: bool = False,
     ):
         self.model: Any = model
         self.max_concurrent_rows = max_concurrent_rows
+        self.graphs = GraphedSteps() if cuda_graphs else None
+        self.memory: Memory | None = None
+        self.weights: LowPrecisionWeights | None = None
         self.fallback = HFGenerateEngine(
             model, max_concurrent_rows=max_concurrent_rows, cache_implementation=cache_implementation
         )
@@ -69,13 +80,58 @@ class NativeEngine:
             yield from self.fallback.generate(prompts, sampling)
             return
         model = causal_lm(self.model)
-        check_positions(model.config, max(len(prompt.ids) for prompt in prompts), sampling.max_completion_length)
-        rollout = Rollout(model, prompts, sampling, self.max_concurrent_rows)
+        longest = max(len(prompt.ids) for prompt in prompts)
+        check_positions(model.config, longest, sampling.max_completion_length)
+        memory, weights = self._memory(model, len(prompts), longest, sampling), self._weights(model)
+        graphs = None if sampling.history_processors else self.graphs  # those run on the host
+        rollout = Rollout(model, prompts, sampling, memory, graphs)
         while rollout.unfinished:
             # not around the yield, where the consumer's code runs
-            with evaluation_mode(self.model), torch.no_grad():
+            with evaluation_mode(self.model), weights.active() if weights else nullcontext(), torch.no_grad():
                 finished = rollout.advance()
             yield from finished
+
+    def _weights(self, model: Any) -> LowPrecisionWeights | None:
+        """Copies in autocast's dtype, where it is on and does not keep its own for as long as a rollout takes."""
+        device = input_device(model).type
+        if device not in LOW_PRECISION_ON or not torch.is_autocast_enabled(device):
+            return None
+        weights = self.weights or LowPrecisionWeights(model, torch.get_autocast_dtype(device))
+        weights.refresh()
+        self.weights = weights if self.graphs else None  # graphs read them where they are
+        return weights
+
+    def _memory(self, model: Any, prompts: int, longest: int, sampling: SamplingParams) -> "Memory":
+        size, length = sampling.num_generations, sampling.max_completion_length
+        rows = self.max_concurrent_rows
+        groups = rows // size if rows else groups_that_fit(model, longest + size * length)
+        wanted = max(1, min(prompts, groups)), size, longest, length
+        if self.memory is not None and self.memory.holds(*wanted):
+            return self.memory
+        memory = Memory(*wanted, input_device(model))
+        self.memory = memory if self.graphs else None
+        return memory
+
+
+class Memory:
+    """Room for `groups` groups of `size` rows, with prompts of `prompt_length` and completions of `length` tokens."""
+
+    def __init__(self, groups: int, size: int, prompt_length: int, length: int, device: torch.device):
+        self.most = Shape(groups * size, groups, size, prompt_length, length)
+        self.cache = Cache(groups=groups, prompt_length=prompt_length, rows=groups * size, length=length)
+        self.grid = Grid(groups, size, device)
+        self.rows = Rows(groups * size, length, device)
+
+    def holds(self, groups: int, size: int, prompt_length: int, length: int) -> bool:
+        """Whether there is room for so much, in groups of the same size."""
+        most = self.most
+        fits = groups <= most.groups and prompt_length <= most.prompt_length and length <= most.length
+        return fits and size == most.columns
+
+    def tensors(self) -> Iterable[Tensor]:
+        """Everything that is allocated so far."""
+        for part in (self.grid, self.rows, *self.cache.layers.values()):
+            yield from vars(part).values()
 
 
 @dataclass(eq=False)
@@ -101,27 +157,26 @@ class Row:
 
 
 class Rollout:
-    """The state of one call of `generate`. Live groups and rows are the first ones in every tensor."""
+    """One call of `generate`. Live groups and rows are the first ones in every tensor of the memory."""
 
-    def __init__(self, model: Any, prompts: Sequence[Prompt], sampling: SamplingParams, max_rows: int | None):
-        self.model, self.sampling, self.sampler = model, sampling, TokenSampler(sampling)
-        size, length = sampling.num_generations, sampling.max_completion_length
-        longest = max(len(prompt.ids) for prompt in prompts)
-        most = max_rows // size if max_rows else groups_that_fit(model, longest + size * length)
-        num_groups = max(1, min(len(prompts), most))
-        num_rows = num_groups * size
-        self.cache = Cache(groups=num_groups, prompt_length=longest, rows=num_rows, length=length)
+    def __init__(
+        self,
+        model: Any,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams,
+        memory: Memory,
+        graphs: GraphedSteps | None = None,
+    ):
+        self.model, self.sampling, self.memory, self.graphs = model, sampling, memory, graphs
+        self.sampler = TokenSampler(sampling)
+        self.device = memory.rows.keys.device
+        self.eos = torch.tensor(sampling.eos_token_ids, device=self.device)
+        self.check_every = CHECK_EVERY.get(self.device.type, 1)
         self.waiting = deque(prompts)
         self.groups: list[LiveGroup] = []
         self.rows: list[Row] = []
-        self.grid: Grid | None = None  # None: rows or groups have changed
+        self.columns = 0  # rows of the fullest group; 0: rows or groups have changed
         self.step = 0  # of decoding
-        device = input_device(model)
-        self.eos = torch.tensor(sampling.eos_token_ids, device=device)
-        self.keys = torch.zeros(num_rows, dtype=torch.long, device=device)  # of the random numbers
-        self.tokens = torch.zeros(num_rows, length, dtype=torch.long, device=device)
-        self.logps = torch.zeros(num_rows, length, device=device)
-        self.ended = torch.zeros(num_rows, dtype=torch.bool, device=device)
 
     @property
     def unfinished(self) -> bool:
@@ -132,107 +187,119 @@ class Rollout:
         """Goes on until a group is complete."""
         finished: list[Group] = []
         while not finished and self.unfinished:
-            if self.waiting and len(self.groups) < self.cache.groups:
+            if self.waiting and len(self.groups) < self.memory.most.groups:
                 self.admit()
             else:
                 self.decode()
-            finished = self.retire()
+            if self.step % self.check_every == 0 or self._age_of_oldest() + 1 == self.sampling.max_completion_length:
+                finished = self.retire()
         return finished
 
     def admit(self) -> None:
         """Prefills waiting prompts as far as there is room, and samples the first token of each of their rows."""
         prompts: list[Prompt] = []
-        while self.waiting and len(self.groups) + len(prompts) < self.cache.groups:
+        while self.waiting and len(self.groups) + len(prompts) < self.memory.most.groups:
             if prompts and sum(len(prompt.ids) for prompt in [*prompts, self.waiting[0]]) > PREFILL_TOKENS:
                 break
             prompts.append(self.waiting.popleft())
         lengths = [len(prompt.ids) for prompt in prompts]
-        layout = PromptLayout(self.cache, range(len(self.groups), len(self.groups) + len(prompts)), lengths)
-        ids = torch.tensor([token for prompt in prompts for token in prompt.ids], device=self.keys.device)
-        positions = torch.cat([torch.arange(length) for length in lengths]).to(self.keys.device)
-        hidden = self._run(ids[None], positions[None], layout)[0]
-        last = torch.tensor(lengths).cumsum(0) - 1
-        logits = to_logits(self.model, hidden[last.to(self.keys.device)])
+        slots = range(len(self.groups), len(self.groups) + len(prompts))
+        ids = torch.tensor([token for prompt in prompts for token in prompt.ids], device=self.device)
+        positions = torch.cat([torch.arange(length) for length in lengths]).to(self.device)
+        hidden = self._run(ids[None], positions[None], PromptLayout(self.memory.cache, slots, lengths))[0]
+        last = (torch.tensor(lengths).cumsum(0) - 1).to(self.device)
+        logits = to_logits(self.model, hidden[last])
 
         size, first = self.sampling.num_generations, len(self.rows)
         new = [LiveGroup(prompt) for prompt in prompts]
         self.groups += new
         self.rows += [Row(group, number, self.step) for group in new for number in range(size)]
-        rows = slice(first, len(self.rows))
-        self.keys[rows] = group_keys(self.sampling, [prompt.draw for prompt in prompts]).to(self.keys.device)
-        self.ended[rows] = False
-        self._accept(rows, 0, logits.repeat_interleave(size, dim=0))
-        self.grid = None
+        self.columns = 0
+        rows, state = slice(first, len(self.rows)), self.memory.rows
+        state.keys[rows] = group_keys(self.sampling, [prompt.draw for prompt in prompts]).to(self.device)
+        state.ages[rows], state.ended[rows] = 0, False
+        self._accept(rows, logits.repeat_interleave(size, dim=0))
+        if self.graphs is not None:  # the first prompts have allocated the last of the memory
+            self.graphs.sync([*self.model.parameters(), *self.memory.tensors()])
 
     def decode(self) -> None:
         """One more token for every row."""
-        n = len(self.rows)
-        grid = self.grid = self.grid or self._new_grid()
-        oldest = self.step - min(row.born for row in self.rows)  # place of its last token in its completion
-        ages = oldest if grid.births is None else self.step - grid.births
-        last = self.tokens[:n, ages] if isinstance(ages, int) else self.tokens[:n].gather(1, ages[:, None])[:, 0]
-        layout = RowsLayout(self.cache, grid, ages, length=oldest + 1)
-        hidden = self._run(last[:, None], (grid.prompt_lengths + ages)[:, None], layout)
-        self._accept(slice(0, n), ages + 1, to_logits(self.model, hidden[:, 0]))
+        prompt_lengths = [len(group.prompt.ids) for group in self.groups]
+        if not self.columns:
+            number = {id(group): i for i, group in enumerate(self.groups)}
+            self.columns = self.memory.grid.assign([number[id(row.group)] for row in self.rows], prompt_lengths)
+        length = self._age_of_oldest() + 1
+        shape = Shape(len(self.rows), len(self.groups), self.columns, max(prompt_lengths), length)
+        if self.graphs is None:
+            self._step(shape)
+        else:
+            self.graphs.run(self._step, bucket(shape, self.memory.most))
         self.step += 1
+
+    def _step(self, shape: Shape) -> None:
+        """On what is in the memory, and nothing else: this is what a graph replays."""
+        state, grid, n = self.memory.rows, self.memory.grid, shape.rows
+        layout = RowsLayout(self.memory.cache, grid, shape, state.ages[:n])
+        positions = grid.prompt_lengths[grid.owners[:n]] + state.ages[:n]
+        hidden = self._run(state.last[:n, None], positions[:, None], layout)
+        state.ages[:n] = (state.ages[:n] + 1).clamp(max=state.tokens.shape[1] - 1)  # rows that nobody reads go on
+        self._accept(slice(0, n), to_logits(self.model, hidden[:, 0]))
 
     def retire(self) -> list[Group]:
         """Takes out rows that have ended and groups that are complete; the last ones close the gaps."""
-        ended, length = self.ended[: len(self.rows)].tolist(), self.sampling.max_completion_length
-        ages = [self.step - row.born + 1 for row in self.rows]
-        leaving = [i for i, age in enumerate(ages) if ended[i] or age == length]
+        state, eos = self.memory.rows, set(self.sampling.eos_token_ids)
+        ended, ages = state.ended[: len(self.rows)].tolist(), [self.step - row.born for row in self.rows]
+        longest = self.sampling.max_completion_length
+        leaving = [i for i, age in enumerate(ages) if ended[i] or age + 1 == longest]
         if not leaving:
             return []
-        eos = set(self.sampling.eos_token_ids)
-        for i, ids, logps in zip(leaving, self.tokens[leaving].tolist(), self.logps[leaving].tolist(), strict=True):
-            end = next((place + 1 for place, token in enumerate(ids[: ages[i]]) if token in eos), ages[i])
-            self.rows[i].group.completions[self.rows[i].number] = (ids[:end], logps[:end], ids[end - 1] in eos)
-        moves = close_gaps(self.rows, leaving)
-        if moves[0]:
-            self.cache.move_rows(*moves, max(ages))
-            for state in (self.keys, self.tokens, self.logps, self.ended):
-                state[moves[1]] = state[moves[0]]
-        complete = [
-            i for i, group in enumerate(self.groups) if len(group.completions) == self.sampling.num_generations
-        ]
+        for i, ids, logps in zip(leaving, state.tokens[leaving].tolist(), state.logps[leaving].tolist(), strict=True):
+            length = next((place for place, token in enumerate(ids[: ages[i]]) if token in eos), ages[i]) + 1
+            self.rows[i].group.completions[self.rows[i].number] = (
+                ids[:length],
+                logps[:length],
+                ids[length - 1] in eos,
+            )
+        sources, targets = close_gaps(self.rows, leaving)
+        if sources:
+            self.memory.cache.move_rows(sources, targets, max(ages))
+            state.move(sources, targets)
+        size = self.sampling.num_generations
+        complete = [i for i, group in enumerate(self.groups) if len(group.completions) == size]
         finished = [self.groups[i].as_group() for i in complete]
-        moves = close_gaps(self.groups, complete)
-        if moves[0]:
-            self.cache.move_groups(*moves)
-        self.grid = None
+        sources, targets = close_gaps(self.groups, complete)
+        if sources:
+            self.memory.cache.move_groups(sources, targets)
+        self.columns = 0
         return finished
 
-    def _new_grid(self) -> Grid:
-        number = {id(group): i for i, group in enumerate(self.groups)}
-        owners, births = zip(*((number[id(row.group)], row.born) for row in self.rows), strict=True)
-        return Grid([len(group.prompt.ids) for group in self.groups], owners, births, self.keys.device)
+    def _accept(self, rows: slice, logits: Tensor) -> None:
+        """Samples the token of each row that is at its age."""
+        state = self.memory.rows
+        ages, histories = state.ages[rows], self._histories(rows) if self.sampler.needs_history else ()
+        tokens, logps = self.sampler(logits, uniforms(state.keys[rows], ages), histories)
+        state.tokens[rows].scatter_(1, ages[:, None], tokens[:, None])
+        state.logps[rows].scatter_(1, ages[:, None], logps[:, None])
+        state.last[rows] = tokens
+        state.ended[rows] |= torch.isin(tokens, self.eos)
 
-    def _accept(self, rows: slice, place: int | Tensor, logits: Tensor) -> None:
-        """Samples token number `place` of the rows."""
-        histories = self._histories(rows, place) if self.sampler.needs_history else ()
-        tokens, logps = self.sampler(logits, uniforms(self.keys[rows], place), histories)
-        if isinstance(place, int):
-            self.tokens[rows, place], self.logps[rows, place] = tokens, logps
-        else:
-            self.tokens[rows].scatter_(1, place[:, None], tokens[:, None])
-            self.logps[rows].scatter_(1, place[:, None], logps[:, None])
-        self.ended[rows] |= torch.isin(tokens, self.eos)
-
-    def _histories(self, rows: slice, place: int | Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def _histories(self, rows: slice) -> Iterator[tuple[Tensor, Tensor]]:
         """The tokens so far of the rows of each group, which are equally many; see `TokenSampler`."""
-        for group in dict.fromkeys(row.group for row in self.rows[rows]):
-            mine = [i for i, row in enumerate(self.rows[rows]) if row.group is group]
-            count = place if isinstance(place, int) else int(place[mine[0]])
-            prompt = torch.tensor(group.prompt.ids, device=self.keys.device).expand(len(mine), -1)
-            yield torch.tensor(mine, device=prompt.device), torch.cat([prompt, self.tokens[rows][mine, :count]], dim=1)
+        tokens, ages = self.memory.rows.tokens[rows], self.memory.rows.ages[rows].tolist()
+        members: dict[LiveGroup, list[int]] = {}
+        for i, row in enumerate(self.rows[rows]):
+            members.setdefault(row.group, []).append(i)
+        for group, mine in members.items():
+            prompt = torch.tensor(group.prompt.ids, device=self.device).expand(len(mine), -1)
+            yield torch.tensor(mine, device=self.device), torch.cat([prompt, tokens[mine, : ages[mine[0]]]], dim=1)
 
     def _run(self, ids: Tensor, positions: Tensor, layout: Layout) -> Tensor:
         """(B, N) -> hidden states (B, N, d) as the head takes them."""
-        model = self.model.base_model
-        mask = no_mask(ids.device)
-        return model(
-            input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False, layout=layout
-        ).last_hidden_state
+        inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": no_mask(ids.device)}
+        return self.model.base_model(**inputs, use_cache=False, layout=layout).last_hidden_state
+
+    def _age_of_oldest(self) -> int:
+        return max((self.step - row.born for row in self.rows), default=0)
 
 
 def groups_that_fit(model: Any, tokens: int) -> int:

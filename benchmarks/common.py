@@ -81,8 +81,8 @@ class Load:
         low, high = self.prompt_len
         mean = round(self.completion_len * (1 - self.raggedness))
         return (
-            f"{self.prompts} prompts x {self.group}, prompts of {low}-{high} tokens, completions of {mean} on average, "
-            f"{self.completion_len} at most, mu {self.mu}"
+            f"{self.prompts} prompts x {self.group}, prompts of {low}-{high} tokens, completions of {mean} on average "
+            f"and {self.completion_len} at most, mu {self.mu}"
         )
 
 

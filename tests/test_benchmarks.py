@@ -5,34 +5,77 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import common
 import pytest
+from common import LOADS, SHAPES, Load, build_prompts, build_tokenizer, check_same_work, eos_ids, loads_of, ratios
+from learner_vs_trl import completions_of
+from rollout_vs_trl import floor_seconds
+from step_vs_trl import Clock
 
-from benchmarks.step_vs_trl import RATIOS, Clock, build_prompts, build_tokenizer, eos_ids, parse, ratios
 from tests.conftest import ROOT
+
+TINY = Load(shape="tiny", prompts=3, prompt_len=(10, 20))
+
+
+def parse(*words: str) -> dict[str, Load]:
+    return loads_of(common.parser("", "x.json").parse_args(words))
+
+
+def test_named_loads_are_those_of_the_documentation():
+    assert LOADS["a"] == Load("small", 8, 8, (100, 200), 128, 0.625, 1)
+    assert (LOADS["b"].prompts, LOADS["b"].group, LOADS["b"].mu) == (2, 4, 4)
+    assert LOADS["c"].prompt_len == (600, 600) and LOADS["c"].group == 8
+    assert (LOADS["d"].group, LOADS["d"].prompt_len, LOADS["d"].raggedness) == (2, (8, 8), 0.0)
+    page = (ROOT / "docs" / "performance.md").read_text()
+    assert all(f"({name}) {load}" in page for name, load in LOADS.items())
+
+
+def test_the_command_line_changes_fields_of_all_loads():
+    found = parse("--load", "a,d", "--mu", "3", "--prompt-len", "5,9", "--shape", "tiny")
+    for name in ("a", "d"):
+        assert found[name] == replace(LOADS[name], mu=3, prompt_len=(5, 9), shape="tiny")
+    assert parse("--prompt-len", "7")["a"].prompt_len == (7, 7)
 
 
 def test_prompts_are_the_tokens_that_were_drawn():
-    load = parse(["--vocab", "512", "--prompts", "3", "--steps", "2", "--prompt_length", "10,20"])
-    rows = build_tokenizer(load)(build_prompts(load))["input_ids"]
+    rows = build_tokenizer(TINY)(build_prompts(TINY, 3))["input_ids"]
     assert len(rows) == 9
     assert {len(ids) for ids in rows} <= set(range(10, 21))
-    assert not set(eos_ids(load)) & {i for ids in rows for i in ids}
-    assert eos_ids(load)[:3] == [1, 49, 97]
+    assert not set(eos_ids(TINY)) & {i for ids in rows for i in ids}
 
 
-def test_figures_leave_out_the_first_round():
-    load = parse(["--steps", "2", "--max_completion_length", "6"])
+@pytest.mark.parametrize("raggedness", [0.2, 0.5, 0.625, 0.9])
+def test_eos_ids_make_completions_as_ragged_as_asked(raggedness):
+    load = replace(LOADS["a"], raggedness=raggedness)
+    p = len(eos_ids(load)) / SHAPES["small"]["vocab_size"]
+    mean = (1 - (1 - p) ** 128) / p  # of a geometric length that is cut at 128
+    assert mean == pytest.approx(128 * (1 - raggedness), rel=0.05)
+    assert eos_ids(replace(load, raggedness=0.0)) == [1]
+
+
+def test_given_completions_are_a_function_of_the_draw_and_end_with_an_eos():
+    rows = [ids for draw in range(50) for ids in completions_of(LOADS["a"], draw)]
+    assert rows == [ids for draw in range(50) for ids in completions_of(LOADS["a"], draw)]
+    eos = set(eos_ids(LOADS["a"]))
+    assert all(ids[-1] in eos and not eos & set(ids[:-1]) for ids in rows)
+    assert sum(map(len, rows)) / len(rows) == pytest.approx(48, rel=0.15)
+    assert {len(ids) for ids in completions_of(LOADS["d"], 0)} == {64}
+
+
+def test_figures_are_medians_that_leave_out_the_first_round():
     clock = Clock(mu=1, device="cpu")
-    clock.marks, clock.rollouts, clock.lengths = [0.0, 100.0, 104.0, 110.0], [90.0, 1.0, 3.0], [[6], [2, 6], [4, 4]]
-    assert clock.figures(load) == {
-        "tokens_per_second": 1.6,  # 16 tokens in 10 seconds
-        "round_seconds": 5.0,
-        "rollout_seconds": 2.0,
+    clock.marks, clock.rollouts = [0.0, 100.0, 104.0, 110.0, 210.0], [90.0, 1.0, 3.0, 50.0]
+    clock.lengths = [[6], [2, 6], [4, 4], [6, 4]]
+    assert clock.figures(Load(steps=3, completion_len=6)) == {
+        "tokens_per_second": pytest.approx(8 / 6),  # of 8 in 4, 8 in 6, 10 in 100 seconds
+        "round_seconds": 6.0,
+        "rollout_seconds": 3.0,
         "rest_seconds": 3.0,
-        "mean_completion_length": 4.0,
-        "share_at_max_length": 0.25,
+        "mean_completion_length": pytest.approx(26 / 6),
+        "share_at_max_length": pytest.approx(2 / 6),
     }
 
 
@@ -40,47 +83,73 @@ def test_missing_rollout_is_an_error():
     clock = Clock(mu=1, device="cpu")
     clock.marks, clock.lengths = [0.0, 1.0, 2.0], [[1], [1]]
     with pytest.raises(RuntimeError, match="fix SIDES"):
-        clock.figures(parse(["--steps", "1"]))
+        clock.figures(Load())
 
 
 def test_ratios_pair_the_repeats():
-    def row(side: str, mu: int, value: float) -> dict:
-        return {"side": side, "mu": mu} | dict.fromkeys(RATIOS, value)
-
-    rows = [row("trl", 1, 2.0), row("grpo_trl", 1, 6.0), row("trl", 1, 4.0), row("grpo_trl", 1, 4.0), row("trl", 4, 1)]
-    assert ratios(rows) == {"mu 1": {name: [3.0, 1.0] for name in RATIOS}}  # mu 4 has one side only
+    rows = [{"side": side, "x": value} for side, value in [("trl", 2.0), ("ours", 6.0), ("trl", 4.0), ("ours", 4.0)]]
+    assert ratios(rows, "ours", "trl", ["x"]) == {"x": [3.0, 1.0]}
 
 
-def test_unknown_side_is_refused(capsys):
-    with pytest.raises(SystemExit):
-        parse(["--sides", "trl,verl"])
-    assert "--sides got verl; use trl, grpo_trl" in capsys.readouterr().err
+def test_other_work_is_an_error():
+    rows = [{"side": "trl", "tokens": 100.0}, {"side": "grpo_trl", "tokens": 80.0}]
+    check_same_work(rows, "tokens", 0.2)
+    with pytest.raises(RuntimeError, match="did not do the same work: tokens"):
+        check_same_work(rows, "tokens", 0.1)
+
+
+def test_floor_of_a_rollout():
+    # Qwen3-0.6B, 8 prompts x 8, prompts of 256, all completions 1024 long: 1.24 s at 4.3 TB/s
+    load = Load("qwen3-0.6b", 8, 8, (256, 256), 1024, 0.0, device="cuda")
+    assert floor_seconds(load, 1024, 4.3e12) == pytest.approx(1.24, rel=0.02)
+
+
+SMALL = "--shape tiny --prompts 2 --group 4 --prompt-len 5,9 --completion-len 16 --steps 1"
+
+
+def run(script: str, output: Path, *options: str) -> dict:
+    subprocess.run(
+        [sys.executable, f"benchmarks/{script}.py", *SMALL.split(), *options, "--output", str(output)],
+        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, timeout=500,
+    )  # fmt: skip
+    text = output.read_text()
+    # nothing of this machine but its sizes
+    assert not [word for word in (str(ROOT), str(output.parent), socket.gethostname()) if word in text]
+    result = json.loads(text)
+    assert result["command"].startswith(f"python benchmarks/{script}.py --load ")
+    assert set(result["versions"]) == {"torch", "transformers", "trl", "grpo_trl"}
+    return result["loads"]
 
 
 @pytest.mark.slow
 @pytest.mark.ci
 def test_step_vs_trl_runs_both_sides(tmp_path: Path):
-    size = "--hidden 32 --layers 1 --vocab 256 --prompts 2 --num_generations 4 --prompt_length 5,9 --eos_every 8"
-    size += " --max_completion_length 16 --mu 1,2"
-    output = tmp_path / "results" / "small.json"
-    subprocess.run(
-        [sys.executable, "benchmarks/step_vs_trl.py", *size.split(), "--output", str(output)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        check=True,
-        timeout=500,
-    )
-    text = output.read_text()
-    result = json.loads(text)
-    runs = [(row["mu"], row["side"]) for row in result["measurements"]]
-    assert runs == [(1, "trl"), (1, "grpo_trl"), (2, "trl"), (2, "grpo_trl")]
-    for row in result["measurements"]:
-        assert 1 <= row["mean_completion_length"] <= 16
-        assert 0 < row["rollout_seconds"] < row["round_seconds"]
-        assert row["peak_memory_mib"] > 100
-    peer, ours = result["measurements"][:2]
-    for name in RATIOS:
-        assert result["ratios"]["mu 1"][name] == [pytest.approx(ours[name] / peer[name], abs=1e-3)]
-    assert set(result["versions"]) == {"torch", "transformers", "trl", "grpo_trl"}
-    # nothing of this machine but its sizes
-    assert not [word for word in (str(ROOT), str(tmp_path), socket.gethostname()) if word in text]
+    loads = run("step_vs_trl", tmp_path / "results" / "small.json", "--load", "a,b")
+    assert list(loads) == ["a", "b"] and loads["b"]["load"]["mu"] == 4
+    for result in loads.values():
+        peer, ours = result["measurements"]
+        assert (peer["side"], ours["side"]) == ("trl", "grpo_trl")
+        for row in (peer, ours):
+            assert 1 <= row["mean_completion_length"] <= 16
+            assert 0 < row["rollout_seconds"] < row["round_seconds"]
+            assert row["peak_memory_mib"] > 100
+        speed = ours["tokens_per_second"] / peer["tokens_per_second"]
+        assert result["ratios"]["tokens_per_second"] == [pytest.approx(speed, abs=1e-3)]
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_learner_vs_trl_has_the_same_losses_on_both_sides(tmp_path: Path):
+    for result in run("learner_vs_trl", tmp_path / "small.json", "--load", "a,b").values():
+        peer, ours = result["measurements"]
+        assert peer["tokens"] == ours["tokens"]
+        # several updates: their weights, and so their losses, differ by rounding
+        assert ours["loss_norm"] == pytest.approx(peer["loss_norm"], rel=1e-4)
+        assert ours["loss_norm"] > 0.01
+
+
+@pytest.mark.slow
+def test_rollout_vs_trl_runs_all_sides(tmp_path: Path):
+    (result,) = run("rollout_vs_trl", tmp_path / "small.json", "--load", "a").values()
+    assert [row["side"] for row in result["measurements"]] == ["generate", "continuous_batching", "native"]
+    assert {"native / generate", "native / continuous_batching"} <= result.keys()

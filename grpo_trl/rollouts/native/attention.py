@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ...policy.attention import GroupLayout, flash_cpu
-from .cache import Cache, LayerCache
+from .cache import Cache
 
 
 class PromptLayout(GroupLayout):
@@ -75,59 +75,75 @@ class RowsLayout:
     """
 
     def __init__(self, cache: Cache, grid: Grid, shape: Shape, ages: Tensor):
-        self.cache, self.shape, self.ages = cache, shape, ages
-        self.rows = torch.arange(shape.rows, device=ages.device)
-        self.side_by_side = grid.rows[: shape.groups, None, : shape.columns]
-        self.owners, self.places = grid.owners[: shape.rows, None], grid.places[: shape.rows, None]
-        # (n, 1, 1, T) and (P, 1, 1, S): -inf where a row has no token yet, and behind the end of a prompt
-        self.bias = _bias(torch.arange(shape.length, device=ages.device) > ages[:, None])
-        positions = torch.arange(shape.prompt_length, device=ages.device)
-        self.prompt_bias = _bias(positions >= grid.prompt_lengths[: shape.groups, None])
+        self.cache, self.grid, self.shape, self.ages = cache, grid, shape, ages
+        self.index: _Index | None = None  # made by the first layer, which knows the heads
 
     def attend(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, *, scaling: float, dropout: float = 0.0
     ) -> Tensor:
         """query (n, H, 1, D), key and value (n, Hk, 1, D) -> (n, 1, H, D). See `Layout`."""
         n, num_heads, _, size = query.shape
+        heads, shape = key.shape[1], self.shape
+        repeats = num_heads // heads
+        index = self.index = self.index or _Index(self, heads, repeats)
         layer = self.cache.layer(module.layer_idx, key)
-        layer.keys[self.rows, :, self.ages] = key[:, :, 0]
-        layer.values[self.rows, :, self.ages] = value[:, :, 0]
-        query = query.view(n, key.shape[1], -1, size) * scaling  # (n, Hk, queries to a key head, D)
-        prompt_out, prompt_lse = self._attend_to_prompts(query, layer)
-        scores = query @ layer.keys[:n, :, : self.shape.length].transpose(-1, -2) + self.bias
+        # each key-value head of a row is a row of its own from here on: (n Hk, queries that share its keys, D)
+        query = query.reshape(n * heads, repeats * size)
+        keys, values = layer.keys.flatten(0, 1), layer.values.flatten(0, 1)
+        keys.flatten(0, 1).index_copy_(0, index.write, key.reshape(-1, size))
+        values.flatten(0, 1).index_copy_(0, index.write, value.reshape(-1, size))
+        keys, values = (x[: n * heads, : shape.length] for x in (keys, values))
+
+        side_by_side = query.index_select(0, index.side_by_side).view(shape.groups, heads, -1, size)
+        prompts = (x[: shape.groups, :, : shape.prompt_length] for x in (layer.prompt_keys, layer.prompt_values))
+        prompt_out, prompt_lse = attention_and_lse(side_by_side, *prompts, index.prompt_bias, scaling)
+        prompt_out = prompt_out.reshape(-1, repeats * size).index_select(0, index.back).view(-1, repeats, size)
+        prompt_lse = prompt_lse.reshape(-1, repeats).index_select(0, index.back)
+
+        scores = torch.baddbmm(index.bias, query.view(-1, repeats, size), keys.transpose(1, 2), alpha=scaling)
         # the prompt is one more key: its score is the log-sum-exp of its scores, its value what it gave by itself
         weights = torch.cat([prompt_lse[..., None], scores], dim=-1).softmax(-1).to(value.dtype)
-        own_out = weights[..., 1:] @ layer.values[:n, :, : self.shape.length]
-        return torch.addcmul(own_out, weights[..., :1], prompt_out).view(n, 1, num_heads, size)
-
-    def _attend_to_prompts(self, query: Tensor, layer: LayerCache) -> tuple[Tensor, Tensor]:
-        """query (n, Hk, r, D), scaled -> output (n, Hk, r, D) and log-sum-exp (n, Hk, r) over the prompt's keys."""
-        _, groups, columns, length, _ = self.shape
-        _, heads, repeats, size = query.shape
-        head = torch.arange(heads, device=query.device)
-        side_by_side = query[self.side_by_side, head[:, None]].view(groups, heads, columns * repeats, size)
-        keys, values = (x[:groups, :, :length] for x in (layer.prompt_keys, layer.prompt_values))
-        out, lse = attention_and_lse(side_by_side, keys, values, self.prompt_bias)
-        of_rows = (self.owners, head, self.places)
-        out, lse = out.reshape(groups, heads, columns, repeats, size), lse.reshape(groups, heads, columns, repeats)
-        return out[of_rows], lse[of_rows]
+        out = torch.addcmul(weights[..., 1:] @ values, weights[..., :1], prompt_out)
+        return out.view(n, 1, num_heads, size)
 
 
-def attention_and_lse(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """query (P, Hk, N, D), scaled; keys, values (P, Hk, S, D); bias (P, 1, 1, S) -> (P, Hk, N, D), (P, Hk, N) fp32."""
+class _Index:
+    """Where the heads of a step's rows are: the same for all layers."""
+
+    def __init__(self, layout: RowsLayout, heads: int, repeats: int):
+        shape, grid, ages = layout.shape, layout.grid, layout.ages
+        head = torch.arange(heads, device=ages.device)
+        row = torch.arange(shape.rows, device=ages.device)[:, None] * heads + head  # (n, Hk)
+        # from queries to the grid, (P, Hk, K), and back; places of the new keys in the memory
+        self.side_by_side = (grid.rows[: shape.groups, None, : shape.columns] * heads + head[:, None]).flatten()
+        owners, places = grid.owners[: shape.rows, None], grid.places[: shape.rows, None]
+        self.back = ((owners * heads + head) * shape.columns + places).flatten()
+        self.write = (row * layout.cache.length + ages[:, None]).flatten()
+        # -inf where a row has no token yet, (n Hk, r, T), and behind the end of a prompt, (P, 1, K r, S)
+        bias = _bias(torch.arange(shape.length, device=ages.device) > ages[:, None])
+        self.bias = bias[:, None].expand(-1, heads, -1).flatten(0, 1)[:, None].expand(-1, repeats, -1)
+        behind = torch.arange(shape.prompt_length, device=ages.device) >= grid.prompt_lengths[: shape.groups, None]
+        self.prompt_bias = _bias(behind)[:, None, None].expand(-1, -1, shape.columns * repeats, -1)
+
+
+def attention_and_lse(
+    query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """query (P, Hk, N, D); keys, values (P, Hk, S, D); bias (P, 1, N, S) -> (P, Hk, N, D), (P, Hk, N) in fp32."""
     if query.device.type == "cpu":
-        mask = bias.to(query.dtype).expand(-1, -1, query.shape[2], -1)
-        return flash_cpu(query, keys, values, attn_mask=mask, scale=1.0)
-    return products_and_lse(query, keys, values, bias)
+        return flash_cpu(query, keys, values, attn_mask=bias.to(query.dtype), scale=scaling)
+    return products_and_lse(query, keys, values, bias, scaling)
 
 
-def products_and_lse(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def products_and_lse(
+    query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
     """`attention_and_lse` on any device."""
-    scores = query @ keys.transpose(-1, -2) + bias
+    scores = query @ keys.transpose(-1, -2) * scaling + bias
     lse = scores.logsumexp(-1)
     return (scores - lse[..., None]).exp().to(values.dtype) @ values, lse
 
 
 def _bias(hidden: Tensor) -> Tensor:
-    """(B, N) -> (B, 1, 1, N) fp32: -inf where hidden."""
-    return torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, -torch.inf)[:, None, None]
+    """fp32: -inf where hidden, else 0."""
+    return torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, -torch.inf)

@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from ...batch import Group, Prompt
 from ...placement import input_device
-from ...policy.attention import Layout, no_mask
+from ...policy.attention import no_mask
 from ...policy.head import to_logits
 from ...policy.logprobs import causal_lm
 from ...policy.mode import evaluation_mode
@@ -27,6 +27,7 @@ from ..sampling import SamplingParams, TokenSampler, group_keys, uniforms
 from .attention import Grid, PromptLayout, RowsLayout, Shape
 from .cache import Cache, Rows
 from .cuda_graph import GraphedSteps, bucket
+from .decoder import Runner
 from .weights import LowPrecisionWeights
 
 logger = logging.get_logger(__name__)
@@ -61,6 +62,7 @@ class NativeEngine:
         self.graphs = GraphedSteps() if cuda_graphs else None
         self.memory: Memory | None = None
         self.weights: LowPrecisionWeights | None = None
+        self.runner: Runner | None = None
         self.fallback = HFGenerateEngine(
             model, max_concurrent_rows=max_concurrent_rows, cache_implementation=cache_implementation
         )
@@ -84,7 +86,9 @@ class NativeEngine:
         check_positions(model.config, longest, sampling.max_completion_length)
         memory, weights = self._memory(model, len(prompts), longest, sampling), self._weights(model)
         graphs = None if sampling.history_processors else self.graphs  # those run on the host
-        rollout = Rollout(model, prompts, sampling, memory, graphs)
+        if self.runner is None or not self.runner.fits(model.base_model):
+            self.runner = Runner(model.base_model)
+        rollout = Rollout(model, self.runner, prompts, sampling, memory, graphs)
         while rollout.unfinished:
             # not around the yield, where the consumer's code runs
             with evaluation_mode(self.model), weights.active() if weights else nullcontext(), torch.no_grad():
@@ -162,12 +166,14 @@ class Rollout:
     def __init__(
         self,
         model: Any,
+        runner: Runner,
         prompts: Sequence[Prompt],
         sampling: SamplingParams,
         memory: Memory,
         graphs: GraphedSteps | None = None,
     ):
-        self.model, self.sampling, self.memory, self.graphs = model, sampling, memory, graphs
+        self.model, self.runner, self.sampling = model, runner, sampling
+        self.memory, self.graphs = memory, graphs
         self.sampler = TokenSampler(sampling)
         self.device = memory.rows.keys.device
         self.eos = torch.tensor(sampling.eos_token_ids, device=self.device)
@@ -206,7 +212,9 @@ class Rollout:
         slots = range(len(self.groups), len(self.groups) + len(prompts))
         ids = torch.tensor([token for prompt in prompts for token in prompt.ids], device=self.device)
         positions = torch.cat([torch.arange(length) for length in lengths]).to(self.device)
-        hidden = self._run(ids[None], positions[None], PromptLayout(self.memory.cache, slots, lengths))[0]
+        inputs = {"input_ids": ids[None], "position_ids": positions[None], "attention_mask": no_mask(self.device)}
+        layout = PromptLayout(self.memory.cache, slots, lengths)
+        hidden = self.model.base_model(**inputs, use_cache=False, layout=layout).last_hidden_state[0]
         last = (torch.tensor(lengths).cumsum(0) - 1).to(self.device)
         logits = to_logits(self.model, hidden[last])
 
@@ -241,9 +249,9 @@ class Rollout:
         state, grid, n = self.memory.rows, self.memory.grid, shape.rows
         layout = RowsLayout(self.memory.cache, grid, shape, state.ages[:n])
         positions = grid.prompt_lengths[grid.owners[:n]] + state.ages[:n]
-        hidden = self._run(state.last[:n, None], positions[:, None], layout)
+        hidden = self.runner(state.last[:n], positions, layout)
         state.ages[:n] = (state.ages[:n] + 1).clamp(max=state.tokens.shape[1] - 1)  # rows that nobody reads go on
-        self._accept(slice(0, n), to_logits(self.model, hidden[:, 0]))
+        self._accept(slice(0, n), to_logits(self.model, hidden))
 
     def retire(self) -> list[Group]:
         """Takes out rows that have ended and groups that are complete; the last ones close the gaps."""
@@ -292,11 +300,6 @@ class Rollout:
         for group, mine in members.items():
             prompt = torch.tensor(group.prompt.ids, device=self.device).expand(len(mine), -1)
             yield torch.tensor(mine, device=self.device), torch.cat([prompt, tokens[mine, : ages[mine[0]]]], dim=1)
-
-    def _run(self, ids: Tensor, positions: Tensor, layout: Layout) -> Tensor:
-        """(B, N) -> hidden states (B, N, d) as the head takes them."""
-        inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": no_mask(ids.device)}
-        return self.model.base_model(**inputs, use_cache=False, layout=layout).last_hidden_state
 
     def _age_of_oldest(self) -> int:
         return max((self.step - row.born for row in self.rows), default=0)

@@ -23,9 +23,8 @@ def answer_format(completions: list[Any], **kwargs: Any) -> list[float]:
 
 
 def _is_think_then_answer(text: str) -> bool:
+    # counted first: with many tags the expression would try every pair of them
+    if any(text.count(tag) != 1 for tag in _TAGS):
+        return False
     match = _THINK_THEN_ANSWER.fullmatch(text)
-    return (
-        match is not None
-        and all(text.count(tag) == 1 for tag in _TAGS)
-        and all(block.strip() for block in match.groups())
-    )
+    return match is not None and all(block.strip() for block in match.groups())

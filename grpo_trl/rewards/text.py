@@ -55,9 +55,9 @@ def _gold_text(value: Any) -> str | None:
 def final_answer(text: str) -> str:
     r"""The part of a text that states its answer; the whole text where nothing marks one; "" inside `<think>`.
 
-    Reasoning up to the last `</think>` is left out; reasoning that goes on to the end has no answer. Then the last mark
-    of the first kind that is there counts: `<answer>...</answer>`, `\boxed{...}`, GSM8K's `#### ...`. A later mark
-    replaces an earlier one, so listing several answers does not help.
+    Reasoning up to the last `</think>` is left out; reasoning that goes on to the end has no answer. Then the last
+    mark of the first kind that is there counts: `<answer>...</answer>`, `\boxed{...}`, GSM8K's `#### ...`. A later
+    mark replaces an earlier one, so listing several answers does not help.
     """
     text = text.rpartition(_THINK_END)[2]
     if _THINK in text:

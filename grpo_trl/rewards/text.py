@@ -39,6 +39,14 @@ def completion_texts(completions: list[Any]) -> list[str]:
     return [completion_text(completion) for completion in completions]
 
 
+def as_messages(completions: list[Any]) -> list[list[dict[str, Any]]]:
+    """Plain texts as one assistant message each; messages as they are."""
+    return [
+        [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+        for completion in completions
+    ]
+
+
 def gold_answers(count: int, answer: list[Any] | None = None, solution: list[Any] | None = None) -> list[str | None]:
     """The gold text of `count` rows: column `answer`, else `solution`; None where both are missing or empty."""
     rows = zip(answer or [None] * count, solution or [None] * count, strict=True)

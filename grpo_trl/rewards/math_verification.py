@@ -40,7 +40,7 @@ def _is_percentage(parsed: tuple) -> bool:
     return any(isinstance(value, Basic) and value.has(PERCENT) for value in parsed)
 
 
-def _equations(parsed: tuple) -> list[tuple[Any, Any]]:
+def _equations(parsed: tuple) -> list[Any]:
     """Both sides of each equation between numbers: `1 = 2 = 72` has two, `x = 72` and `f(2) = 72` have none."""
     equations = {eq.args for value in parsed if isinstance(value, Basic) for eq in value.atoms(Equality)}
     return [sides for sides in equations if not any(side.free_symbols or side.has(AppliedUndef) for side in sides)]

@@ -44,9 +44,10 @@ def per_token_logps(
 
 @torch.no_grad()
 def _entropy(logits: Tensor, log_normalizer: Tensor) -> Tensor:
-    """Row by row, so that only one more (T, V) tensor exists at a time."""
+    """Row by row, so that only few more (T, V) tensors exist at a time."""
     rows = zip(logits, log_normalizer, strict=True)
-    return torch.stack([z - ((x - z[:, None]).exp() * x).sum(-1) for x, z in rows])
+    lowest = torch.finfo(logits.dtype).min  # for -inf: a token of probability 0 adds 0, but 0 x -inf is NaN
+    return torch.stack([z - ((x - z[:, None]).exp() * x.clamp(min=lowest)).sum(-1) for x, z in rows])
 
 
 def _takes_logits_to_keep(model: nn.Module) -> bool:

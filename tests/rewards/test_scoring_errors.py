@@ -50,7 +50,9 @@ async def judge(prompts, completions, log_metric=None, **kwargs):
 def test_an_async_exception_names_the_first_failing_row(score):
     asked = []
     start = time.monotonic()
-    with pytest.raises(RuntimeError, match=r"'judge' failed on row 7: KeyError.*'question'; completion: 'bad'") as error:
+    with pytest.raises(
+        RuntimeError, match=r"'judge' failed on row 7: KeyError.*'question'; completion: 'bad'"
+    ) as error:
         score([judge], *["a"] * 7, "bad", "b", "bad", log_metric=lambda name, value: asked.append(value))
     assert isinstance(error.value.__cause__, KeyError)
     assert asked == [10]  # the search for the row logs nothing

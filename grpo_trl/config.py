@@ -11,6 +11,8 @@ from transformers import TrainingArguments
 from .algorithm import KL_ESTIMATORS, LOSS_TYPES, SURROGATES, VARIANTS
 from .algorithm.advantages import SCALE_REWARDS
 from .algorithm.token_weights import TOKEN_WEIGHTINGS
+from .generation_kwargs import FIELDS as GENERATION_FIELDS
+from .generation_kwargs import generation_problems
 from .refused import raise_all, refuse
 
 # The fields that a row of VARIANTS governs: None means "as the row says".
@@ -25,26 +27,6 @@ GOVERNED = (
     "beta",
     "kl_estimator",
     "mask_truncated_completions",
-)
-
-# `generation_kwargs` that are fields of ours, and those that cannot be honoured
-GENERATION_FIELDS = {
-    "temperature": "temperature",
-    "top_p": "top_p",
-    "top_k": "top_k",
-    "min_p": "min_p",
-    "repetition_penalty": "repetition_penalty",
-    "max_new_tokens": "max_completion_length",
-    "cache_implementation": "cache_implementation",
-}
-UNUSABLE_GENERATION_KWARGS = (
-    "num_beams",
-    "num_return_sequences",
-    "do_sample",
-    "max_length",
-    "eos_token_id",
-    "pad_token_id",
-    "return_dict_in_generate",
 )
 
 
@@ -281,13 +263,7 @@ class GRPOConfig(TrainingArguments):
             if name in options:
                 setattr(self, own, options.pop(name))
         self.generation_kwargs = options or None
-        unusable = [name for name in UNUSABLE_GENERATION_KWARGS if name in options]
-        if not unusable:
-            return []
-        return [
-            f"generation_kwargs {', '.join(unusable)} cannot be used: each completion is one sample, ended by the EOS "
-            "tokens of model and tokenizer. Use num_generations, max_completion_length and temperature."
-        ]
+        return generation_problems(options)
 
     def _check_values(self) -> list[str]:
         """Ranges and names of the remaining fields, and combinations that cannot work."""

@@ -20,6 +20,8 @@ from .config_checks import (
     json_problems,
     range_problems,
 )
+from .generation_kwargs import FIELDS as GENERATION_FIELDS
+from .generation_kwargs import generation_problems
 from .refused import raise_all, refuse, unused
 
 logger = logging.getLogger(__name__)
@@ -46,26 +48,6 @@ PARTS = {
     "token_weighting": TOKEN_WEIGHTINGS,
     "importance_sampling_level": ("token", "sequence"),
 }
-
-# `generation_kwargs` that are fields of ours, and those that cannot be honoured
-GENERATION_FIELDS = {
-    "temperature": "temperature",
-    "top_p": "top_p",
-    "top_k": "top_k",
-    "min_p": "min_p",
-    "repetition_penalty": "repetition_penalty",
-    "max_new_tokens": "max_completion_length",
-    "cache_implementation": "cache_implementation",
-}
-UNUSABLE_GENERATION_KWARGS = (
-    "num_beams",
-    "num_return_sequences",
-    "do_sample",
-    "max_length",
-    "eos_token_id",
-    "pad_token_id",
-    "return_dict_in_generate",
-)
 
 
 def mapping(option: Any) -> dict[str, Any]:
@@ -313,13 +295,7 @@ class GRPOConfig(TrainingArguments):
             if name in options:
                 setattr(self, own, options.pop(name))
         self.generation_kwargs = options or None
-        unusable = [name for name in UNUSABLE_GENERATION_KWARGS if name in options]
-        if not unusable:
-            return []
-        return [
-            f"generation_kwargs {', '.join(unusable)} cannot be used: each completion is one sample, ended by the EOS "
-            "tokens of model and tokenizer. Use num_generations, max_completion_length and temperature."
-        ]
+        return generation_problems(options)
 
 
 def _accept_trl_options(cls: type) -> None:

@@ -268,7 +268,7 @@ DICT_FIELDS = ("model_init_kwargs", "reward_model_init_kwargs", "generation_kwar
 
 def test_json_on_the_command_line_is_parsed(config):
     for name in DICT_FIELDS:
-        assert getattr(config(**{name: '{"a": 1}'}), name) == {"a": 1}
+        assert getattr(config(**{name: '{"min_new_tokens": 1}'}), name) == {"min_new_tokens": 1}
 
 
 @pytest.mark.parametrize("value", ['{"a": ', "[1]", "fast", [1], 7])

@@ -14,7 +14,7 @@ SOURCE = Path(__file__).resolve().parent.parent / PACKAGE
 LAYERS = [
     ["algorithm"],
     ["batch", "placement"],
-    ["refused", "config_checks"],
+    ["refused", "config_checks", "generation_kwargs"],
     ["config"],
     ["policy", "rollouts", "rewards", "data", "data_forms", "prompts", "metrics"],
     ["loader", "checkpoint", "callbacks", "memory", "evaluation", "model_card"],

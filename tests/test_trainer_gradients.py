@@ -43,7 +43,17 @@ class KeepGradients(torch.optim.SGD):
         return super().step(closure)
 
 
-def gradients(tmp_path, num_prompts=4, max_steps=2, **config):
+class LeavesOutTruncated(FixedRollouts):
+    """Says of each token of a truncated completion that it does not count, as a rollout of one's own can."""
+
+    def rollout(self, prompts):
+        for group in super().rollout(prompts):
+            rows = zip(group.completion_ids, group.terminated, strict=True)
+            group.loss_masks = [[int(terminated)] * len(ids) for ids, terminated in rows]
+            yield group
+
+
+def gradients(tmp_path, num_prompts=4, max_steps=2, cls=FixedRollouts, **config):
     model = tiny_model("qwen3")
     optimizer = KeepGradients(model.parameters(), lr=1e-2)
     options = {"beta": 0.1, "num_iterations": 2, "gradient_checkpointing": False, "max_grad_norm": 0.0} | config
@@ -51,7 +61,7 @@ def gradients(tmp_path, num_prompts=4, max_steps=2, **config):
         str(tmp_path), use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True, save_epochs=False,
         plot_metrics=False, lr_scheduler_type="constant", max_steps=max_steps, **options,
     )  # fmt: skip
-    trainer = FixedRollouts(
+    trainer = cls(
         model=model, reward_funcs=reward_by_length, args=args, processing_class=tiny_tokenizer(),
         train_dataset=Dataset.from_dict({"prompt": PROMPTS[:num_prompts]}), optimizers=(optimizer, None),
     )  # fmt: skip
@@ -84,16 +94,20 @@ def test_accumulation_does_not_change_the_gradient(tmp_path, weighting):
         assert_equal(runs[0], run)
 
 
-def test_masked_truncated_completions_leave_every_denominator(tmp_path):
-    runs = [
-        gradients(
-            tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=steps,
-            mask_truncated_completions=True,
-        )
-        for size, steps in SHAPES
-    ]  # fmt: skip
-    for run in runs[1:]:
-        assert_equal(runs[0], run)
+@pytest.mark.parametrize("weighting", ["token", "sequence"])
+def test_masked_truncated_completions_leave_every_denominator(tmp_path, weighting):
+    def run(size, steps, **options):
+        return gradients(
+            tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=steps, token_weighting=weighting,
+            **options,
+        )  # fmt: skip
+
+    masked = [run(size, steps, mask_truncated_completions=True) for size, steps in SHAPES]
+    for other in masked[1:]:
+        assert_equal(masked[0], other)
+    assert_equal(masked[0], run(*SHAPES[0], cls=LeavesOutTruncated))
+    unmasked = run(*SHAPES[0])
+    assert (masked[0][0] - unmasked[0]).norm() > 0.01 * unmasked[0].norm()
 
 
 def test_an_epoch_that_does_not_divide_evenly(tmp_path):

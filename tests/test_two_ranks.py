@@ -1,4 +1,4 @@
-"""Two gloo ranks train what one rank trains: same completions, metrics, weights. Real processes, real sampling."""
+"""Two gloo ranks train what one rank trains: completions, gradient, metrics, weights. Real processes and sampling."""
 
 import json
 import os
@@ -14,7 +14,7 @@ CONFIG = ROOT / "accelerate_configs" / "cpu_two_ranks.yaml"
 
 
 def run(output: Path, world_size: int, per_device_train_batch_size: int, **options) -> dict:
-    """Trains in child processes; returns the weights, all completions by draw number, and the log."""
+    """Trains in child processes; returns the first gradient, the weights, all completions by draw, and the log."""
     output.mkdir()
     launch = [sys.executable]
     if world_size > 1:
@@ -30,6 +30,7 @@ def run(output: Path, world_size: int, per_device_train_batch_size: int, **optio
     assert not set.intersection(*draws) or world_size == 1  # no prompt is sampled twice
     return {
         "weights": torch.load(output / "weights.pt"),
+        "gradient": torch.load(output / "gradient.pt"),
         "sampled": {draw: ids for rank in ranks for draw, ids in rank["sampled"].items()},
         "log": json.loads((output / "log.json").read_text()),
     }
@@ -49,6 +50,9 @@ def test_two_ranks_train_what_one_rank_trains(tmp_path, options):
     two = run(tmp_path / "two", 2, 4, **options)
     assert one["sampled"] == two["sampled"]
     assert len({str(ids) for groups in one["sampled"].values() for ids in groups}) > len(one["sampled"])
+    assert one["gradient"].norm() > 1e-3
+    assert (two["gradient"] - one["gradient"]).norm() <= 1e-6 * one["gradient"].norm()
+    # AdamW makes of gradients near 0 steps of full size, so that the weights differ by more than their gradients do
     for name, weight in one["weights"].items():
         torch.testing.assert_close(two["weights"][name], weight, rtol=1e-4, atol=1e-5, msg=name)
     assert any("eval_reward" in entry for entry in one["log"])

@@ -5,6 +5,7 @@ import sys
 
 import torch
 from datasets import Dataset
+from transformers import TrainerCallback
 
 from grpo_trl import GRPOConfig, GRPOTrainer
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -21,6 +22,7 @@ def main(output: str, per_device_train_batch_size: int, options: dict) -> None:
         output, use_cpu=True, report_to="none", disable_tqdm=True,
         per_device_train_batch_size=per_device_train_batch_size,
         max_completion_length=10, max_steps=4, learning_rate=1e-2, logging_steps=1, beta=0.1, num_iterations=2,
+        max_grad_norm=0.0,  # clipping would hide gradients that are too large on every rank
         num_generations_eval=2, per_device_eval_batch_size=4, eval_strategy="steps", eval_steps=2, **options,
     )  # fmt: skip
     peft_config = None
@@ -33,6 +35,8 @@ def main(output: str, per_device_train_batch_size: int, options: dict) -> None:
         train_dataset=Dataset.from_dict({"prompt": [f"question {i}" * (1 + i % 3) for i in range(8)]}),
         eval_dataset=Dataset.from_dict({"prompt": ["a", "bb", "ccc"]}), peft_config=peft_config,
     )  # fmt: skip
+    kept = FirstGradient()
+    trainer.add_callback(kept)
     trainer.train()
     rank, world_size = trainer.accelerator.process_index, trainer.accelerator.num_processes
     backend = torch.distributed.get_backend() if world_size > 1 else None
@@ -42,8 +46,19 @@ def main(output: str, per_device_train_batch_size: int, options: dict) -> None:
         model = trainer.accelerator.unwrap_model(trainer.model)
         weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
         torch.save(weights, f"{output}/weights.pt")
+        torch.save(kept.gradient, f"{output}/gradient.pt")
         with open(f"{output}/log.json", "w") as file:
             json.dump(trainer.state.log_history, file)
+
+
+class FirstGradient(TrainerCallback):
+    """Keeps the gradient of the first optimizer step, as one vector."""
+
+    gradient: torch.Tensor | None = None
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if self.gradient is None:
+            self.gradient = torch.cat([p.grad.flatten().clone() for p in model.parameters() if p.grad is not None])
 
 
 class RecordingTrainer(GRPOTrainer):

@@ -14,7 +14,8 @@ def combine_rewards(rewards_per_func: Tensor, weights: Tensor) -> Tensor:
 
     NaN means "not applicable" and is left out of the sum; a row where no function applies stays NaN.
     """
-    total = (rewards_per_func * weights).nansum(1)
+    # in fp64: summed in fp32, .1 + .2 + .4 and .4 + .2 + .1 differ, and the difference would be taken for a signal
+    total = (rewards_per_func.double() * weights.double()).nansum(1).to(rewards_per_func.dtype)
     return torch.where(rewards_per_func.isnan().all(1), torch.nan, total)
 
 

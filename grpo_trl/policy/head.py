@@ -105,7 +105,9 @@ def scores_of_logits(logits: Tensor, labels: Tensor, *, with_entropy: bool) -> t
         return logps, None
     with torch.no_grad():
         probs = (logits - log_normalizer[:, None]).exp_()
-        return logps, log_normalizer - torch.linalg.vecdot(probs, logits)
+        # a token of probability 0 adds 0, but 0 x -inf is NaN
+        finite = logits.clamp(min=torch.finfo(logits.dtype).min)
+        return logps, log_normalizer - torch.linalg.vecdot(probs, finite)
 
 
 # What models multiply the product of their head with: config field -> factor. `policy.support` finds out whether a

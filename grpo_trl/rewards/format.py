@@ -5,7 +5,7 @@ from typing import Any
 
 from trl.rewards import think_format_reward  # pyright: ignore[reportPrivateImportUsage]
 
-from .text import completion_texts
+from .text import as_messages, completion_texts
 
 _THINK_THEN_ANSWER = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -13,7 +13,7 @@ _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 def think_format(completions: list[Any], **kwargs: Any) -> list[float]:
     """TRL's `think_format_reward`, on plain text too: 1.0 for `<think>...</think>...` from the start, else 0.0."""
-    return think_format_reward([[{"role": "assistant", "content": text}] for text in completion_texts(completions)])
+    return think_format_reward(as_messages(completion_texts(completions)))
 
 
 def answer_format(completions: list[Any], **kwargs: Any) -> list[float]:
@@ -23,9 +23,8 @@ def answer_format(completions: list[Any], **kwargs: Any) -> list[float]:
 
 
 def _is_think_then_answer(text: str) -> bool:
+    # counted first: with many tags the expression would try every pair of them
+    if any(text.count(tag) != 1 for tag in _TAGS):
+        return False
     match = _THINK_THEN_ANSWER.fullmatch(text)
-    return (
-        match is not None
-        and all(text.count(tag) == 1 for tag in _TAGS)
-        and all(block.strip() for block in match.groups())
-    )
+    return match is not None and all(block.strip() for block in match.groups())

@@ -1,18 +1,21 @@
 """From the trainer's `reward_funcs` to reward functions: names, dotted paths, functions and reward models together."""
 
+import math
 import os
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from ..config import GRPOConfig, mapping
 from ..placement import DeviceMap
-from .model import RewardModel
+from .model import RewardModel, base_model
 from .registry import REWARDS, TRL_NAMES, RewardFunction, resolve_reward
 from .scoring import RewardScorer
 
-RewardSpec = str | PreTrainedModel | RewardFunction
+RewardSpec = str | nn.Module | RewardFunction
 
 
 def check_rewards(specs: Sequence[RewardSpec], processing_classes: Any, args: GRPOConfig) -> None:
@@ -24,7 +27,9 @@ def check_rewards(specs: Sequence[RewardSpec], processing_classes: Any, args: GR
     """
     if not specs:
         raise ValueError("reward_funcs is empty; pass at least one function, registered name or reward model.")
-    paths = [spec for spec in (*specs, args.ref_model_name_or_path) if isinstance(spec, str) and is_reward_model(spec)]
+    paths = [base_model(spec) for spec in specs if isinstance(spec, str) and is_reward_model(spec)]
+    if args.ref_model_name_or_path and is_reward_model(args.ref_model_name_or_path):
+        paths.append(args.ref_model_name_or_path)
     for path in paths:
         try:
             AutoConfig.from_pretrained(path, trust_remote_code=args.trust_remote_code)
@@ -42,10 +47,18 @@ def check_rewards(specs: Sequence[RewardSpec], processing_classes: Any, args: GR
             f"reward_processing_classes has {len(processing_classes)} entries for {len(specs)} rewards; give one each "
             "(None for functions)."
         )
-    if args.reward_weights is not None and len(args.reward_weights) != len(specs):
-        raise ValueError(
-            f"reward_weights has {len(args.reward_weights)} values for {len(specs)} reward functions; give one each."
-        )
+    check_weights(args.reward_weights, len(specs))
+
+
+def check_weights(weights: Sequence[float] | None, count: int) -> None:
+    """Raises a ValueError unless there is one finite number for each of `count` rewards, or None."""
+    if weights is None:
+        return
+    if len(weights) != count:
+        raise ValueError(f"reward_weights has {len(weights)} values for {count} reward functions; give one each.")
+    # a weight of NaN would make of every reward one that does not apply, and so leave the function out without a word
+    if wrong := [weight for weight in weights if not (isinstance(weight, Real) and math.isfinite(weight))]:
+        raise ValueError(f"reward_weights has {wrong}; expected finite numbers (0: the reward is logged only).")
 
 
 def load_rewards(
@@ -67,9 +80,9 @@ def load_rewards(
 
 
 def is_reward_model(spec: RewardSpec) -> bool:
-    """A model instance, an existing folder, or a Hub id (`organisation/name`)."""
+    """A classifier (with an adapter or not), an existing folder, or a Hub id (`organisation/name`)."""
     if not isinstance(spec, str):
-        return isinstance(spec, PreTrainedModel)
+        return isinstance(spec, nn.Module) and hasattr(getattr(spec, "config", None), "num_labels")
     return spec not in {*REWARDS, *TRL_NAMES} and (os.path.isdir(spec) or "/" in spec)
 
 

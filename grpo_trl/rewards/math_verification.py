@@ -2,33 +2,57 @@
 
 import re
 from functools import lru_cache
+from typing import Any
 
 from math_verify import parse, verify
+from sympy import Basic, Equality
+from sympy.core.function import AppliedUndef
 
 SIGNAL_TIMEOUT = 3  # seconds; math-verify's own, per parse and per comparison
 
 _NUMBER = re.compile(r"[$€£]?\s*[-+]?\s*[$€£]?(?:\d[\d,]*|\d{1,3}(?: \d{3})+)?(?:\.\d+)?\s*[%$€£]?")
 _TEXT_MACRO = re.compile(r"\\(?:text|mathrm|mbox)\s*\{[^{}]*\}|\\[A-Za-z]+")
 _WORD = re.compile(r"[A-Za-z]{2,}")
+_OR = re.compile(r",?\s*(?:\\text\s*\{\s*(?:or|and)\s*\}|\b(?:or|and)\b)\s*")  # "71 or 72" is a list
+_UNIT = re.compile(r"(?<=\d)\s+[A-Za-z]{2}[A-Za-z ]*$")  # "72 clips"
 
 
 def verify_answer(gold: str, answer: str) -> bool:
-    """Whether two answers are mathematically equal. Main thread only (math-verify's signals): run it isolated."""
-    return verify(list(_parse(gold)), list(_parse(answer)), timeout_seconds=SIGNAL_TIMEOUT)
+    """Whether two answers are mathematically equal. Main thread only (math-verify's signals): run it isolated.
+
+    An answer that calls two different numbers equal (`71 = 72`) is wrong, whatever it ends with.
+    """
+    expected, given = _parse(gold), _parse(answer)
+    # to two decimals, as 10/3 = 3.33 is fine; whole numbers and fractions are compared exactly
+    consistent = all(_equal([left], [right], float_rounding=2) for left, right in _equations(given))
+    return consistent and _equal(expected, given)
+
+
+def _equal(gold: Any, answer: Any, **options: Any) -> bool:
+    return verify(list(gold), list(answer), timeout_seconds=SIGNAL_TIMEOUT, **options)
+
+
+def _equations(parsed: tuple) -> list[Any]:
+    """Both sides of each equation between numbers: `1 = 2 = 72` has two, `x = 72` and `f(2) = 72` have none."""
+    equations = {eq.args for value in parsed if isinstance(value, Basic) for eq in value.atoms(Equality)}
+    return [sides for sides in equations if not any(side.free_symbols or side.has(AppliedUndef) for side in sides)]
 
 
 @lru_cache(maxsize=1024)
 def _parse(answer: str) -> tuple:
     """Expressions in an answer. A bare formula is boxed first: math-verify reads `2^{10}` as 2 and `(1, 2)` as 2."""
-    answer = answer.replace(r"\$", "$").strip().strip("*").rstrip(".")
-    if _is_formula(answer):
-        parsed = parse(f"\\boxed{{{answer}}}", parsing_timeout=SIGNAL_TIMEOUT)
+    answer = answer.replace(r"\$", "$").strip().strip("*").rstrip(".").removeprefix("+")
+    formula = _formula(answer)
+    if formula:
+        parsed = parse(f"\\boxed{{{formula}}}", parsing_timeout=SIGNAL_TIMEOUT)
         if any(not isinstance(value, str) for value in parsed):
             return tuple(parsed)
     return tuple(parse(answer, parsing_timeout=SIGNAL_TIMEOUT))
 
 
-def _is_formula(answer: str) -> bool:
-    """One line without words which is not a plain number."""
-    one_line = "\n" not in answer
-    return one_line and not _NUMBER.fullmatch(answer) and not _WORD.search(_TEXT_MACRO.sub(" ", answer))
+def _formula(answer: str) -> str | None:
+    """An answer of one line without words which is not a plain number. `71 or 72 clips` is one too: `71, 72`."""
+    formula = _UNIT.sub("", _OR.sub(", ", answer))
+    if "\n" in answer or _NUMBER.fullmatch(formula) or _WORD.search(_TEXT_MACRO.sub(" ", formula)):
+        return None
+    return formula

@@ -1,15 +1,18 @@
 """A sequence-classification reward model as a reward function."""
 
+import os
 from typing import Any
 
 import torch
+from peft import PeftConfig
+from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from transformers.tokenization_utils_base import BatchEncoding, PreTrainedTokenizerBase
+from transformers.utils import find_adapter_config_file
 
 from ..placement import DeviceMap, freeze, input_device, place
-from .text import completion_text, message_text
+from .model_inputs import INPUT_FORMATS, chat_text, encode_pair, encode_text, encode_with_one_bos, truncate_left
 
-INPUT_FORMATS = ("auto", "pair", "chat", "text")
 _SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")  # accelerate's
 _UNLIMITED = 10**6  # a tokenizer that knows no limit says 1e30
 
@@ -18,7 +21,8 @@ class RewardModel:
     """Scores completions by the one logit of a sequence classifier, in its own dtype, on its own device(s).
 
     Args:
-        model: Hub id, path or instance. An instance is moved, set to eval mode and frozen.
+        model: Hub id, path (of a whole model or of a PEFT adapter) or instance. An instance is moved, set to eval mode
+            and frozen.
         processing_class: fast tokenizer; default: the model's own.
         device_map: a device ("cuda:1") or an accelerate device map; default: CPU for a path, unmoved for an instance.
         dtype: default: the checkpoint's, the instance's.
@@ -30,8 +34,11 @@ class RewardModel:
             reads it; question: the plain prompt, or the system text and the last user message, one empty line between;
             "text": prompt directly followed by completion (messages: their texts, one empty line between);
             "auto": "chat" if the tokenizer has a chat template, else "pair".
+            A prompt that was put through a chat template before is text in each of them, and an assistant message that
+            a prompt ends with is the beginning of the answer.
         model_init_kwargs: further arguments of `from_pretrained` (`revision`, `quantization_config`, ...).
 
+    Each row is scored as the model scores it alone, where no padding is needed.
     A row over `max_length` loses tokens from the left of its prompt (BOS and separators stay); the answer is cut, from
     its left too, only where it does not fit alone. `num_truncated` counts the last call's; `log_metric` gets their
     share as `rewards/<name>/truncated`.
@@ -44,7 +51,7 @@ class RewardModel:
 
     def __init__(
         self,
-        model: str | PreTrainedModel,
+        model: str | nn.Module,
         processing_class: PreTrainedTokenizerBase | None = None,
         *,
         device_map: str | torch.device | DeviceMap | None = None,
@@ -60,7 +67,7 @@ class RewardModel:
             raise ValueError(f"input_format={input_format!r} is unknown; use one of {', '.join(INPUT_FORMATS)}.")
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1 row per forward pass.")
-        path = model if isinstance(model, str) else model.config._name_or_path
+        path = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
         if isinstance(model, str):
             init_kwargs = {"trust_remote_code": trust_remote_code, **(model_init_kwargs or {})}
             loaded = _load(model, device_map=_as_device_map(device_map), dtype=dtype, **init_kwargs)
@@ -73,8 +80,6 @@ class RewardModel:
             processing_class = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         self.model: Any = freeze(loaded)
         self.tokenizer: Any = _with_pad_token(processing_class, path)
-        # decoders find a row's last token by it; the tokenizer pads with it
-        self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
         self.batch_size = batch_size
         self.max_length = max_length or _longest_input(self.model, self.tokenizer)
         self.input_format = input_format if input_format != "auto" else _native_format(self.tokenizer)
@@ -104,61 +109,76 @@ class RewardModel:
 
     def _encode(self, prompt: Any, completion: Any) -> BatchEncoding:
         if self.input_format == "chat":
-            text = self.tokenizer.apply_chat_template(
-                _messages(prompt, "user") + _messages(completion, "assistant"),
-                tokenize=False,
-                **self.chat_template_kwargs,
-            )
-            return encode_with_one_bos(self.tokenizer, str(text))
-        # a limit is applied afterwards (truncate_left), so the tokenizer need not warn about it
-        if self.input_format == "pair":
-            return self.tokenizer(_question(prompt), completion_text(completion), verbose=False)
-        return self.tokenizer(_plain_text(prompt, completion), verbose=False)
+            text = chat_text(self.tokenizer, prompt, completion, self.chat_template_kwargs)
+            return encode_with_one_bos(self.tokenizer, text)
+        encode = encode_pair if self.input_format == "pair" else encode_text
+        return encode(self.tokenizer, prompt, completion)
 
     def _forward(self, rows: list[dict[str, list[int]]]) -> list[float]:
-        batch = self.tokenizer.pad(rows, padding=True, padding_side="right", return_tensors="pt")
+        batch = self.tokenizer.pad(
+            rows, padding=True, padding_side="right", return_attention_mask=True, return_tensors="pt"
+        )
+        config = self.model.config.get_text_config()
+        own, pad_token_id = config.pad_token_id, _pad_token(config.pad_token_id, rows)
+        batch["input_ids"].masked_fill_(batch["attention_mask"] == 0, pad_token_id)
         device = input_device(self.model)
-        # the trainer's autocast must not reach a model with a dtype of its own
-        with torch.inference_mode(), torch.autocast(device.type, enabled=False):
-            logits = self.model(**batch.to(device)).logits
+        config.pad_token_id = pad_token_id
+        try:
+            # the trainer's autocast must not reach a model with a dtype of its own
+            with torch.inference_mode(), torch.autocast(device.type, enabled=False):
+                logits = self.model(**batch.to(device)).logits
+        finally:
+            config.pad_token_id = own
         return logits[:, 0].float().tolist()
 
 
-def truncate_left(encoding: BatchEncoding, max_length: int, bos_token_id: int | None = None) -> dict[str, list[int]]:
-    """Drops tokens from the left of the first text, then of the second, until the row fits. Special tokens that the
-    tokenizer added and a leading BOS stay."""
-    ids = encoding["input_ids"]
-    owners = encoding.sequence_ids(0)  # None: added by the tokenizer; 0, 1: first or second text
-    excess = len(ids) - max_length
-    removable = [index for owner in (0, 1) for index, of in enumerate(owners) if of == owner]
-    if ids and ids[0] == bos_token_id:
-        removable = [index for index in removable if index != 0]
-    dropped = set(removable[: max(0, excess)])
-    return {key: [v for index, v in enumerate(values) if index not in dropped] for key, values in encoding.items()}
+def _pad_token(own: int | None, rows: list[dict[str, list[int]]]) -> int:
+    """The pad token of the model's config, by which decoders find a row's last token (the last that is another); where
+    there is none, a token that no row ends with. Not the tokenizer's, which is often its EOS: of a row that ends with
+    EOS, the token before it would be scored."""
+    if own is not None and own >= 0:
+        return own
+    ends = {row["input_ids"][-1] for row in rows}
+    return next(token for token in range(len(ends) + 1) if token not in ends)
 
 
-def encode_with_one_bos(tokenizer: Any, text: str) -> BatchEncoding:
-    """Tokenises templated text, which holds its special tokens already: one BOS if template or tokenizer has one."""
-    bos = tokenizer.bos_token
-    if bos:
-        bare = text
-        while bare.startswith(bos):
-            bare = bare[len(bos) :]
-        tokenizer_adds_bos = tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id
-        text = bos + bare if tokenizer_adds_bos or bare != text else text
-    return tokenizer(text, add_special_tokens=False, verbose=False)
+def base_model(path: str) -> str:
+    """The path or id itself, or that of the model that a PEFT adapter was trained on."""
+    adapter = find_adapter_config_file(path)
+    if adapter is None or os.path.isfile(os.path.join(os.path.dirname(adapter), "config.json")):
+        return path
+    base = PeftConfig.from_pretrained(path).base_model_name_or_path
+    if not base:
+        raise ValueError(f"The adapter {path} does not name its base model; set base_model_name_or_path in {adapter}.")
+    return base
 
 
 def _load(path: str, **kwargs: Any) -> PreTrainedModel:
-    config_kwargs = {key: value for key, value in kwargs.items() if key not in ("device_map", "dtype")}
-    _check_one_label(AutoConfig.from_pretrained(path, **config_kwargs), path)
-    model, info = AutoModelForSequenceClassification.from_pretrained(path, output_loading_info=True, **kwargs)
-    if info["missing_keys"]:
+    base = base_model(path)
+    is_adapter = base != path
+    if is_adapter:
+        kwargs["num_labels"] = 1  # the base is often a causal LM, whose config does not know of labels
+    else:
+        config_kwargs = {key: value for key, value in kwargs.items() if key not in ("device_map", "dtype")}
+        _check_one_label(AutoConfig.from_pretrained(path, **config_kwargs), path)
+    model, info = AutoModelForSequenceClassification.from_pretrained(base, output_loading_info=True, **kwargs)
+    missing = info["missing_keys"]
+    if is_adapter:
+        missing = _load_adapter(model, path, missing)
+    if missing:
         raise ValueError(
-            f"{path} lacks the weights {', '.join(sorted(info['missing_keys']))}, so its scores would be random. "
+            f"{path} lacks the weights {', '.join(sorted(missing))}, so its scores would be random. "
             "Give a trained sequence-classification reward model (trl.RewardTrainer trains one)."
         )
     return model
+
+
+def _load_adapter(model: Any, path: str, missing: set[str]) -> set[str]:
+    """Adds the adapter to its base. Returns the weights that neither of them has: PEFT saves the head with the adapter
+    (`modules_to_save`), since the base may have none."""
+    info = model.load_adapter(path)
+    saved = tuple(f"{name}." for config in model.peft_config.values() for name in config.modules_to_save or ())
+    return {key for key in missing if not key.startswith(saved)} | info.missing_keys
 
 
 def _check_one_label(config: Any, name: str) -> None:
@@ -202,23 +222,3 @@ def _longest_input(model: Any, tokenizer: Any) -> int:
 
 def _native_format(tokenizer: Any) -> str:
     return "chat" if tokenizer.chat_template else "pair"
-
-
-def _messages(value: Any, role: str) -> list[dict[str, Any]]:
-    return [{"role": role, "content": value}] if isinstance(value, str) else list(value)
-
-
-def _question(prompt: Any) -> str:
-    """The plain prompt, or system text and last user message of a conversation."""
-    if isinstance(prompt, str):
-        return prompt
-    by_role = {role: [m for m in prompt if m["role"] == role] for role in ("system", "user")}
-    chosen = by_role["system"] + by_role["user"][-1:]
-    return "\n\n".join(message_text(message["content"]) for message in chosen)
-
-
-def _plain_text(prompt: Any, completion: Any) -> str:
-    if isinstance(prompt, str):
-        return prompt + completion_text(completion)
-    messages = _messages(prompt, "user") + _messages(completion, "assistant")
-    return "\n\n".join(message_text(message["content"]) for message in messages)

@@ -12,6 +12,7 @@ from trl.trainer.utils import get_callable_name
 from .format import answer_format, think_format
 from .length import LengthPenalty, repetition, soft_overlong
 from .math import accuracy, exact_match, reasoning_accuracy
+from .trl_functions import adapt_trl_function
 
 RewardFunction = Callable[..., Any]
 
@@ -39,7 +40,8 @@ def resolve_reward(spec: str | RewardFunction, *, max_completion_length: int) ->
     """The reward function that `spec` names.
 
     Args:
-        spec: a callable (returned as it is), a name of `REWARDS` or one of TRL's (`TRL_NAMES`), or a dotted path:
+        spec: a callable (returned as it is; TRL's own read plain text too), a name of `REWARDS` or one of TRL's
+            (`TRL_NAMES`), or a dotted path:
             `package.module.function` or `package.module:function`.
         max_completion_length: tokens; what the length rewards are relative to.
 
@@ -47,7 +49,7 @@ def resolve_reward(spec: str | RewardFunction, *, max_completion_length: int) ->
         ValueError: the name is unknown, or the path leads to no callable.
     """
     if callable(spec):
-        return spec
+        return adapt_trl_function(spec)
     if not isinstance(spec, str):
         raise ValueError(f"A reward is a callable, a name or a dotted path; got {spec!r} ({type(spec).__name__}).")
     name = TRL_NAMES.get(spec, spec)
@@ -77,4 +79,4 @@ def _import_function(spec: str, module_name: str, attribute: str) -> RewardFunct
         ) from error
     if not callable(func):
         raise ValueError(f"Reward {spec!r} is a {type(func).__name__}; expected a function or a callable object.")
-    return func
+    return adapt_trl_function(func)

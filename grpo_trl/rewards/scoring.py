@@ -5,8 +5,9 @@ import math
 import numbers
 import reprlib
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from concurrent.futures import Future
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ from trl.trainer.utils import is_async_callable, shutdown_event_loop_in_daemon, 
 
 from ..batch import Group
 from .isolation import IsolatedFunction, RewardTimeoutError
+from .model import RewardModel
 from .registry import RewardFunction, reward_name
 
 logger = logging.get_logger(__name__)
@@ -58,6 +60,9 @@ class RewardScorer:
             raise ValueError(f"timeout={timeout} must be a positive number of seconds, or None for no limit.")
         self.reward_funcs = list(reward_funcs)
         self.names = _unique(names or [reward_name(func) for func in reward_funcs])
+        for func, name in zip(self.reward_funcs, self.names, strict=True):
+            if isinstance(func, RewardModel):
+                func.__name__ = name  # what its own metrics are called: two models of one name would share them
         self.timeout = timeout
         self._calls = [self._callable(func, name) for func, name in zip(self.reward_funcs, self.names, strict=True)]
         self._loop: tuple[Any, asyncio.AbstractEventLoop] | None = None  # one for all calls: async clients stay valid
@@ -81,7 +86,7 @@ class RewardScorer:
             extra: further keyword arguments for them; a list of B values is taken as one per completion.
 
         Raises:
-            RuntimeError: a function raised; names the function and, for a plain one, the first row that fails alone.
+            RuntimeError: a function raised; names the function and the first row that fails alone.
             RewardTimeoutError (a TimeoutError): a function took longer than `timeout`.
             ValueError: a wrong count, NaN, infinity or a non-number; names function, row and value.
         """
@@ -94,7 +99,7 @@ class RewardScorer:
         plain = [i for i in range(len(self.names)) if i not in pending]
         try:
             outputs = {i: self._call(i, rows, shared) for i in plain}
-            outputs |= {i: self._wait(i, future) for i, future in pending.items()}
+            outputs |= {i: self._wait(i, future, rows, shared) for i, future in pending.items()}
         except BaseException:
             for future in pending.values():
                 future.cancel()
@@ -129,9 +134,8 @@ class RewardScorer:
         except RewardTimeoutError:
             raise
         except Exception as error:
-            if _stays_in_process(call):
-                raise RuntimeError(f"Reward {name!r} failed: {type(error).__name__}: {error}") from error
-            raise RuntimeError(_describe_failure(call, name, rows, shared, error)) from error
+            attempts = (partial(call, **row) for row in _one_by_one(rows, shared))
+            raise RuntimeError(_describe_failure(attempts, name, rows, error)) from error
 
     def _submit(self, index: int, kwargs: dict[str, Any]) -> Future:
         with self._loop_lock:
@@ -142,15 +146,18 @@ class RewardScorer:
             coroutine = _await_within(self.timeout, self._calls[index], self.names[index], kwargs)
             return asyncio.run_coroutine_threadsafe(coroutine, self._loop[1])
 
-    def _wait(self, index: int, future: Future) -> Any:
+    def _wait(self, index: int, future: Future, rows: dict[str, list], shared: dict[str, Any]) -> Any:
         try:
             return future.result()
         except RewardTimeoutError:
             raise
         except Exception as error:
-            raise RuntimeError(
-                f"Async reward function {self.names[index]!r} failed: {type(error).__name__}: {error}"
-            ) from error
+            # all at once: one after the other, a slow judge would take as many times longer as there are rows
+            attempts = [self._submit(index, row) for row in _one_by_one(rows, shared)]
+            message = _describe_failure([attempt.result for attempt in attempts], self.names[index], rows, error)
+            for attempt in attempts:
+                attempt.cancel()
+            raise RuntimeError(message) from error
 
     def _warn_if_all_none(self, rewards_per_func: Tensor, rows: dict[str, list]) -> None:
         all_none = rewards_per_func.isnan().all(1)
@@ -190,7 +197,8 @@ def rows_of(groups: Sequence[Group]) -> dict[str, list]:
 
 def to_rewards(output: Any, count: int, name: str) -> Tensor:
     """A function's output -> (count,) fp32, None as NaN. Raises ValueError as `RewardScorer.score` says."""
-    if not isinstance(output, Iterable) or isinstance(output, (str, bytes, dict)):
+    # a set has no order (and holds equal rewards once), so its values belong to no row
+    if not isinstance(output, Iterable) or isinstance(output, (str, bytes, Mapping, Set)):
         raise ValueError(
             f"Reward function {name!r} returned {output!r:.100} ({type(output).__name__}); expected a list of {count} "
             "rewards, one per completion (numbers, or None where it does not apply)."
@@ -218,7 +226,7 @@ def _to_float(value: Any, row: int, name: str) -> float:
 
 
 def _stays_in_process(func: RewardFunction) -> bool:
-    """Models, and rewards that bring a process of their own. They are not tried row by row after a failure."""
+    """Models, and rewards that bring a process of their own."""
     return isinstance(func, nn.Module) or getattr(func, "in_process", False)
 
 
@@ -241,19 +249,25 @@ async def _await_within(timeout: float | None, func: RewardFunction, name: str, 
         ) from error
 
 
-def _describe_failure(
-    call: RewardFunction, name: str, rows: dict[str, list], shared: dict[str, Any], error: Exception
-) -> str:
-    """Calls a function that failed on all rows with one row at a time, to name the first that fails."""
+def _one_by_one(rows: dict[str, list], shared: dict[str, Any]) -> Iterable[dict[str, Any]]:
+    """The arguments for each row alone."""
     quiet = shared | {key: _ignore for key in ("log_extra", "log_metric") if shared[key] is not None}
     for row in range(len(rows["completions"])):
-        one_row = {key: [values[row]] for key, values in rows.items()}
+        yield {key: [values[row]] for key, values in rows.items()} | quiet
+
+
+def _describe_failure(
+    attempts: Iterable[Callable[[], Any]], name: str, rows: dict[str, list], error: Exception
+) -> str:
+    """Of a function that failed on all rows, and the attempts to call it with each row alone: the first that fails."""
+    for row, attempt in enumerate(attempts):
         try:
-            call(**one_row, **quiet)
+            attempt()
         except Exception as row_error:
+            prompt, completion = rows["prompts"][row], rows["completions"][row]
             return (
                 f"Reward function {name!r} failed on row {row}: {type(row_error).__name__}: {row_error}. "
-                f"Prompt: {reprlib.repr(one_row['prompts'][0])}; completion: {reprlib.repr(one_row['completions'][0])}"
+                f"Prompt: {reprlib.repr(prompt)}; completion: {reprlib.repr(completion)}"
             )
     return (
         f"Reward function {name!r} failed on all rows together, though on none of them alone: "

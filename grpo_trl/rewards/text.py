@@ -3,11 +3,13 @@
 import re
 from typing import Any
 
-THINK_END = "</think>"
-_ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-# GSM8K's mark is "#### 72". A Markdown heading ("#### 2. Add the clips") is none: after the hashes stands a number
-# alone on its line, or the line is the last one.
-_HASHES = re.compile(r"####[ \t]*(\S?[ \t]*-?\d[\d,. ]*\S?[ \t]*$|[^\n]+(?=\s*\Z))", re.MULTILINE)
+# Completions are what a policy happens to write, so every search here takes time linear in their length: none starts
+# again from each of many opening marks.
+_THINK, THINK_END = "<think>", "</think>"
+_ANSWER, _ANSWER_END = "<answer>", "</answer>"
+_HASHES = "####"
+_NUMBER_ALONE = re.compile(r"\S?[ \t]*-?\d[\d,. ]*\S?")  # "72", "$1,234.00", "-5%"
+_BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|[{}]")
 _ANSWER_PHRASE = re.compile(r"answer(?:\s+is|\s*:)[\s:]*([^\n]+)", re.IGNORECASE)
 _TEXT_MACRO = re.compile(r"\\text\s*\{([^{}]*)\}")
 _OPTION = re.compile(r"\(([a-z])\)")
@@ -37,6 +39,14 @@ def completion_texts(completions: list[Any]) -> list[str]:
     return [completion_text(completion) for completion in completions]
 
 
+def as_messages(completions: list[Any]) -> list[list[dict[str, Any]]]:
+    """Plain texts as one assistant message each; messages as they are."""
+    return [
+        [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+        for completion in completions
+    ]
+
+
 def gold_answers(count: int, answer: list[Any] | None = None, solution: list[Any] | None = None) -> list[str | None]:
     """The gold text of `count` rows: column `answer`, else `solution`; None where both are missing or empty."""
     rows = zip(answer or [None] * count, solution or [None] * count, strict=True)
@@ -51,20 +61,20 @@ def _gold_text(value: Any) -> str | None:
 
 
 def final_answer(text: str) -> str:
-    r"""The part of a text that states its answer; the whole text where nothing marks one.
+    r"""The part of a text that states its answer; the whole text where nothing marks one; "" inside `<think>`.
 
-    Reasoning up to the last `</think>` is left out. Then the last mark of the first kind that is there counts:
-    `<answer>...</answer>`, `\boxed{...}`, GSM8K's `#### ...`. A later mark replaces an earlier one, so listing
-    several answers does not help.
+    Reasoning up to the last `</think>` is left out; reasoning that goes on to the end has no answer. Then the last
+    mark of the first kind that is there counts: `<answer>...</answer>`, `\boxed{...}`, GSM8K's `#### ...`. A later
+    mark replaces an earlier one, so listing several answers does not help.
     """
     text = text.rpartition(THINK_END)[2]
-    if tagged := _ANSWER_TAG.findall(text):
-        text = tagged[-1]
-    boxed = _last_boxed(text)
-    if boxed is not None:
-        return boxed.strip()
-    if marked := _HASHES.findall(text):
-        return marked[-1].strip()
+    if _THINK in text:
+        return ""
+    tagged = _last_tagged(text)
+    text = text if tagged is None else tagged
+    for marked in (_last_boxed(text), _last_hashes(text)):
+        if marked is not None:
+            return marked.strip()
     return text.strip()
 
 
@@ -86,12 +96,31 @@ def normalize_text(text: str) -> str:
     return option.group(1) if option else text
 
 
+def _last_tagged(text: str) -> str | None:
+    """Content of the last complete `<answer>...</answer>`."""
+    start = text.rfind(_ANSWER, 0, max(0, text.rfind(_ANSWER_END)))
+    return None if start < 0 else text[start + len(_ANSWER) : text.find(_ANSWER_END, start)]
+
+
 def _last_boxed(text: str) -> str | None:
     r"""Content of the last complete `\boxed{...}` or `\fbox{...}`, braces balanced."""
-    for start in reversed([match.end() for match in re.finditer(r"\\(?:boxed|fbox)\s*\{", text)]):
-        depth = 1
-        for end in range(start, len(text)):
-            depth += (text[end] == "{") - (text[end] == "}")
-            if depth == 0:
-                return text[start:end]
+    opened: list[int | None] = []  # the braces that are open: where the content of a box starts, None for others
+    last = (-1, -1)
+    for brace in _BRACE.finditer(text):
+        if brace.group() != "}":
+            opened.append(None if brace.group() == "{" else brace.end())
+        elif opened and (start := opened.pop()) is not None:
+            last = max(last, (start, brace.start()))
+    return None if last[0] < 0 else text[slice(*last)]
+
+
+def _last_hashes(text: str) -> str | None:
+    """What follows GSM8K's mark, "#### 72". A Markdown heading ("#### 2. Add the clips") is none: after the hashes
+    stands a number alone on its line, or the line is the last one."""
+    lines = text.rstrip().split("\n")
+    for number, line in reversed(list(enumerate(lines, 1))):
+        _, mark, content = line.rpartition(_HASHES)
+        content = content.strip()
+        if mark and content and (number == len(lines) or _NUMBER_ALONE.fullmatch(content)):
+            return content
     return None

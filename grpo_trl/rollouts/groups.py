@@ -1,5 +1,6 @@
 """What comes back from a rollout: complete, in order, readable."""
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ def ordered_groups(prompts: Sequence[Prompt], groups: Iterable[Group], num_gener
 
     Raises:
         ValueError: a prompt without a group, a group without a prompt, or one with another number of completions.
+        FloatingPointError: a token was sampled from logits that are not finite.
     """
     by_draw = {group.prompt.draw: group for group in groups}
     missing = [prompt.draw for prompt in prompts if prompt.draw not in by_draw]
@@ -22,7 +24,23 @@ def ordered_groups(prompts: Sequence[Prompt], groups: Iterable[Group], num_gener
             f"rollout() must give one group of {num_generations} completions for each of its {len(prompts)} prompts; "
             f"draws without a group: {missing}, draws with another number of completions: {wrong}."
         )
-    return [by_draw[prompt.draw] for prompt in prompts]
+    ordered = [by_draw[prompt.draw] for prompt in prompts]
+    for group in ordered:
+        check_finite(group)
+    return ordered
+
+
+def check_finite(group: Group) -> None:
+    """Raises a FloatingPointError where the log-probability of a sampled token is NaN."""
+    for row, logps in enumerate(group.sampling_per_token_logps or []):
+        for position, logp in enumerate(logps):
+            if math.isnan(logp):
+                raise FloatingPointError(
+                    f"The policy's logits are not finite at token {position} of completion {row} of draw "
+                    f"{group.prompt.draw}: its weights have diverged, or had NaN from the start. Look at grad_norm, "
+                    "kl and loss of the steps before; lower learning_rate or max_grad_norm, use bf16 instead of fp16, "
+                    "and start again from a checkpoint before that."
+                )
 
 
 def decode_completions(group: Group, tokenizer: PreTrainedTokenizerBase) -> list[Any]:

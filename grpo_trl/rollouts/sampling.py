@@ -87,7 +87,8 @@ def sample(scores: Tensor, u: Tensor, *, greedy: bool = False) -> tuple[Tensor, 
         greedy: take the most likely token instead.
 
     Returns:
-        tokens (B,) and their log-probabilities (B,) under softmax(scores).
+        tokens (B,) and their log-probabilities (B,) under softmax(scores). Where the scores are no distribution (NaN,
+        infinity) the log-probability is NaN and the token any: raising here would wait for the device at each token.
     """
     probs = scores.softmax(-1)
     if greedy:
@@ -97,6 +98,7 @@ def sample(scores: Tensor, u: Tensor, *, greedy: bool = False) -> tuple[Tensor, 
         # excluded tokens a height. right=True skips tokens without one; the total is that of the sum itself, not 1
         cdf = probs.cumsum(-1, dtype=torch.float64)
         tokens = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)
+        tokens = tokens.clamp(max=scores.shape[-1] - 1)  # a NaN is below no number
     return tokens[:, 0], probs.gather(1, tokens)[:, 0].log()
 
 

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -143,6 +144,17 @@ def test_combine_rewards():
 def test_equal_rows_stay_equal_when_combined():
     combined = combine_rewards(torch.tensor([0.1, 0.35, 0.7]).repeat(16, 1), torch.tensor([1 / 3, 0.9, 0.45]))
     assert informative_groups(combined, 16).tolist() == [False]
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.3])
+def test_the_order_of_the_functions_does_not_matter(weight):
+    """In fp32 the six orders of (.1, .2, .4) have two different sums, which would be scaled up to advantages."""
+    tenths = [step / 10 for step in range(11)]
+    rows = [list(itertools.permutations(triple)) for triple in itertools.combinations_with_replacement(tenths, 3)]
+    combined = combine_rewards(torch.tensor(rows).flatten(0, 1), torch.full((3,), weight))
+    assert combined.dtype == torch.float32
+    assert not informative_groups(combined, 6).any()
+    assert not group_advantages(combined, 6, "group").any()
 
 
 @pytest.mark.parametrize("scale_rewards", SCALE_REWARDS)

@@ -6,7 +6,15 @@ import re
 import pytest
 import trl
 
-from grpo_trl.rewards import REWARDS, answer_format, completion_texts, exact_match, resolve_reward, think_format
+from grpo_trl.rewards import (
+    REWARDS,
+    accuracy,
+    answer_format,
+    completion_texts,
+    exact_match,
+    resolve_reward,
+    think_format,
+)
 from grpo_trl.rewards.loading import is_reward_model
 from grpo_trl.rewards.registry import TRL_NAMES, reward_name
 from grpo_trl.rewards.text import normalize_text
@@ -121,7 +129,6 @@ def test_every_name_of_trls_script_is_a_reward_of_ours():
 TEXTS = [
     r"<think>1/3?</think> \boxed{\frac{1}{3}}",
     r"<think>1/3?</think> \boxed{\frac{1}{2}}",
-    r"<think>so \boxed{\frac{1}{3}} and",  # reasoning that never ends
     r"\boxed{\frac{1}{3}}",
     r"<think>a</think>none",
 ]
@@ -133,6 +140,13 @@ def test_rewards_under_trls_names_are_trls(name):
     ours = resolve_reward(name, max_completion_length=8)
     assert ours(completions=TEXTS, solution=[r"$\frac{1}{3}$"] * len(TEXTS)) == theirs
     assert len(set(theirs)) == 2  # not all the same
+
+
+def test_reasoning_that_never_ends_has_no_answer_where_trl_reads_one():
+    texts = [r"<think>so \boxed{\frac{1}{3}} and"]
+    gold = {"solution": [r"$\frac{1}{3}$"]}
+    assert trl.rewards.accuracy_reward(conversational(texts), **gold) == [1.0]
+    assert accuracy(texts, **gold) == [0.0]
 
 
 def test_soft_overlong_under_trls_name_is_trls_at_the_length_that_it_fixes():

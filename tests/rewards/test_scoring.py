@@ -238,7 +238,7 @@ def test_async_errors_and_timeouts(make_scorer):
     async def broken(**kwargs):
         raise LookupError("gone")
 
-    with pytest.raises(RuntimeError, match="'broken' failed: LookupError: gone") as error:
+    with pytest.raises(RuntimeError, match="'broken' failed on row 0: LookupError: gone") as error:
         make_scorer(broken).score([group("a")])
     assert isinstance(error.value.__cause__, LookupError)
     with pytest.raises(TimeoutError, match=r"'async_forever' took longer than its time-out of 0.2 s"):

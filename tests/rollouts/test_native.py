@@ -334,10 +334,10 @@ def test_buckets():
 
 def test_prompt_attention_without_the_cpu_kernel():
     query, keys, values = torch.randn(2, 2, 3, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
-    bias = torch.zeros(2, 1, 1, 5)
+    bias = torch.zeros(2, 1, 3, 5)
     bias[1, ..., 3:] = -torch.inf
-    out, lse = attention_and_lse(query, keys, values, bias)
-    for ours, expected in zip(products_and_lse(query, keys, values, bias), (out, lse), strict=True):
+    inputs = (query, keys, values, bias, 0.3)
+    for ours, expected in zip(products_and_lse(*inputs), attention_and_lse(*inputs), strict=True):
         torch.testing.assert_close(ours, expected)
 
 

@@ -82,11 +82,13 @@ class RowsLayout:
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, *, scaling: float, dropout: float = 0.0
     ) -> Tensor:
         """query (n, H, 1, D), key and value (n, Hk, 1, D) -> (n, 1, H, D). See `Layout`."""
+        layer = self.cache.layer(module.layer_idx, key)
+        # under autocast what was rotated is in fp32, what was not is not
+        query, key, value = (x.to(layer.keys.dtype) for x in (query, key, value))
         n, num_heads, _, size = query.shape
         heads, shape = key.shape[1], self.shape
         repeats = num_heads // heads
         index = self.index = self.index or _Index(self, heads, repeats)
-        layer = self.cache.layer(module.layer_idx, key)
         # each key-value head of a row is a row of its own from here on: (n Hk, queries that share its keys, D)
         query = query.reshape(n * heads, repeats * size)
         keys, values = layer.keys.flatten(0, 1), layer.values.flatten(0, 1)

@@ -40,24 +40,26 @@ class Runner:
         return model is self.model and self.signature == _signature(model)
 
     def __call__(self, ids: Tensor, positions: Tensor, layout: Layout) -> Tensor:
-        if self.decoder is None:
-            return self.own_layers(ids, positions, layout)
-        hidden = self.decoder(ids, positions, layout)
-        if not self.compared:
-            own = self.own_layers(ids, positions, layout)  # writes the same keys and values once more
-            gap = float((hidden - own).abs().max() / own.abs().max())
-            self.compared = True
-            exact = own.dtype in TOLERANCE and not torch.is_autocast_enabled(own.device.type)
-            if not gap <= (TOLERANCE[own.dtype] if exact else TOLERANCE_16_BIT):
-                logger.info("The layers are decoded by their own forward: the short one differs by %.2g.", gap)
-                self.decoder = None
-                return own
-        return hidden
+        if self.decoder is not None and not self.compared:
+            self._compare(ids, positions, layout)
+        return (self.decoder or self.own_layers)(ids, positions, layout)
 
     def own_layers(self, ids: Tensor, positions: Tensor, layout: Layout) -> Tensor:
         """By the model's own forward."""
         inputs = {"input_ids": ids[:, None], "position_ids": positions[:, None], "attention_mask": no_mask(ids.device)}
         return self.model(**inputs, use_cache=False, layout=layout).last_hidden_state[:, 0]
+
+    def _compare(self, ids: Tensor, positions: Tensor, layout: Layout) -> None:
+        """Gives up the decoder unless it agrees with the layers. Whoever runs next writes the step's keys and values
+        again, so that a first step leaves behind what any other does."""
+        assert self.decoder is not None
+        own, short = self.own_layers(ids, positions, layout), self.decoder(ids, positions, layout)
+        gap = float((short - own).abs().max() / own.abs().max())
+        exact = own.dtype in TOLERANCE and not torch.is_autocast_enabled(own.device.type)
+        if not gap <= (TOLERANCE[own.dtype] if exact else TOLERANCE_16_BIT):
+            logger.info("The layers are decoded by their own forward: the short one differs by %.2g.", gap)
+            self.decoder = None
+        self.compared = True
 
 
 class Decoder:
@@ -106,7 +108,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _mlp(module: Any) -> Callable[[Tensor], Tensor]:
-    if not {"gate_proj", "up_proj", "down_proj", "act_fn"} == _children(module):
+    if _children(module) != {"gate_proj", "up_proj", "down_proj", "act_fn"}:
         return lambda x: module(x[:, None])[:, 0]  # experts
     gate, up, down = (_linear(getattr(module, name)) for name in ("gate_proj", "up_proj", "down_proj"))
     return lambda x: down(module.act_fn(gate(x)) * up(x))

@@ -1,0 +1,87 @@
+"""`generation_kwargs`: which options of `transformers.GenerationConfig` act here, and why the others are refused.
+
+`model.generate` asks our sampler for each token, after its own logits processors. So what processes logits acts; what
+belongs to the sampling, searching or speculating of `generate` itself does not.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+# fields of GRPOConfig that mean the same
+FIELDS = {
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "max_new_tokens": "max_completion_length",
+    "cache_implementation": "cache_implementation",
+}
+
+USABLE = (
+    "bad_words_ids",
+    "begin_suppress_tokens",
+    "cache_config",
+    "compile_config",
+    "disable_compile",
+    "exponential_decay_length_penalty",
+    "max_cache_len",
+    "min_new_tokens",
+    "no_repeat_ngram_size",
+    "prefill_chunk_size",
+    "sequence_bias",
+    "suppress_tokens",
+    "use_cache",
+)
+
+# why -> names
+_REASONS = {
+    "each completion is one sample, there are no beams; use num_generations": (
+        "num_beams num_beam_groups num_return_sequences diversity_penalty length_penalty early_stopping constraints "
+        "force_words_ids low_memory penalty_alpha dola_layers"
+    ),
+    "transformers' own sampling, of which it is a part, is not used; use temperature, top_p, top_k or min_p": (
+        "do_sample typical_p epsilon_cutoff eta_cutoff top_h renormalize_logits watermarking_config"
+    ),
+    "speculative decoding does not sample what the seed says; leave it out": (
+        "use_mtp is_assistant num_assistant_tokens num_assistant_tokens_schedule assistant_confidence_threshold "
+        "assistant_early_exit assistant_lookbehind target_lookbehind assistant_ensemble_weight "
+        "prompt_lookup_num_tokens max_matching_ngram_size speculation_type"
+    ),
+    "special tokens are those of tokenizer and model; set them there": (
+        "eos_token_id pad_token_id bos_token_id forced_bos_token_id"
+    ),
+    "a rollout takes token ids only; leave it out": (
+        "return_dict_in_generate output_attentions output_hidden_states output_scores output_logits"
+    ),
+    "it is for encoder-decoder models, or counts the padding of prompts; leave it out": (
+        "encoder_repetition_penalty encoder_no_repeat_ngram_size decoder_start_token_id"
+    ),
+    "it counts the prompt; use max_completion_length": "max_length",
+    "it counts the prompt and its padding; use min_new_tokens": "min_length",
+    "the clock would decide where completions end; use max_completion_length": "max_time",
+    "it ends completions without an EOS token, so that they count as truncated; override GRPOTrainer.rollout": (
+        "stop_strings"
+    ),
+    "it changes the prompt's tokens; leave it out": "token_healing",
+    "a truncated completion would pass for a finished one; leave it out": "forced_eos_token_id",
+    "another distribution than the policy's would be sampled; leave it out": "guidance_scale",
+    "it would hide a policy that has diverged; leave it out": "remove_invalid_values",
+    "there is no such engine here; see rollout_engine": "continuous_batching_config",
+}
+REFUSED = {name: reason for reason, names in _REASONS.items() for name in names.split()}
+
+
+def generation_problems(names: Iterable[str]) -> list[str]:
+    """What is wrong with names of `generation_kwargs` that are not among `FIELDS`: refused, or no option at all."""
+    problems = []
+    if refused := [name for name in names if name in REFUSED]:
+        reasons = "; ".join(f"{name}: {REFUSED[name]}" for name in refused)
+        problems.append(f"generation_kwargs {', '.join(refused)} cannot be used ({reasons}).")
+    known = [*FIELDS, *USABLE]
+    for name in names:
+        if name not in REFUSED and name not in USABLE:
+            close = get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"use one of {', '.join(known)}."
+            problems.append(f"generation_kwargs {name} is unknown; {hint}")
+    return problems

@@ -1,0 +1,44 @@
+"""The functions of `trl.rewards`, by dotted path or passed as they are."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from trl.trainer.utils import get_callable_name
+
+from .text import as_messages
+
+# functions that make a reward function, and what stands for it here
+_FACTORIES = {"get_soft_overlong_punishment": "soft_overlong", "get_repetition_penalty_reward": "repetition"}
+
+
+def adapt_trl_function(func: Callable[..., Any]) -> Callable[..., Any]:
+    """Any other function as it is; one of `trl.rewards` so that it reads plain text too.
+
+    Raises:
+        ValueError: `trl.rewards.get_...`, which makes a reward function and is none itself.
+    """
+    inner: Any = func
+    while isinstance(inner, partial):
+        inner = inner.func
+    if not (getattr(inner, "__module__", None) or "").startswith("trl.rewards"):
+        return func
+    name = get_callable_name(inner)
+    if name.startswith("get_"):
+        registered = f"use the registered name {_FACTORIES[name]!r}, or " if name in _FACTORIES else ""
+        raise ValueError(
+            f"trl.rewards.{name} makes a reward function and is none itself; {registered}pass what it returns, "
+            f"`{name}(...)`, or assign that to a name in a module of your own and give that name's dotted path."
+        )
+    return OnMessages(func)
+
+
+class OnMessages:
+    """A function that can read completions only as messages, on plain text too."""
+
+    def __init__(self, func: Callable[..., Any]):
+        self.func = func
+        self.__name__ = get_callable_name(func)
+
+    def __call__(self, completions: list[Any], **kwargs: Any) -> Any:
+        return self.func(completions=as_messages(completions), **kwargs)

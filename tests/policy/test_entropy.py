@@ -1,0 +1,34 @@
+"""The entropy of next-token distributions in which some tokens cannot occur."""
+
+import pytest
+import torch
+
+from grpo_trl.batch import Group, Prompt, RolloutBatch
+from grpo_trl.policy import per_token_logps
+from tests.tiny import PAD, tiny_model
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_tokens_of_probability_zero_add_nothing(temperature):
+    """As models give them that rule tokens out by -inf (padding of the vocabulary, say)."""
+    model = tiny_model("qwen3")
+    excluded = torch.arange(model.config.vocab_size) >= 250
+    model.lm_head.register_forward_hook(lambda module, args, logits: logits.masked_fill(excluded, -torch.inf))
+    groups = [Group(Prompt([10, 11, 12], {"prompt": "a"}, 0), [[20, 21, 22], [30, 31, 32]], [True, True])]
+    batch = RolloutBatch.from_groups(groups, pad_token_id=PAD)
+    logps, entropies = per_token_logps(model, batch, temperature=temperature, with_entropy=True)
+    ids = torch.cat([batch.prompt_ids, batch.completion_ids], dim=1)
+    with torch.no_grad():
+        kept = model(ids).logits[:, 2:-1, :250].double() / temperature
+    torch.testing.assert_close(
+        entropies.double(), torch.distributions.Categorical(logits=kept).entropy(), rtol=0, atol=1e-4
+    )
+    assert logps.isfinite().all()
+
+
+def test_a_policy_that_diverged_has_no_entropy():
+    model = tiny_model("qwen3")
+    model.lm_head.weight.data[5] = torch.nan
+    groups = [Group(Prompt([10], {"prompt": "a"}, 0), [[20]], [True])]
+    batch = RolloutBatch.from_groups(groups, pad_token_id=PAD)
+    assert per_token_logps(model, batch, with_entropy=True)[1].isnan().all()

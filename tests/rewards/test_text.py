@@ -1,0 +1,101 @@
+"""What counts as the answer of a text, and that finding it takes linear time."""
+
+import time
+
+import pytest
+
+from grpo_trl.rewards import answer_format, exact_match, final_answer, think_format
+from grpo_trl.rewards.text import normalize_text, stated_answer
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("<answer>1</answer> so <answer>2</answer>", "2"),
+        ("<answer>1</answer> <answer>unfinished", "1"),
+        ("<answer><answer>2</answer></answer>", "2"),
+        ("</answer><answer>", "</answer><answer>"),
+        ("\\boxed{1} \\fbox{2}", "2"),
+        ("\\boxed{1} \\boxed{\\frac{1}{2}} \\boxed{unfinished", "\\frac{1}{2}"),
+        ("\\boxed{1 \\boxed{2} 3}", "2"),
+        ("} \\boxed{a{b}c} {", "a{b}c"),
+        ("<answer>#### 3 \\boxed{4}</answer>", "4"),
+        ("#### 5\n#### 72", "72"),
+        ("#### 5\nmore\n#### 72\n\nQuestion: the next", "72"),
+        ("#### 5 #### 72", "72"),
+        ("#### 72\n####", "72"),
+        ("#### $1,234.00\nso", "$1,234.00"),
+        ("#### 2. Add the clips\nThere are 5", "#### 2. Add the clips\nThere are 5"),
+        ("  72  ", "72"),
+    ],
+)
+def test_the_last_mark_counts(text, answer):
+    assert final_answer(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("<think>I guess 72", ""),
+        ("<think>24 + 48 = \\boxed{72}", ""),
+        ("<think>71</think> 72? <think>hm 72", ""),
+        ("<think>71</think>72", "72"),
+        ("71</think>72", "72"),  # the template wrote <think> into the prompt
+    ],
+)
+def test_reasoning_that_does_not_end_has_no_answer(text, answer):
+    assert final_answer(text) == answer
+    assert exact_match([text], answer=["72"]) == [float(answer == "72")]
+
+
+LENGTH = 200_000
+DEGENERATE = [
+    "<answer>",
+    "</answer><answer>",
+    "<think>",
+    "</think>",
+    "<think></think><answer>",
+    "\\boxed{",
+    "\\boxed",
+    "\\boxed ",
+    "\\text{",
+    "\\text ",
+    "{",
+    "}",
+    "{}",
+    "#### ",
+    "####\n",
+    "#### 1 ",
+    "#### 1\n",
+    "#### 1 a b\n",
+    " ",
+    "\n",
+    "1",
+    "1 ",
+    "1,",
+    "answer is ",
+    "answer: ",
+    "answer ",
+    "answer:\n",
+    "**",
+    "(a",
+]
+
+
+def too_slow(function, text) -> bool:
+    """Takes seconds of this process's own time: what is quadratic takes minutes for 200,000 characters."""
+    start = time.process_time()
+    function(text)
+    return time.process_time() - start > 5
+
+
+@pytest.mark.parametrize("part", DEGENERATE)
+@pytest.mark.parametrize("ending", ["", "x y", "\n\n1 x\n", "</answer>", "}", "</think>"])
+def test_parsing_is_linear(part, ending):
+    text = part * (LENGTH // len(part)) + ending
+    assert not too_slow(final_answer, text)
+    assert not too_slow(stated_answer, text)
+    assert not too_slow(normalize_text, text)
+    assert not too_slow(lambda text: answer_format([text]), text)
+    assert not too_slow(lambda text: think_format([text]), text)
+    assert not too_slow(lambda text: exact_match([text], answer=["72"]), text)

@@ -97,8 +97,12 @@ class RowsLayout:
         keys, values = (x[: n * heads, : shape.length] for x in (keys, values))
 
         side_by_side = query.index_select(0, index.side_by_side).view(shape.groups, heads, -1, size)
-        prompts = (x[: shape.groups, :, : shape.prompt_length] for x in (layer.prompt_keys, layer.prompt_values))
-        prompt_out, prompt_lse = attention_and_lse(side_by_side, *prompts, index.prompt_bias, scaling)
+        prompt_keys, prompt_values = (
+            x[: shape.groups, :, : shape.prompt_length] for x in (layer.prompt_keys, layer.prompt_values)
+        )
+        prompt_out, prompt_lse = attention_and_lse(
+            side_by_side, prompt_keys, prompt_values, index.prompt_bias, scaling
+        )
         prompt_out = prompt_out.reshape(-1, repeats * size).index_select(0, index.back).view(-1, repeats, size)
         prompt_lse = prompt_lse.reshape(-1, repeats).index_select(0, index.back)
 

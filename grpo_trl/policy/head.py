@@ -90,9 +90,14 @@ def fused_scores(
 
 def to_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Hidden states (..., d) as the head takes them -> the model's logits (..., V) in fp32."""
-    scale, softcap = logit_scale_and_softcap(model)
     head: Any = model.get_output_embeddings()
-    logits = head(hidden).float()
+    return finish_logits(model, head(hidden))
+
+
+def finish_logits(model: PreTrainedModel, product: Tensor) -> Tensor:
+    """What the head's weight gives (..., V) -> the model's logits in fp32."""
+    scale, softcap = logit_scale_and_softcap(model)
+    logits = product.float()
     logits = logits if scale == 1 else logits * scale
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 

@@ -69,10 +69,9 @@ def group_keys(params: SamplingParams, draws: Sequence[int]) -> Tensor:
 
 
 def uniforms(keys: Tensor, step: int | Tensor) -> Tensor:
-    """Uniform numbers in [0, 1) for token `step` (of all rows, or (B,)) of each row, (B,) fp32, the same on every
-    device.
+    """Uniform numbers in [0, 1) for token `step` of each row, fp32, the same on every device.
 
-    24 bits, so that u < 1 and u x total < total hold exactly in fp32.
+    Keys and steps broadcast. 24 bits, so that u < 1 and u x total < total hold exactly in fp32.
     """
     bits = (_mix(keys + step) >> 40) & 0xFFFFFF
     return bits.float() / (1 << 24)

@@ -88,6 +88,4 @@ def test_the_first_step_leaves_behind_what_any_other_does(qwen3):
 @pytest.mark.parametrize("bias", [True, False])
 def test_linear_layers_for_any_number_of_rows(rows, bias):
     module, x = nn.Linear(12, 20, bias=bias), torch.randn(rows, 12)
-    out = decoder._linear(module)(x)
-    torch.testing.assert_close(out, module(x))
-    assert out.is_contiguous()
+    torch.testing.assert_close(decoder._linear(module)(x), module(x))

@@ -22,8 +22,8 @@ class PromptLayout(GroupLayout):
         layer = self.cache.layer(module.layer_idx, key)
         for slot, part in zip(self.slots, self.shared, strict=True):
             length = part.stop - part.start
-            layer.prompt_keys[slot, :, :length] = key[0, :, part]
-            layer.prompt_values[slot, :, :length] = value[0, :, part]
+            layer.prompts[0, slot, :, :length] = key[0, :, part]
+            layer.prompts[1, slot, :, :length] = value[0, :, part]
         return super().attend(module, query, key, value, **options)
 
 
@@ -82,24 +82,25 @@ class RowsLayout:
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, *, scaling: float, dropout: float = 0.0
     ) -> Tensor:
         """query (n, H, 1, D), key and value (n, Hk, 1, D) -> (n, 1, H, D). See `Layout`."""
-        layer = self.cache.layer(module.layer_idx, key)
-        # under autocast what was rotated is in fp32, what was not is not
-        query, key, value = (x.to(layer.keys.dtype) for x in (query, key, value))
-        n, num_heads, _, size = query.shape
-        heads, shape = key.shape[1], self.shape
-        repeats = num_heads // heads
-        index = self.index = self.index or _Index(self, heads, repeats)
-        # each key-value head of a row is a row of its own from here on: (n Hk, queries that share its keys, D)
-        query = query.reshape(n * heads, repeats * size)
-        keys, values = layer.keys.flatten(0, 1), layer.values.flatten(0, 1)
-        keys.flatten(0, 1).index_copy_(0, index.write, key.reshape(-1, size))
-        values.flatten(0, 1).index_copy_(0, index.write, value.reshape(-1, size))
-        keys, values = (x[: n * heads, : shape.length] for x in (keys, values))
+        tokens = torch.cat([query[:, :, 0], key[:, :, 0], value[:, :, 0]], dim=1)
+        out = self.attend_to(module.layer_idx, tokens, key.shape[1], scaling)
+        return out.view(len(out), 1, *query.shape[1::2])
 
-        side_by_side = query.index_select(0, index.side_by_side).view(shape.groups, heads, -1, size)
-        prompt_keys, prompt_values = (
-            x[: shape.groups, :, : shape.prompt_length] for x in (layer.prompt_keys, layer.prompt_values)
-        )
+    def attend_to(self, layer_idx: int, tokens: Tensor, kv_heads: int, scaling: float) -> Tensor:
+        """Queries, keys and values side by side (n, H + 2 Hk, D) -> (n, H D)."""
+        layer = self.cache.layers[layer_idx]
+        tokens = tokens.to(layer.own.dtype)  # under autocast, what was turned is in fp32
+        n, num_heads, size = len(tokens), tokens.shape[1] - 2 * kv_heads, tokens.shape[2]
+        repeats, shape = num_heads // kv_heads, self.shape
+        index = self.index = self.index or _Index(self, kv_heads, repeats)
+        # each key-value head of a row is a row of its own from here on: (n Hk, queries that share its keys, D)
+        query = tokens[:, :num_heads].reshape(n * kv_heads, repeats * size)
+        new = tokens[:, num_heads:].reshape(-1, size)
+        keys, values = layer.own.view(-1, size).index_copy_(0, index.write, new).view(2, -1, self.cache.length, size)
+        keys, values = (x[: n * kv_heads, : shape.length] for x in (keys, values))
+
+        side_by_side = query.index_select(0, index.side_by_side).view(shape.groups, kv_heads, -1, size)
+        prompt_keys, prompt_values = layer.prompts[:, : shape.groups, :, : shape.prompt_length]
         prompt_out, prompt_lse = attention_and_lse(
             side_by_side, prompt_keys, prompt_values, index.prompt_bias, scaling
         )
@@ -108,9 +109,8 @@ class RowsLayout:
 
         scores = torch.baddbmm(index.bias, query.view(-1, repeats, size), keys.transpose(1, 2), alpha=scaling)
         # the prompt is one more key: its score is the log-sum-exp of its scores, its value what it gave by itself
-        weights = torch.cat([prompt_lse[..., None], scores], dim=-1).softmax(-1).to(value.dtype)
-        out = torch.addcmul(weights[..., 1:] @ values, weights[..., :1], prompt_out)
-        return out.view(n, 1, num_heads, size)
+        weights = torch.cat([prompt_lse[..., None], scores], dim=-1).softmax(-1).to(values.dtype)
+        return torch.addcmul(weights[..., 1:] @ values, weights[..., :1], prompt_out).view(n, -1)
 
 
 class _Index:
@@ -120,11 +120,13 @@ class _Index:
         shape, grid, ages = layout.shape, layout.grid, layout.ages
         head = torch.arange(heads, device=ages.device)
         row = torch.arange(shape.rows, device=ages.device)[:, None] * heads + head  # (n, Hk)
-        # from queries to the grid, (P, Hk, K), and back; places of the new keys in the memory
+        # from queries to the grid, (P, Hk, K), and back
         self.side_by_side = (grid.rows[: shape.groups, None, : shape.columns] * heads + head[:, None]).flatten()
         owners, places = grid.owners[: shape.rows, None], grid.places[: shape.rows, None]
         self.back = ((owners * heads + head) * shape.columns + places).flatten()
-        self.write = (row * layout.cache.length + ages[:, None]).flatten()
+        # where new keys and values go in the memory, (n, 2 Hk)
+        keys = row * layout.cache.length + ages[:, None]
+        self.write = torch.cat([keys, keys + layout.cache.rows * heads * layout.cache.length], dim=1).flatten()
         # -inf where a row has no token yet, (n Hk, r, T), and behind the end of a prompt, (P, 1, K r, S)
         bias = _bias(torch.arange(shape.length, device=ages.device) > ages[:, None])
         self.bias = bias[:, None].expand(-1, heads, -1).flatten(0, 1)[:, None].expand(-1, repeats, -1)

@@ -16,10 +16,8 @@ from torch import Tensor
 class LayerCache:
     """Of one layer, with Hk key-value heads of size D."""
 
-    prompt_keys: Tensor  # (groups, Hk, S, D)
-    prompt_values: Tensor
-    keys: Tensor  # (rows, Hk, T, D)
-    values: Tensor
+    prompts: Tensor  # (2, groups, Hk, S, D): keys, values
+    own: Tensor  # (2, rows, Hk, T, D)
 
 
 class Cache:
@@ -37,28 +35,26 @@ class Cache:
         """The layer's memory; `key` (B, Hk, N, D) is about to be written to it."""
         if index not in self.layers:
             _, heads, _, size = key.shape
-            prompts, own = (self.groups, heads, self.prompt_length, size), (self.rows, heads, self.length, size)
-            self.layers[index] = LayerCache(*(key.new_zeros(shape) for shape in (prompts, prompts, own, own)))
+            prompts = key.new_zeros(2, self.groups, heads, self.prompt_length, size)
+            self.layers[index] = LayerCache(prompts, key.new_zeros(2, self.rows, heads, self.length, size))
         return self.layers[index]
 
     def move_rows(self, sources: Sequence[int], targets: Sequence[int], length: int) -> None:
         """Copies the first `length` own keys and values of some rows to others."""
         for layer in self.layers.values():
-            for memory in (layer.keys, layer.values):
-                memory[targets, :, :length] = memory[sources, :, :length]
+            layer.own[:, targets, :, :length] = layer.own[:, sources, :, :length]
 
     def move_groups(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copies the keys and values of some prompts to others."""
         for layer in self.layers.values():
-            for memory in (layer.prompt_keys, layer.prompt_values):
-                memory[targets] = memory[sources]
+            layer.prompts[:, targets] = layer.prompts[:, sources]
 
 
 class Rows:
     """What is known of each row: room for `rows` completions of `length` tokens."""
 
     def __init__(self, rows: int, length: int, device: torch.device):
-        self.keys = torch.zeros(rows, dtype=torch.long, device=device)  # of its random numbers
+        self.uniforms = torch.zeros(rows, length, device=device)  # the random numbers behind its tokens
         self.ages = torch.zeros(rows, dtype=torch.long, device=device)  # place of its last token
         self.last = torch.zeros(rows, dtype=torch.long, device=device)  # that token
         self.ended = torch.zeros(rows, dtype=torch.bool, device=device)  # whether an EOS was among its tokens

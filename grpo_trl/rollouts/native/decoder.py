@@ -12,99 +12,111 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, rms_norm
 from transformers.utils import logging
 
-from ...policy.attention import Layout, no_mask
+from ...policy.attention import no_mask
+from ...policy.head import finish_logits, to_logits
+from .attention import RowsLayout
 
 logger = logging.get_logger(__name__)
 
-# For so many rows the CPU's kernels are faster (up to four times) with the weight as the left factor
-WEIGHT_FIRST = range(2, 65)
-# Largest difference of hidden states, relative to the largest of them, that rounding explains
+# Up to so many rows the CPU's kernels are faster (up to three times) with the weight as the left factor
+WEIGHT_FIRST = 64
+# Largest difference of logits, relative to the largest of them, that rounding explains
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
 TOLERANCE_16_BIT = 0.1
 
 
 class Runner:
-    """ids (n,), positions (n,), layout -> hidden states (n, d) as the head takes them.
+    """ids (n,), positions (n,), layout -> logits (n, V) in fp32, by a causal LM.
 
-    `model` is a backbone. Its weights are read where they are, adapters included.
+    Its weights are read where they are, adapters included.
     """
 
     def __init__(self, model: Any):
         self.model = model
         self.signature = _signature(model)
-        self.decoder = Decoder(model) if _is_like_llama(model) else None
+        self.decoder = Decoder(model) if _is_like_llama(model.base_model) and not _hooks(model) else None
         self.compared = False
 
     def fits(self, model: nn.Module) -> bool:
         """Whether this still is the runner of the model: no module replaced, no hook added."""
         return model is self.model and self.signature == _signature(model)
 
-    def __call__(self, ids: Tensor, positions: Tensor, layout: Layout) -> Tensor:
+    def __call__(self, ids: Tensor, positions: Tensor, layout: RowsLayout) -> Tensor:
         if self.decoder is not None and not self.compared:
             self._compare(ids, positions, layout)
         return (self.decoder or self.own_layers)(ids, positions, layout)
 
-    def own_layers(self, ids: Tensor, positions: Tensor, layout: Layout) -> Tensor:
+    def own_layers(self, ids: Tensor, positions: Tensor, layout: RowsLayout) -> Tensor:
         """By the model's own forward."""
         inputs = {"input_ids": ids[:, None], "position_ids": positions[:, None], "attention_mask": no_mask(ids.device)}
-        return self.model(**inputs, use_cache=False, layout=layout).last_hidden_state[:, 0]
+        hidden = self.model.base_model(**inputs, use_cache=False, layout=layout).last_hidden_state
+        return to_logits(self.model, hidden[:, 0])
 
-    def _compare(self, ids: Tensor, positions: Tensor, layout: Layout) -> None:
+    def _compare(self, ids: Tensor, positions: Tensor, layout: RowsLayout) -> None:
         """Gives up the decoder unless it agrees with the layers. Whoever runs next writes the step's keys and values
         again, so that a first step leaves behind what any other does."""
         assert self.decoder is not None
         own, short = self.own_layers(ids, positions, layout), self.decoder(ids, positions, layout)
         gap = float((short - own).abs().max() / own.abs().max())
-        exact = own.dtype in TOLERANCE and not torch.is_autocast_enabled(own.device.type)
-        if not gap <= (TOLERANCE[own.dtype] if exact else TOLERANCE_16_BIT):
+        exact = self.model.dtype in TOLERANCE and not torch.is_autocast_enabled(own.device.type)
+        if not gap <= (TOLERANCE[self.model.dtype] if exact else TOLERANCE_16_BIT):
             logger.info("The layers are decoded by their own forward: the short one differs by %.2g.", gap)
             self.decoder = None
         self.compared = True
 
 
 class Decoder:
-    """Embedding, layers and last norm of a model that is built as Llama is."""
+    """Embedding, layers, last norm and head of a model that is built as Llama is. See `Runner`."""
 
     def __init__(self, model: Any):
-        self.embed, self.rotary, self.norm = model.embed_tokens, model.rotary_emb, _norm(model.norm)
-        self.layers = [_Layer(layer) for layer in model.layers]
+        backbone = model.base_model
+        self.model, self.head = model, _linear(model.get_output_embeddings())
+        self.embed, self.rotary, self.norm = backbone.embed_tokens, backbone.rotary_emb, _norm(backbone.norm)
+        self.layers = [_Layer(layer) for layer in backbone.layers]
 
-    def __call__(self, ids: Tensor, positions: Tensor, layout: Layout) -> Tensor:
-        """See `Runner`."""
+    @torch.inference_mode()  # a sixth less time per operation than no_grad
+    def __call__(self, ids: Tensor, positions: Tensor, layout: RowsLayout) -> Tensor:
         hidden = self.embed(ids)
         cos, sin = (x[:, 0, None] for x in self.rotary(hidden[:, None], positions[:, None]))  # (n, 1, D)
         half = sin.shape[-1] // 2
         sin = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
         for layer in self.layers:
             hidden = layer(hidden, cos, sin, layout)
-        return self.norm(hidden)
+        return finish_logits(self.model, self.head(self.norm(hidden)).contiguous())
 
 
 class _Layer:
     """Attention and MLP, each behind a norm and with a residual."""
 
     def __init__(self, layer: Any):
-        self.attention = layer.self_attn
+        attention = self.attention = layer.self_attn
         self.before_attention, self.before_mlp = _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)
-        self.query, self.key, self.value, self.out = (_linear(getattr(self.attention, f"{x}_proj")) for x in "qkvo")
-        self.query_norm, self.key_norm = (_norm(getattr(self.attention, f"{x}_norm", None)) for x in "qk")
-        self.mlp = _mlp(layer.mlp)
+        self.projections = [_linear(module) for module in (attention.q_proj, attention.k_proj, attention.v_proj)]
+        self.kv_heads = attention.k_proj.out_features // attention.head_dim
+        self.out, self.mlp = _linear(attention.o_proj), _mlp(layer.mlp)
 
-    def __call__(self, hidden: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
+    def __call__(self, hidden: Tensor, cos: Tensor, sin: Tensor, layout: RowsLayout) -> Tensor:
         """hidden (n, d); cos, sin (n, 1, D), sin with the signs of the rotation."""
-        shape = (len(hidden), -1, self.attention.head_dim)
+        size = self.attention.head_dim
         x = self.before_attention(hidden)
-        query = _rotate(self.query_norm(self.query(x).view(shape)), cos, sin)
-        key = _rotate(self.key_norm(self.key(x).view(shape)), cos, sin)
-        tokens = (y[:, :, None] for y in (query, key, self.value(x).view(shape)))
-        out = layout.attend(self.attention, *tokens, scaling=self.attention.scaling, dropout=0.0)
-        hidden = hidden + self.out(out.flatten(1))
+        tokens = torch.cat([project(x) for project in self.projections], dim=-1).view(len(x), -1, size)
+        turned = tokens[:, : -self.kv_heads]  # queries and keys, H + Hk heads; values are not turned
+        # x cos + rotate_half(x) sin: rolling by half swaps the halves, `sin` brings the sign of the first
+        normed = self._normed(turned)
+        torch.addcmul(normed * cos, normed.roll(size // 2, dims=-1), sin, out=turned)
+        hidden = hidden + self.out(
+            layout.attend_to(self.attention.layer_idx, tokens, self.kv_heads, self.attention.scaling)
+        )
         return hidden + self.mlp(self.before_mlp(hidden))
 
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """(n, H, D): x cos + rotate_half(x) sin; rolling by half swaps the halves, `sin` brings the sign of the first."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
+    def _normed(self, tokens: Tensor) -> Tensor:
+        """Queries and keys (n, H + Hk, D) behind their norms, if the model has any."""
+        if not hasattr(self.attention, "q_norm"):
+            return tokens
+        of_query, of_key = self.attention.q_norm, self.attention.k_norm
+        heads, size = tokens.shape[1] - self.kv_heads, tokens.shape[2]
+        weight = torch.cat([of_query.weight.expand(heads, -1), of_key.weight.expand(self.kv_heads, -1)])
+        return rms_norm(tokens, (size,), None, of_query.variance_epsilon) * weight
 
 
 def _mlp(module: Any) -> Callable[[Tensor], Tensor]:
@@ -121,19 +133,16 @@ def _linear(module: Any) -> Callable[[Tensor], Tensor]:
 
     def apply(x: Tensor) -> Tensor:
         weight, bias = module.weight, module.bias
-        if x.device.type != "cpu" or len(x) not in WEIGHT_FIRST or x.dtype != weight.dtype:
+        if x.device.type != "cpu" or len(x) > WEIGHT_FIRST or x.dtype != weight.dtype:
             return linear(x, weight, bias)
-        out = torch.mm(weight, x.t()).t().contiguous()
-        return out if bias is None else out.add_(bias)
+        return (torch.mm(weight, x.t()) if bias is None else torch.addmm(bias[:, None], weight, x.t())).t()
 
     return apply
 
 
 def _norm(module: Any) -> Callable[[Tensor], Tensor]:
-    """An RMS norm as one operation; another norm as it is; None: no norm."""
-    if module is None:
-        return lambda x: x
-    if not hasattr(module, "weight") or not hasattr(module, "variance_epsilon"):
+    """An RMS norm as one operation; another norm as it is."""
+    if not _is_rms_norm(module):
         return module
 
     def apply(x: Tensor) -> Tensor:
@@ -143,26 +152,41 @@ def _norm(module: Any) -> Callable[[Tensor], Tensor]:
     return apply
 
 
-def _is_like_llama(model: Any) -> bool:
-    """By the names of its parts, and only where no hook waits to be called with them."""
-    optional = {"q_norm", "k_norm", "rotary_emb"}
-    return (
-        _children(model) == {"embed_tokens", "layers", "norm", "rotary_emb"}
-        and all(
-            _children(layer) == {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
-            and _children(layer.self_attn) - optional == {"q_proj", "k_proj", "v_proj", "o_proj"}
-            for layer in model.layers
-        )
-        and not any(hooks for _, hooks in _signature(model))
+def _is_rms_norm(module: Any) -> bool:
+    return hasattr(module, "weight") and hasattr(module, "variance_epsilon")
+
+
+def _is_like_llama(backbone: Any) -> bool:
+    """By the names and sizes of its parts."""
+    return _children(backbone) == {"embed_tokens", "layers", "norm", "rotary_emb"} and all(
+        _children(layer) == {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
+        and _is_like_llamas(layer.self_attn)
+        for layer in backbone.layers
     )
+
+
+def _is_like_llamas(attention: Any) -> bool:
+    norms = _children(attention) & {"q_norm", "k_norm"}
+    if _children(attention) - norms - {"rotary_emb"} != {"q_proj", "k_proj", "v_proj", "o_proj"}:
+        return False
+    query, key, value = (getattr(attention, f"{name}_proj").out_features for name in "qkv")
+    size = attention.head_dim
+    per_head = all(_is_rms_norm(norm) and norm.weight.shape == (size,) for norm in map(attention.get_submodule, norms))
+    sizes_fit = key == value and query == attention.o_proj.in_features and query % key == 0 and key % size == 0
+    return sizes_fit and len(norms) in (0, 2) and per_head
 
 
 def _children(module: nn.Module) -> set[str]:
     return {name for name, _ in module.named_children()}
 
 
+def _hooks(model: nn.Module) -> int:
+    """How many calls wait for a module to be called, accelerate's, which move tensors between devices, included."""
+    return sum(count for _, count in _signature(model))
+
+
 def _signature(model: nn.Module) -> list[tuple[int, int]]:
-    """Each module and how many hooks it has (accelerate's, which move tensors between devices, included)."""
+    """Each module, and how many hooks it has."""
     return [
         (id(m), len(m._forward_hooks) + len(m._forward_pre_hooks) + hasattr(m, "_hf_hook")) for m in model.modules()
     ]

@@ -86,8 +86,8 @@ class NativeEngine:
         check_positions(model.config, longest, sampling.max_completion_length)
         memory, weights = self._memory(model, len(prompts), longest, sampling), self._weights(model)
         graphs = None if sampling.history_processors else self.graphs  # those run on the host
-        if self.runner is None or not self.runner.fits(model.base_model):
-            self.runner = Runner(model.base_model)
+        if self.runner is None or not self.runner.fits(model):
+            self.runner = Runner(model)
         rollout = Rollout(model, self.runner, prompts, sampling, memory, graphs)
         while rollout.unfinished:
             # not around the yield, where the consumer's code runs
@@ -175,7 +175,7 @@ class Rollout:
         self.model, self.runner, self.sampling = model, runner, sampling
         self.memory, self.graphs = memory, graphs
         self.sampler = TokenSampler(sampling)
-        self.device = memory.rows.keys.device
+        self.device = memory.rows.last.device
         self.eos = torch.tensor(sampling.eos_token_ids, device=self.device)
         self.check_every = CHECK_EVERY.get(self.device.type, 1)
         self.waiting = deque(prompts)
@@ -224,7 +224,8 @@ class Rollout:
         self.rows += [Row(group, number, self.step) for group in new for number in range(size)]
         self.columns = 0
         rows, state = slice(first, len(self.rows)), self.memory.rows
-        state.keys[rows] = group_keys(self.sampling, [prompt.draw for prompt in prompts]).to(self.device)
+        keys = group_keys(self.sampling, [prompt.draw for prompt in prompts]).to(self.device)
+        state.uniforms[rows] = uniforms(keys[:, None], torch.arange(state.uniforms.shape[1], device=self.device))
         state.ages[rows], state.ended[rows] = 0, False
         self._accept(rows, logits.repeat_interleave(size, dim=0))
         if self.graphs is not None:  # the first prompts have allocated the last of the memory
@@ -249,9 +250,9 @@ class Rollout:
         state, grid, n = self.memory.rows, self.memory.grid, shape.rows
         layout = RowsLayout(self.memory.cache, grid, shape, state.ages[:n])
         positions = grid.prompt_lengths[grid.owners[:n]] + state.ages[:n]
-        hidden = self.runner(state.last[:n], positions, layout)
+        logits = self.runner(state.last[:n], positions, layout)
         state.ages[:n] = (state.ages[:n] + 1).clamp(max=state.tokens.shape[1] - 1)  # rows that nobody reads go on
-        self._accept(slice(0, n), to_logits(self.model, hidden))
+        self._accept(slice(0, n), logits)
 
     def retire(self) -> list[Group]:
         """Takes out rows that have ended and groups that are complete; the last ones close the gaps."""
@@ -284,10 +285,10 @@ class Rollout:
     def _accept(self, rows: slice, logits: Tensor) -> None:
         """Samples the token of each row that is at its age."""
         state = self.memory.rows
-        ages, histories = state.ages[rows], self._histories(rows) if self.sampler.needs_history else ()
-        tokens, logps = self.sampler(logits, uniforms(state.keys[rows], ages), histories)
-        state.tokens[rows].scatter_(1, ages[:, None], tokens[:, None])
-        state.logps[rows].scatter_(1, ages[:, None], logps[:, None])
+        ages, histories = state.ages[rows, None], self._histories(rows) if self.sampler.needs_history else ()
+        tokens, logps = self.sampler(logits, state.uniforms[rows].gather(1, ages)[:, 0], histories)
+        state.tokens[rows].scatter_(1, ages, tokens[:, None])
+        state.logps[rows].scatter_(1, ages, logps[:, None])
         state.last[rows] = tokens
         state.ended[rows] |= torch.isin(tokens, self.eos)
 

@@ -16,7 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}  # before the Hugging Face libraries read them
@@ -75,7 +75,7 @@ class Load:
     mu: int = 1  # num_iterations
     device: str = "cpu"
     dtype: str = "float32"  # of the weights of policy and reference
-    steps: int = 1  # timed rounds (a rollout and its mu updates), after one to warm up
+    steps: int = 2  # timed rounds (a rollout and its mu updates), after one to warm up
 
     def __str__(self) -> str:
         low, high = self.prompt_len
@@ -90,7 +90,7 @@ class Load:
 # prompts; (d) nothing to share and nothing to unpad.
 LOADS = {
     "a": Load(),
-    "b": Load(prompts=2, group=4, mu=4),
+    "b": Load(prompts=2, group=4, mu=4, steps=8),  # so that chance matters less in its few completions
     "c": Load(prompts=4, prompt_len=(600, 600)),
     "d": Load(prompts=8, group=2, prompt_len=(8, 8), completion_len=64, raggedness=0.0),
 }
@@ -127,6 +127,12 @@ def loads_of(options: argparse.Namespace) -> dict[str, Load]:
     names = {field.name for field in fields(Load)}
     given = {name: value for name, value in vars(options).items() if name in names and value is not None}
     return {name: replace(LOADS[name], **given) for name in options.load.split(",")}
+
+
+def tolerance_of_lengths(load: Load, repeats: int) -> float:
+    """How far two sides' mean lengths may be apart by chance, relatively: four standard errors, lengths being nearly
+    geometric."""
+    return 4 * (2 / (load.prompts * load.group * load.steps * repeats)) ** 0.5 if load.raggedness else 0.01
 
 
 def eos_ids(load: Load) -> list[int]:
@@ -218,14 +224,18 @@ def peak_memory(device: str) -> float:
 
 
 def alternate(
-    measure: Callable[..., dict[str, Any]], load: Load, sides: Sequence[str], repeats: int
+    measure: Callable[..., dict[str, Any]],
+    load: Any,
+    sides: Sequence[str],
+    repeats: int,
+    save: Callable[[Any, str], None] = save_model,
 ) -> list[dict[str, Any]]:
     """`measure(load, folder, seed, side)` of each side in turn, so that a slow minute of the machine does not fall on
-    one of them; each in a process of its own, so that peak memory is one side's."""
+    one of them; each in a process of its own, so that peak memory is one side's. `save` fills the folder."""
     pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1)
     rows = []
     with tempfile.TemporaryDirectory() as folder, pool:
-        save_model(load, folder)
+        save(load, folder)
         for seed in range(repeats):
             for side in sides:
                 row = pool.submit(measure, load, folder, seed, side).result()
@@ -243,14 +253,10 @@ def ratios(rows: list[dict[str, Any]], ours: str, peer: str, names: Sequence[str
 
 def check_same_work(rows: list[dict[str, Any]], name: str, tolerance: float) -> None:
     """Raises when a figure that must be equal on all sides differs by more than the tolerance, relatively."""
-    medians = {
-        side: median(row[name] for row in rows if row["side"] == side) for side in {row["side"] for row in rows}
-    }
-    low, high = min(medians.values()), max(medians.values())
+    means = {side: mean(row[name] for row in rows if row["side"] == side) for side in {row["side"] for row in rows}}
+    low, high = min(means.values()), max(means.values())
     if high - low > tolerance * max(abs(high), abs(low)):
-        raise RuntimeError(
-            f"The sides did not do the same work: {name} {medians} differ by more than {tolerance:.0%}."
-        )
+        raise RuntimeError(f"The sides did not do the same work: {name} {means} differ by more than {tolerance:.0%}.")
 
 
 def report(options: argparse.Namespace, results: dict[str, Any], held_equal: Sequence[str] = HELD_EQUAL) -> None:
@@ -259,7 +265,7 @@ def report(options: argparse.Namespace, results: dict[str, Any], held_equal: Seq
     given = {name: value for name, value in vars(options).items() if name != "output" and value is not None}
     text = {name: ",".join(map(str, value)) if isinstance(value, tuple) else value for name, value in given.items()}
     script = f"benchmarks/{Path(sys.argv[0]).name}"
-    on_cuda = options.device == "cuda"
+    on_cuda = getattr(options, "device", None) == "cuda"
     result = {
         "command": " ".join(["python", script, *(f"--{k.replace('_', '-')} {v}" for k, v in text.items())]),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "trl", "grpo_trl")},

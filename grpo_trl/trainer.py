@@ -43,7 +43,6 @@ from .loader import IndexedPrompts, RolloutLoader, StreamedPrompts
 from .metrics import Metrics, completion_rows, record_rollout
 from .policy import (
     Reference,
-    causal_lm,
     evaluation_mode,
     is_packed,
     make_reference,
@@ -61,6 +60,9 @@ logger = logging.get_logger(__name__)
 LOSS_FIELDS = tuple(
     name for name in GOVERNED if name not in ("scale_rewards", "token_weighting", "mask_truncated_completions")
 )
+
+# Nats between a log-probability as sampled and that of the update, up to which the first stands for the second
+SAMPLING_GAP = 1e-4
 
 RewardFunc = str | PreTrainedModel | Callable[..., Any]
 
@@ -165,6 +167,15 @@ class GRPOTrainer(TrainerHooks):
             cache_implementation=args.cache_implementation,
             cuda_graphs=args.cuda_graphs,
         )
+        # whether log-probabilities of sampling stand for the old ones: those of our own engines in fp32, from the
+        # distribution that is trained; None: they may, and the first rollout measures whether they do
+        candidate = (
+            type(self).rollout is GRPOTrainer.rollout
+            and not self.train_sampling.truncates
+            and self.accelerator.mixed_precision == "no"
+            and policy.dtype == torch.float32
+        )
+        self._sampling_is_exact: bool | None = None if candidate else False
         self.metrics = Metrics()
         self._share_of_micro_batch = 1.0  # what `compute_loss` sees of one; see `training_step`
         self.num_tokens = 0
@@ -223,11 +234,7 @@ class GRPOTrainer(TrainerHooks):
         )
         batch = batch.to(self.args.device)
         if not self.args.on_policy:
-            batch.old_per_token_logps = (
-                batch.sampling_per_token_logps.clone()
-                if self._sampling_is_exact and batch.sampling_per_token_logps is not None
-                else self._in_micro_batches(batch, self._old_per_token_logps)
-            )
+            batch.old_per_token_logps = self._old_per_token_logps(batch)
         if self.reference is not None:
             score = partial(self.reference.per_token_logps, temperature=self.args.temperature)
             batch.ref_per_token_logps = self._in_micro_batches(batch, score)
@@ -322,21 +329,22 @@ class GRPOTrainer(TrainerHooks):
             self.metrics.add("sampling/logp_gap", gap.sum(), mask.sum())
         return loss
 
-    @property
-    def _sampling_is_exact(self) -> bool:
-        """Whether the log-probabilities of sampling can stand for the old ones: those of our own engines in fp32, from
-        the distribution that is trained. They differ by rounding then (tested: by less than 1e-4)."""
-        return (
-            type(self).rollout is GRPOTrainer.rollout
-            and not self.train_sampling.truncates
-            and self.accelerator.mixed_precision == "no"
-            and causal_lm(self.model).dtype == torch.float32
-        )
-
     def _old_per_token_logps(self, batch: RolloutBatch) -> Tensor:
-        """Under the policy as it sampled: dropout off."""
-        with evaluation_mode(self.model):
-            return per_token_logps(self.model, batch, temperature=self.args.temperature)[0]
+        """Of the policy as it sampled, or those of sampling where they stand for them (`_sampling_is_exact`)."""
+        sampled = batch.sampling_per_token_logps
+        if sampled is not None and self._sampling_is_exact:
+            return sampled.clone()
+
+        def score(batch: RolloutBatch) -> Tensor:
+            with evaluation_mode(self.model):  # dropout off
+                return per_token_logps(self.model, batch, temperature=self.args.temperature)[0]
+
+        logps = self._in_micro_batches(batch, score)
+        if sampled is None or self._sampling_is_exact is False:
+            return logps
+        far = (sampled - logps).abs().gt(SAMPLING_GAP) & batch.completion_mask.bool()
+        self._sampling_is_exact = not self.all_reduce(far.sum())  # of all ranks: they run the same passes
+        return sampled.clone() if self._sampling_is_exact else logps
 
     @torch.no_grad()
     def _in_micro_batches(self, batch: RolloutBatch, score: Callable[[RolloutBatch], Tensor]) -> Tensor:

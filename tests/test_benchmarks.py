@@ -149,6 +149,16 @@ def test_learner_vs_trl_has_the_same_losses_on_both_sides(tmp_path: Path):
 
 
 @pytest.mark.slow
+def test_demo_vs_trl_trains_both_sides(tmp_path: Path):
+    output = tmp_path / "small.json"
+    command = [sys.executable, "benchmarks/demo_vs_trl.py", "--steps", "3", "--output", str(output)]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=500)
+    peer, ours = json.loads(output.read_text())["measurements"]
+    assert peer["accuracy_before"] == ours["accuracy_before"]
+    assert 0 < ours["accuracy_after"] < 1
+
+
+@pytest.mark.slow
 def test_rollout_vs_trl_runs_all_sides(tmp_path: Path):
     (result,) = run("rollout_vs_trl", tmp_path / "small.json", "--load", "a").values()
     assert [row["side"] for row in result["measurements"]] == ["generate", "continuous_batching", "native"]

@@ -5,6 +5,7 @@ import torch
 from torch.optim import SGD
 from transformers import T5Config, T5ForConditionalGeneration
 
+import grpo_trl.trainer
 from grpo_trl import GRPOTrainer
 from grpo_trl.policy import causal_lm
 from grpo_trl.rollouts.hf_generate import HFGenerateEngine
@@ -99,7 +100,8 @@ def test_pieces_of_a_micro_batch_are_the_micro_batch(tmp_path, max_tokens, padde
         # 4 optimizer steps of one micro-batch each
         ({"num_iterations": 1, "beta": 0.0}, 4, 0),
         ({"num_iterations": 1, "beta": 0.1}, 4, 4),
-        ({"num_iterations": 2, "beta": 0.1}, 4, 2),  # fp32: the sampler's log-probabilities are the old ones
+        # fp32: the sampler's log-probabilities are the old ones, if the first rollout shows that they are
+        ({"num_iterations": 2, "beta": 0.1}, 4 + 1, 2),
         ({"num_iterations": 2, "beta": 0.1, "bf16": True}, 4 + 2, 2),
         ({"num_iterations": 2, "beta": 0.1, "top_k": 10}, 4 + 2, 2),  # the sampler's distribution is another
         ({"num_iterations": 4, "beta": 0.0, "bf16": True}, 4 + 1, 0),
@@ -116,6 +118,15 @@ def test_sampling_log_probs_that_stand_for_the_old_ones(tmp_path, engine):
     assert logged(result, "importance_ratio/token")[0] == pytest.approx(1, abs=1e-5)
     assert logged(result, "sampling/logp_gap")[0] < 1e-5
     assert logged(result, "kl")[0] == pytest.approx(0, abs=1e-9)
+
+
+def test_sampling_log_probs_that_are_too_far_off_do_not_stand(tmp_path, monkeypatch):
+    exact = run(tmp_path / "exact", num_iterations=2, beta=0.1)
+    monkeypatch.setattr(grpo_trl.trainer, "SAMPLING_GAP", 0.0)
+    result = run(tmp_path, num_iterations=2, beta=0.1)
+    assert result.scored == {"policy": 4 + 2, "reference": 2}
+    assert logged(result, "importance_ratio/token")[0] == pytest.approx(1, abs=1e-7)
+    assert_close(result, exact)
 
 
 class OwnRollout(Recording):

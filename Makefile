@@ -6,6 +6,8 @@ INSTALLED := $(VENV)/.installed
 # One thread per test process: sums of a fixed order, and no fight over the cores.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
+BENCHMARKS := step_vs_trl demo_vs_trl learner_vs_trl rollout_vs_trl scaling memory_between_phases
+
 .PHONY: env demo test slow bench lint format
 
 env: $(INSTALLED)  ## the environment, made anew when pyproject.toml or constraints.txt change
@@ -25,8 +27,8 @@ test: env  ## everything that takes seconds
 slow: env  ## everything that takes minutes
 	$(TEST_ENV) $(BIN)/python -m pytest -m slow --durations=0 --durations-min=1
 
-bench: env  ## side by side with TRL
-	set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+bench: env  ## side by side with TRL: about an hour on two cores
+	set -e; for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python benchmarks/$$name.py; done
 
 lint: env  ## style and types
 	$(BIN)/ruff check .

@@ -346,7 +346,7 @@ def test_on_policy(config, options, on_policy):
     ("options", "message"),
     [
         ({"variant": "ppo"}, "variant='ppo' is unknown; use one of grpo, "),
-        ({"loss_type": "ipo"}, "loss_type='ipo' is not available; use one of grpo, dapo, dr_grpo"),
+        ({"loss_type": "ipo"}, "loss_type='ipo' is not available; use one of grpo, dapo, bnpo, dr_grpo"),
         ({"surrogate": "square"}, "surrogate='square' is unknown; use one of clip"),
         ({"kl_estimator": "k4"}, "kl_estimator='k4' is unknown; use one of k1, k2, k3, k3_ratio"),
         ({"scale_rewards": "max"}, "scale_rewards='max' is unknown; use one of "),

@@ -86,9 +86,7 @@ def measure(steps: int, folder: str, seed: int, side: str) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument(
-        "--repeats", type=int, default=1, help="runs of each side, alternating"
-    )
+    parser.add_argument("--repeats", type=int, default=1, help="runs of each side, alternating")
     parser.add_argument("--output", type=Path, default=RESULTS / "demo_vs_trl.json")
     options = parser.parse_args()
     rows = alternate(measure, options.steps, list(SIDES), options.repeats, save=save_policy)

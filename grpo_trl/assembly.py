@@ -1,7 +1,8 @@
 """What the trainer is put together from: checked arguments, tokenizer, sampling parameters, devices, callbacks."""
 
 import os
-from collections.abc import Callable
+import pydoc
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,14 +15,17 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
 from trl.trainer.utils import get_config_model_id
 
+from .algorithm import informative_groups
 from .callbacks import EpochExportCallback, LossNoteCallback, MetricsPlotCallback, SyncReferenceCallback
 from .config import GRPOConfig, mapping
 from .placement import DeviceMap, resolve_device_map
 from .policy import disable_dropout, freeze_adapter, load_policy, load_reference_model, prepare
 from .prompts import check_prompt_dataset, check_template_kwargs, encode_prompt, first_rows, limit_prompts
 from .rewards import check_rewards
+from .rewards.registry import TRL_NAMES
 from .rewards.scoring import RESERVED
 from .rollouts import EVAL_STREAM, SamplingParams, check_engine
+from .rollouts.dynamic import DynamicSampler, Scored
 
 logger = get_logger(__name__)  # of accelerate: speaks on the main process only
 
@@ -70,9 +74,21 @@ def problems(
         partial(_device_map_of, args, "reward_device"),
         partial(check_engine, args.rollout_engine),
         partial(check_rewards, rewards, reward_processing_classes, args),
+        *([partial(filter_named, args.dynamic_sampling_filter)] if args.dynamic_sampling_filter else []),
         *(partial(check_prompt_dataset, dataset, where=name) for name, dataset in datasets.items()),
     )
     return found
+
+
+def with_overlong_penalty(rewards: list[Any], processing_classes: Any, args: GRPOConfig) -> tuple[list[Any], Any]:
+    """Adds the reward `soft_overlong` with weight 1, unless it is there already."""
+    if not rewards or any(TRL_NAMES.get(spec, spec) == "soft_overlong" for spec in rewards if isinstance(spec, str)):
+        return rewards, processing_classes
+    if args.reward_weights is not None and len(args.reward_weights) == len(rewards):
+        args.reward_weights = [*args.reward_weights, 1.0]
+    if isinstance(processing_classes, Sequence):
+        processing_classes = [*processing_classes, None]
+    return [*rewards, "soft_overlong"], processing_classes
 
 
 def prompt_problems(
@@ -104,6 +120,40 @@ def limit(dataset: Any, tokenizer: Any, chat_options: dict[str, Any], args: GRPO
         max_prompt_length=args.max_prompt_length,
         overlong_prompts=args.overlong_prompts,
     )[0]
+
+
+def dynamic_sampler(args: GRPOConfig, world_size: int) -> DynamicSampler:
+    """What fills batches with informative groups, by `dynamic_sampling_filter` or by the spread of their rewards."""
+    size = args.num_generations
+    own = None if args.dynamic_sampling_filter is None else filter_named(args.dynamic_sampling_filter)
+
+    def is_informative(scored: Scored) -> bool:
+        if own is not None:
+            return bool(own(scored.group, scored.rewards))
+        return bool(informative_groups(torch.tensor(scored.rewards), size, args.dynamic_sampling_tolerance)[0])
+
+    return DynamicSampler(
+        is_informative,
+        passes=lambda scored: max(scored.rewards) >= args.eval_pass_threshold,
+        max_rounds=args.dynamic_sampling_max_rounds,
+        max_age=args.dynamic_sampling_max_age or 0,
+        round_size=(args.max_concurrent_rows or 0) // size * world_size,
+    )
+
+
+def filter_named(path: str) -> Callable[..., Any]:
+    """The function at a dotted path.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = pydoc.locate(path)
+    if not callable(found):
+        raise ValueError(
+            f"dynamic_sampling_filter={path!r} leads to {'nothing' if found is None else type(found).__name__}; give "
+            "the dotted path of a function (group, rewards) -> bool, its package on sys.path."
+        )
+    return found
 
 
 def check_path(model: Any) -> None:

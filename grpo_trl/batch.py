@@ -76,6 +76,7 @@ class RolloutBatch:
     group_ids: Tensor  # (B,) long: rows with the same number have the same prompt
     advantages: Tensor | None = None  # (B,) fp32
     token_weights: Tensor | None = None  # (B, T) fp32
+    mean_weights: Tensor | None = None  # (B, T) fp32: those of a mean over tokens, for the entropy bonus
     old_per_token_logps: Tensor | None = None  # (B, T) fp32; None: the update is on-policy
     ref_per_token_logps: Tensor | None = None  # (B, T) fp32; None: no KL term
     sampling_per_token_logps: Tensor | None = None  # (B, T) fp32

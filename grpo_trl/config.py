@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from .algorithm import KL_ESTIMATORS, LOSS_TYPES, SURROGATES, VARIANTS
-from .algorithm.advantages import SCALE_REWARDS
+from .algorithm import AGGREGATIONS, KL_ESTIMATORS, LOSS_TYPES, SURROGATES, VARIANTS, Variant
+from .algorithm.advantages import BASELINES, SCALE_REWARDS
 from .algorithm.token_weights import TOKEN_WEIGHTINGS
 from .config_checks import (
     BATCH_RANGES,
@@ -27,23 +27,14 @@ from .refused import raise_all, refuse, unused
 logger = logging.getLogger(__name__)
 
 # The fields that a row of VARIANTS governs: None means "as the row says".
-GOVERNED = (
-    "surrogate",
-    "importance_sampling_level",
-    "epsilon",
-    "epsilon_high",
-    "delta",
-    "scale_rewards",
-    "token_weighting",
-    "beta",
-    "kl_estimator",
-    "mask_truncated_completions",
-)
+GOVERNED = tuple(f.name for f in fields(Variant) if f.name != "paper")
 
 # What the governed fields may name.
 PARTS = {
     "surrogate": SURROGATES,
     "kl_estimator": KL_ESTIMATORS,
+    "multi_objective_aggregation": AGGREGATIONS,
+    "advantage_baseline": BASELINES,
     "scale_rewards": SCALE_REWARDS,
     "token_weighting": TOKEN_WEIGHTINGS,
     "importance_sampling_level": ("token", "sequence"),
@@ -157,20 +148,54 @@ class GRPOConfig(TrainingArguments):
     reward_model_init_kwargs: dict[str, Any] | str | None = _help("Passed to `from_pretrained` of reward models.")
 
     # Objective: None means "as the variant says"; types are those after __post_init__
-    variant: str = _help("A row of `grpo_trl.VARIANTS`, e.g. grpo or deepseekmath.", "grpo")
-    loss_type: str | None = _help("TRL's shorthand for surrogate + token_weighting: grpo, dapo or dr_grpo.")
+    variant: str = _help("A row of `grpo_trl.VARIANTS`, e.g. grpo, dapo or gspo.", "grpo")
+    loss_type: str | None = _help(
+        "TRL's shorthand for surrogate + token_weighting: grpo, dapo, dr_grpo, bnpo, cispo, sapo, luspo or vespo."
+    )
     num_iterations: int = _help("mu, passes over each rollout. Default: the seed document's (TRL: 1).", 4)
-    surrogate: str = _help("The policy term: clip.")
+    surrogate: str = _help("The policy term: clip, cispo, sapo or vespo.")
     importance_sampling_level: str = _help("token, or sequence (GSPO).")
     epsilon: float = _help("Lower clip range: ratios below 1 - epsilon.")
-    epsilon_high: float = _help("Upper clip range. Default: epsilon.")
+    epsilon_high: float = _help("Upper clip range. Default: epsilon. cispo: upper bound of the ratio itself.")
     delta: float | None = _help("Upper bound on the ratio for negative advantages (two-sided clip).")
+    sapo_temperature_pos: float = _help("sapo: temperature of the gate for positive advantages.")
+    sapo_temperature_neg: float = _help("sapo: the same for negative ones.")
+    vespo_k_pos: float = _help("vespo: k for positive advantages.")
+    vespo_lambda_pos: float = _help("vespo: lambda for positive advantages.")
+    vespo_k_neg: float = _help("vespo: k for negative advantages.")
+    vespo_lambda_neg: float = _help("vespo: lambda for negative advantages.")
     beta: float = _help("Weight of the KL penalty; 0: no reference model is loaded. Default: 0.01 (TRL: 0).")
     kl_estimator: str = _help("k1, k2, k3, or k3_ratio, whose gradient is that of the reverse KL.")
     use_bias_correction_kl: bool | None = _help("TRL's name for kl_estimator: true is k3_ratio, false is k3.")
+    multi_objective_aggregation: str = _help(
+        "Several rewards: sum_then_normalize, or normalize_then_sum (each within its group first)."
+    )
+    advantage_baseline: str = _help("group_mean, or leave_one_out (RLOO).")
     scale_rewards: str = _help("batch_relative (the seed's), group, batch or none.")
-    token_weighting: str = _help("How tokens are averaged: token, sequence or max_length.")
+    token_weighting: str = _help("How tokens are averaged: token, sequence, max_length or sequence_sum.")
+    top_entropy_quantile: float = _help("Share of tokens, those of highest entropy, that have a policy term.")
+    entropy_coef: float = _help("Weight of the entropy bonus, the mean entropy per token in nats.")
     mask_truncated_completions: bool = _help("Leave truncated completions out of the loss.")
+    overlong_penalty: bool = _help("Add the reward soft_overlong, which punishes completions near the longest.")
+    dynamic_sampling: bool = _help("Replace groups without gradient by further prompts (DAPO).")
+    dynamic_sampling_max_rounds: int = _help("Rounds of drawing per batch, the first included.", 10)
+    dynamic_sampling_max_age: int | None = _help(
+        "Optimizer steps for which surplus groups are kept; 0: not at all. Default: until the next batch."
+    )
+    dynamic_sampling_tolerance: float = _help(
+        "A group is dropped when its rewards differ by no more than this share of the largest.", 0.0
+    )
+    dynamic_sampling_filter: str | None = _help(
+        "Dotted path of (group, rewards) -> bool: which groups to keep, instead of by their rewards' spread."
+    )
+    off_policy_mask_threshold: float | None = _help(
+        "Leave completions with negative advantage out once they drifted by so many nats per token on average."
+    )
+    sampler_correction: str | None = _help(
+        "Weigh by policy / sampler probabilities: token_truncate, token_mask, sequence_truncate or sequence_mask."
+    )
+    sampler_correction_min: float | None = _help("Lower bound of these weights.")
+    sampler_correction_max: float | None = _help("Upper bound of these weights.", 3.0)
 
     # Evaluation
     num_generations_eval: int | None = _help("Completions per evaluation prompt. Default: num_generations.")
@@ -203,6 +228,8 @@ class GRPOConfig(TrainingArguments):
         if self.rollout_engine is None:
             self.rollout_engine = "hf_generate" if self.cache_implementation else "native"
         problems += range_problems(self, BATCH_RANGES) or self._resolve_batches()
+        if self.dynamic_sampling_max_age is None and not problems:
+            self.dynamic_sampling_max_age = self.optimizer_steps_per_rollout
         problems += range_problems(self, RANGES) + choice_problems(self, CHOICES) + combination_problems(self)
         raise_all(problems + refused)
         if hints and self.process_index == 0:
@@ -222,6 +249,11 @@ class GRPOConfig(TrainingArguments):
     def on_policy(self) -> bool:
         """Whether every update uses completions of the current policy, so that the ratio is 1 by definition."""
         return self.num_iterations == 1 and self.steps_per_generation == self.gradient_accumulation_steps
+
+    @property
+    def optimizer_steps_per_rollout(self) -> int:
+        """Updates between two rollouts."""
+        return self.steps_per_generation // self.gradient_accumulation_steps * self.num_iterations
 
     @property
     def objective(self) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, NamedTuple
 
+from .algorithm import SAMPLER_CORRECTIONS
+
 
 class Range(NamedTuple):
     """Numbers from `low` to `high`, `low` itself left out if `above`; `hint` says what to do instead."""
@@ -46,6 +48,16 @@ RANGES = {
     "beta": Range(0),
     "epsilon": Range(0, 1),
     "epsilon_high": Range(0),
+    "sapo_temperature_pos": Range(0, above=True),
+    "sapo_temperature_neg": Range(0, above=True),
+    "top_entropy_quantile": Range(0, 1, above=True),
+    "entropy_coef": Range(0),
+    "dynamic_sampling_max_rounds": Range(1),
+    "dynamic_sampling_max_age": Range(0, hint=" (0: surplus groups are not kept)"),
+    "dynamic_sampling_tolerance": Range(0, 1),
+    "off_policy_mask_threshold": Range(0, hint=" nats per token"),
+    "sampler_correction_min": Range(0),
+    "sampler_correction_max": Range(0, above=True),
     "ref_model_mixup_alpha": Range(0, 1),
     "ref_model_sync_steps": Range(1),
     "reward_timeout": Range(0, above=True, hint=" seconds"),
@@ -63,6 +75,7 @@ CHOICES = {
     "overlong_prompts": ("drop", "truncate", "error"),
     "reward_call": ("batch", "group"),
     "reward_input_format": ("auto", "pair", "chat", "text"),
+    "sampler_correction": tuple(SAMPLER_CORRECTIONS),
 }
 # Dict-valued fields that a word or a file's path may stand for; text in any other is a JSON object.
 DICT_OR_WORD = ("accelerator_config", "fsdp_config", "deepspeed", "ref_device", "reward_device")
@@ -80,11 +93,12 @@ def range_problems(args: Any, ranges: Mapping[str, Range]) -> list[str]:
 
 
 def choice_problems(args: Any, choices: Mapping[str, Any]) -> list[str]:
-    """Names that are none of those allowed."""
+    """Names that are none of those allowed. None is one where it is the default."""
+    optional = {field.name for field in fields(args) if field.default is None}
     return [
         f"{name}={getattr(args, name)!r} is unknown; use one of {', '.join(allowed)}."
         for name, allowed in choices.items()
-        if getattr(args, name) not in allowed
+        if not (name in optional if getattr(args, name) is None else getattr(args, name) in allowed)
     ]
 
 
@@ -113,7 +127,22 @@ def combination_problems(args: Any) -> list[str]:
             "per_device_train_batch_size and raise gradient_accumulation_steps instead.",
         ),
         (
-            args.delta is not None and args.delta <= highest,
+            args.surrogate == "cispo" and (args.epsilon_high or 0) < 1,
+            f"surrogate cispo bounds the ratio itself by epsilon_high, and {args.epsilon_high} would shrink every "
+            "token's weight; set epsilon_high to 1 or more (ScaleRL: 5).",
+        ),
+        (
+            args.dynamic_sampling and args.fp16,
+            "dynamic_sampling skips an update without informative groups, which the gradient scaler of fp16 does not "
+            "allow; use bf16.",
+        ),
+        (
+            (args.top_entropy_quantile or 1) < 1 and args.max_tokens_per_microbatch,
+            "top_entropy_quantile picks tokens from a whole micro-batch, which max_tokens_per_microbatch runs in "
+            "pieces; leave one of them out.",
+        ),
+        (
+            args.surrogate == "clip" and args.delta is not None and args.delta <= highest,
             f"delta={args.delta} must be more than 1 + epsilon_high = {highest:g}: it bounds the ratios that the clip "
             "range leaves free, and a lower one would narrow that range; raise it, or leave it out.",
         ),

@@ -14,6 +14,7 @@ from .loader import RolloutLoader
 from .metrics import Metrics
 from .model_card import create_model_card
 from .policy import REFERENCE_ADAPTER, FrozenReference, Reference
+from .rollouts.dynamic import DynamicSampler
 
 
 class TrainerHooks(Trainer):
@@ -34,6 +35,7 @@ class TrainerHooks(Trainer):
     reference: Reference | None
     metrics: Metrics
     num_tokens: int
+    dynamic_sampler: DynamicSampler
 
     def _prepare_inputs(self, inputs: RolloutBatch) -> RolloutBatch:
         # transformers would cast every float tensor to DeepSpeed's dtype; log-probs and advantages stay fp32
@@ -65,6 +67,7 @@ class TrainerHooks(Trainer):
             "loader": self.loader.state_dict(),
             "metrics": self.metrics.state_dict(),
             "num_tokens": self.num_tokens,
+            "dynamic_sampling": self.dynamic_sampler.state_dict(),
         }
         checkpoint.save(output_dir, self.accelerator.process_index, state)
         if self.args.sync_ref_model and self.args.should_save:
@@ -77,6 +80,7 @@ class TrainerHooks(Trainer):
             self.loader.load_state_dict(state["loader"])
             self.metrics.load_state_dict(state["metrics"])
             self.num_tokens = state["num_tokens"]
+            self.dynamic_sampler.load_state_dict(state["dynamic_sampling"])
             if self.args.sync_ref_model:
                 checkpoint.load_reference(checkpoint_dir, self._synced_reference)
 

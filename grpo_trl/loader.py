@@ -31,6 +31,7 @@ LAYOUT_FIELDS = (
     "seed",
     "data_seed",
     "shuffle_dataset",
+    "dynamic_sampling",
 )
 
 
@@ -95,6 +96,7 @@ class RolloutLoader:
         source: the prompts.
         encode: (example, draw number) -> `Prompt`.
         collect: this rank's prompts -> `RolloutBatch`; called once per collection, at the same time on every rank.
+            With dynamic sampling it is given `take` instead, to draw as many as it needs.
         args: batch sizes, seed, and the averaging rule.
         rank, world_size, all_reduce: of the training processes; `all_reduce` sums a tensor over them.
     """
@@ -103,7 +105,7 @@ class RolloutLoader:
         self,
         source: PromptSource,
         encode: Callable[[dict[str, Any], int], Prompt],
-        collect: Callable[[list[Prompt]], RolloutBatch],
+        collect: Callable[[Any], RolloutBatch],
         args: GRPOConfig,
         *,
         rank: int = 0,
@@ -117,6 +119,8 @@ class RolloutLoader:
         self.micro_batches_per_collection = args.steps_per_generation * args.num_iterations
         self.prompts_per_collection = args.generation_batch_size // args.num_generations
         self.position = 0  # micro-batches yielded, over all epochs
+        self.drawn = 0  # prompts that `take` gave out, over all ranks
+        self.skips_update = False  # whether nothing counts in the current optimizer step, on any rank
         self._buffer: tuple[int, RolloutBatch] | None = None  # collection number and this rank's rows
         self._window: tuple[int, RolloutBatch] | None = None  # number and rows of the current optimizer step
 
@@ -169,9 +173,18 @@ class RolloutLoader:
             prompts.append(self.encode(example, collection * self.prompts_per_collection + i))
         return prompts
 
+    def take(self, count: int) -> list[Prompt]:
+        """This rank's share of the next `count` prompts, a multiple of the number of ranks. The epochs' orders run on
+        into each other."""
+        start, self.drawn = self.drawn, self.drawn + count
+        return [
+            self.encode(self.source.draw(0, draw), draw)
+            for draw in range(start + self.rank, start + count, self.world_size)
+        ]
+
     def state_dict(self) -> dict[str, Any]:
         """Position and buffer as of the last micro-batch yielded. Tensors under "buffer", numbers elsewhere."""
-        state: dict[str, Any] = {"position": self.position, "layout": self._layout()}
+        state: dict[str, Any] = {"position": self.position, "drawn": self.drawn, "layout": self._layout()}
         state |= {"collection": None, "buffer": {}}
         if self._buffer is not None and self.position % self.micro_batches_per_collection:
             state["collection"], batch = self._buffer[0], self._buffer[1]
@@ -192,7 +205,8 @@ class RolloutLoader:
                 "This run cannot continue from the checkpoint, because the position in its data means something else "
                 f"now: {'; '.join(changed)}. Restore these values, or start a new run from its weights (model=)."
             )
-        self.position, self._buffer, self._window = state["position"], None, None
+        self.position, self.drawn = state["position"], state["drawn"]
+        self._buffer = self._window = None
         if state["collection"] is not None:
             self._buffer = (state["collection"], RolloutBatch(**state["buffer"]).to(self.args.device))
 
@@ -213,18 +227,26 @@ class RolloutLoader:
         collection, offset = divmod(self.position, self.micro_batches_per_collection)
         if self._buffer is None or self._buffer[0] != collection:
             self._buffer = self._window = None  # free the old collection before the next one is sampled
-            self._buffer = (collection, self.collect(self.prompts(collection)))
+            prompts = self.take if self.args.dynamic_sampling else self.prompts(collection)
+            self._buffer = (collection, self.collect(prompts))
         iteration, micro_batch = divmod(offset, self.micro_batches_per_pass)
         order = self._order(collection, iteration)
         rows = self._buffer[1].rows(order[micro_batch // self.micro_batches_per_step])
-        rows.token_weights = token_weights(
+        if self.args.dynamic_sampling:
+            self.skips_update = not self.all_reduce(rows.loss_mask.sum())
+        rows.token_weights = self._weights(rows, self.args.token_weighting)
+        if self.args.entropy_coef:
+            rows.mean_weights = self._weights(rows, "token")
+        return rows
+
+    def _weights(self, rows: RolloutBatch, token_weighting: str) -> Tensor:
+        return token_weights(
             rows.loss_mask,
-            self.args.token_weighting,
+            token_weighting,
             max_completion_length=self.args.max_completion_length,
             world_size=self.world_size,
             all_reduce=self.all_reduce,
         )
-        return rows
 
     def _order(self, collection: int, iteration: int) -> list[list[int]]:
         """Row numbers of each optimizer step of a pass.

@@ -4,7 +4,7 @@ from dataclasses import fields
 from typing import Any
 
 _NO_VLLM = "remove it: rollouts run in this process; see `rollout_engine`"
-_NO_ENTROPY = "remove it: there is no entropy term; raise `temperature` or `epsilon_high` to keep exploration"
+_NO_ENTROPY = "remove it: `entropy_coef` stays what it is set to"
 
 # TRL options that this package does not have: name -> (values that change nothing here, what to do instead).
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -32,22 +32,12 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "use_transformers_continuous_batching": ((False,), "remove it; see `rollout_engine`"),
     "transformers_continuous_batching_config": ((None,), "remove it; see `rollout_engine`"),
     "use_transformers_paged": ((False,), "remove it; see `rollout_engine`"),
-    "sapo_temperature_neg": ((1.05,), "remove it: use the clipped surrogate (`loss_type: grpo | dapo | dr_grpo`)"),
-    "sapo_temperature_pos": ((1.0,), "remove it: use the clipped surrogate (`loss_type: grpo | dapo | dr_grpo`)"),
-    "vespo_k_pos": ((2.0,), "remove it: use the clipped surrogate (`loss_type: grpo | dapo | dr_grpo`)"),
-    "vespo_lambda_pos": ((3.0,), "remove it: use the clipped surrogate (`loss_type: grpo | dapo | dr_grpo`)"),
-    "vespo_k_neg": ((3.0,), "remove it: use the clipped surrogate (`loss_type: grpo | dapo | dr_grpo`)"),
-    "vespo_lambda_neg": ((2.0,), "remove it: use the clipped surrogate (`loss_type: grpo | dapo | dr_grpo`)"),
-    "multi_objective_aggregation": (("sum_then_normalize",), "remove it: weighted rewards are summed, then scaled"),
-    "top_entropy_quantile": ((1.0,), "remove it: every token of a completion counts in the loss"),
-    "entropy_coef": ((0.0,), _NO_ENTROPY),
     "use_adaptive_entropy": ((False,), _NO_ENTROPY),
     "entropy_coef_min": ((0.0,), _NO_ENTROPY),
     "entropy_coef_max": ((1.0,), _NO_ENTROPY),
     "entropy_coef_delta": ((0.005,), _NO_ENTROPY),
     "entropy_target": ((0.2,), _NO_ENTROPY),
     "max_tool_calling_iterations": ((None,), "override `GRPOTrainer.rollout` to run tools, with `Group.loss_masks`"),
-    "off_policy_mask_threshold": ((None,), "use `delta` to bound the loss of off-policy negative samples"),
     "log_multimodal": ((True, False), "remove it: prompts and completions are text"),
     "log_completions_hub_repo": ((None,), "push the folder `completions/` of output_dir with huggingface_hub"),
 }

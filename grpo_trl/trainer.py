@@ -1,7 +1,9 @@
 """`GRPOTrainer`: the order of the steps. What a step does is in the modules it calls."""
 
 import contextlib
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,11 @@ from transformers import (
 from transformers.utils import logging
 from trl.trainer.utils import get_config_model_id, identity
 
-from .algorithm import combine_rewards, group_advantages, policy_loss
+from .algorithm import AGGREGATIONS, entropy_bonus, group_advantages, policy_loss, top_entropy_mask
 from .assembly import (
     default_callbacks,
     device_map,
+    dynamic_sampler,
     eval_sampling,
     limit,
     load_models,
@@ -33,6 +36,7 @@ from .assembly import (
     problems,
     prompt_problems,
     train_sampling,
+    with_overlong_penalty,
 )
 from .batch import Group, Prompt, RolloutBatch
 from .callbacks import log_completions
@@ -53,12 +57,28 @@ from .prompts import encode_prompt, truncate_prompt
 from .refused import raise_all, uncalled
 from .rewards import RewardScorer, load_rewards
 from .rollouts import decode_completions, make_engine, ordered_groups, weights_for_generation
+from .rollouts.dynamic import Cost, Scored, blank, distribute
 
 logger = logging.get_logger(__name__)
 
-# what `policy_loss` takes of the fields that a variant governs
-LOSS_FIELDS = tuple(
-    name for name in GOVERNED if name not in ("scale_rewards", "token_weighting", "mask_truncated_completions")
+# fields that a variant governs and that act before `policy_loss`, on rewards, token weights and masks, or after it
+NOT_OF_THE_LOSS = {
+    "multi_objective_aggregation",
+    "advantage_baseline",
+    "scale_rewards",
+    "token_weighting",
+    "top_entropy_quantile",
+    "entropy_coef",
+    "mask_truncated_completions",
+    "overlong_penalty",
+}
+# what `policy_loss` takes
+LOSS_FIELDS = (
+    *(name for name in GOVERNED if name not in NOT_OF_THE_LOSS),
+    "off_policy_mask_threshold",
+    "sampler_correction",
+    "sampler_correction_min",
+    "sampler_correction_max",
 )
 
 # Nats between a log-probability as sampled and that of the update, up to which the first stands for the second
@@ -119,6 +139,8 @@ class GRPOTrainer(TrainerHooks):
             )
         several = isinstance(reward_funcs, list | tuple)
         specs: list[Any] = list(reward_funcs) if several else [reward_funcs] if reward_funcs else []
+        if args.overlong_penalty:
+            specs, reward_processing_classes = with_overlong_penalty(specs, reward_processing_classes, args)
         refused = {"tools": tools, "rollout_func": rollout_func, "environment_factory": environment_factory}
         with_adapter = peft_config is not None or isinstance(model, PeftModel)
         datasets = named_datasets(train_dataset, eval_dataset)
@@ -167,11 +189,13 @@ class GRPOTrainer(TrainerHooks):
             cache_implementation=args.cache_implementation,
             cuda_graphs=args.cuda_graphs,
         )
+        self.dynamic_sampler = dynamic_sampler(args, self.accelerator.num_processes)
         # whether log-probabilities of sampling stand for the old ones: those of our own engines in fp32, from the
         # distribution that is trained; None: they may, and the first rollout measures whether they do
         candidate = (
             type(self).rollout is GRPOTrainer.rollout
             and not self.train_sampling.truncates
+            and args.sampler_correction is None
             and self.accelerator.mixed_precision == "no"
             and policy.dtype == torch.float32
         )
@@ -197,7 +221,7 @@ class GRPOTrainer(TrainerHooks):
         self.loader = RolloutLoader(
             prompts(self.train_dataset, seed=seed, shuffle=self.args.shuffle_dataset),
             self.encode,
-            self.collect,
+            self.collect_informative if self.args.dynamic_sampling else self.collect,
             self.args,
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
@@ -218,28 +242,105 @@ class GRPOTrainer(TrainerHooks):
 
     def collect(self, prompts: list[Prompt]) -> RolloutBatch:
         """Samples, scores and compares the completions of this rank's prompts: everything an update needs."""
+        groups, rewards_per_func, compared = self._sample_and_score(prompts)
+        batch = self._batch(groups, compared)
+        if not self.args.on_policy:
+            batch.old_per_token_logps = self._old_per_token_logps(batch)
+        self._reference_logps(batch)
+        assert batch.advantages is not None
+        self._log_completions(groups, rewards_per_func, batch.advantages.tolist())
+        return batch
+
+    def collect_informative(self, take: Callable[[int], list[Prompt]]) -> RolloutBatch:
+        """`collect` with dynamic sampling: of as many prompts as it takes, the groups that carry a gradient."""
+        args, step, size = self.args, self.state.global_step, self.args.num_generations
+        rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
+        sampled: list[tuple[list[Group], Tensor]] = []
+        columns: dict[str, list[Any]] = {}
+
+        def sample(count: int) -> list[Scored]:
+            groups, rewards_per_func, compared = self._sample_and_score(take(count))
+            sampled.append((groups, rewards_per_func))
+            for column, values in self.extra_columns.items():
+                columns.setdefault(column, []).extend(values)
+            return [
+                Scored(group, row, step) for group, row in zip(groups, compared.view(-1, size).tolist(), strict=True)
+            ]
+
+        wanted = args.generation_batch_size // size
+        chosen, cost = self.dynamic_sampler.fill(wanted, step, sample, gather_object, world_size)
+        steps = args.steps_per_generation // args.gradient_accumulation_steps
+        if wanted % (steps * world_size):
+            steps = 1  # groups straddle the optimizer steps
+        places = wanted // (steps * world_size)
+        parts = distribute(
+            chosen, steps=steps, per_step=places, rank=rank, world_size=world_size, gather=gather_object
+        )
+        free = Scored(blank(size, self.processing_class.pad_token_id), [math.nan] * size, step)
+        batch_of = [scored for part in parts for scored in (*part, *[free] * (places - len(part)))]
+
+        batch = self._batch(
+            [scored.group for scored in batch_of], torch.tensor([scored.rewards for scored in batch_of]).flatten()
+        )
+        carried = torch.tensor([scored.born < step for scored in batch_of], device=args.device)
+        if not args.on_policy or self.all_reduce(carried.sum()):
+            batch.old_per_token_logps = self._old_per_token_logps(batch, carried.repeat_interleave(size))
+        self._reference_logps(batch)
+        self._record_cost(cost, wanted)
+        assert batch.advantages is not None
+        advantages = dict(
+            zip(
+                [scored.group.prompt.draw for scored in batch_of],
+                batch.advantages.view(-1, size).tolist(),
+                strict=True,
+            )
+        )
+        groups = [group for part, _ in sampled for group in part]
+        if groups:
+            self.extra_columns = columns
+            of_rows = [x for group in groups for x in advantages.get(group.prompt.draw, [None] * size)]
+            self._log_completions(groups, torch.cat([rewards for _, rewards in sampled]), of_rows)
+        return batch
+
+    def _sample_and_score(self, prompts: list[Prompt]) -> tuple[list[Group], Tensor, Tensor]:
+        """Groups, the rewards of their completions by each function (B, F), and what is compared of them (B,)."""
         groups = self.sample(prompts)
         rewards_per_func = self.score(groups, self.metrics)
-        rewards = combine_rewards(rewards_per_func, self.reward_weights)
+        compared, rewards = (
+            AGGREGATIONS[how](rewards_per_func, self.reward_weights, self.args.num_generations)
+            for how in (self.args.multi_objective_aggregation, "sum_then_normalize")
+        )
+        record_rollout(self.metrics, groups, rewards_per_func, rewards, self.reward_names)
+        lengths = [len(group.prompt.ids) + len(ids) for group in groups for ids in group.completion_ids]
+        self.num_tokens += int(self.all_reduce(torch.tensor(sum(lengths), device=self.args.device)))
+        return groups, rewards_per_func, compared
+
+    def _batch(self, groups: list[Group], compared: Tensor) -> RolloutBatch:
+        """Padded, with advantages, on the policy's device."""
         batch = RolloutBatch.from_groups(
             groups,
             pad_token_id=self.processing_class.pad_token_id,
             mask_truncated_completions=self.args.mask_truncated_completions,
         )
         batch.advantages = group_advantages(
-            rewards.to(self.args.device),
+            compared.to(self.args.device),
             self.args.num_generations,
             self.args.scale_rewards,
+            baseline=self.args.advantage_baseline,
             all_reduce=self.all_reduce,
         )
         batch = batch.to(self.args.device)
-        if not self.args.on_policy:
-            batch.old_per_token_logps = self._old_per_token_logps(batch)
+        if self.args.sampler_correction and batch.sampling_per_token_logps is None:
+            raise ValueError(
+                f"sampler_correction={self.args.sampler_correction!r} compares with the sampler's log-probabilities, "
+                "and the rollout gave none; set Group.sampling_per_token_logps, or leave the option out."
+            )
+        return batch
+
+    def _reference_logps(self, batch: RolloutBatch) -> None:
         if self.reference is not None:
             score = partial(self.reference.per_token_logps, temperature=self.args.temperature)
             batch.ref_per_token_logps = self._in_micro_batches(batch, score)
-        self._record_rollout(groups, rewards_per_func, rewards, batch)
-        return batch
 
     def rollout(self, prompts: list[Prompt]) -> Iterable[Group]:
         """Samples `self.sampling.num_generations` completions for each prompt.
@@ -293,6 +394,11 @@ class GRPOTrainer(TrainerHooks):
         The gradients of the pieces add up to the micro-batch's, because token weights are global; ranks exchange them
         with the last.
         """
+        if self.args.dynamic_sampling:
+            self.metrics.add("dynamic_sampling/skipped_updates", float(self.loader.skips_update))
+        if self.loader.skips_update and not self.is_deepspeed_enabled:
+            # no backward: gradients stay None, so neither weights nor the optimizer's moments move
+            return torch.zeros((), device=self.args.device)
         parts = self._pieces(inputs)
         self._share_of_micro_batch = 1 / len(parts)
         losses = []
@@ -307,30 +413,55 @@ class GRPOTrainer(TrainerHooks):
         self, model: nn.Module, inputs: RolloutBatch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
         """The objective on one micro-batch, averaged by its token weights. Metrics stay on the device."""
-        logps, entropies = per_token_logps(model, inputs, temperature=self.args.temperature, with_entropy=True)
+        args = self.args
+        logps, entropies = per_token_logps(
+            model,
+            inputs,
+            temperature=args.temperature,
+            with_entropy=True,
+            entropy_gradient=args.entropy_coef != 0,
+        )
         assert inputs.advantages is not None and inputs.token_weights is not None and entropies is not None
+        policy_mask = None
+        if args.top_entropy_quantile < 1:
+            policy_mask = top_entropy_mask(
+                entropies.detach(), inputs.loss_mask, args.top_entropy_quantile, self._gather_values
+            )
         loss, metrics = policy_loss(
             logps,
             old_per_token_logps=inputs.old_per_token_logps,
             ref_per_token_logps=inputs.ref_per_token_logps,
+            sampling_per_token_logps=inputs.sampling_per_token_logps,
+            policy_mask=policy_mask,
             advantages=inputs.advantages,
             token_weights=inputs.token_weights,
             loss_mask=inputs.loss_mask,
-            **{name: getattr(self.args, name) for name in LOSS_FIELDS},
+            **{name: getattr(args, name) for name in LOSS_FIELDS},
         )
+        if inputs.mean_weights is not None:
+            loss = loss - args.entropy_coef * entropy_bonus(
+                entropies, inputs.mean_weights, inputs.loss_mask, policy_mask
+            )
         # the micro-batches of a step, and the pieces of each, add up to its loss, so each counts for a part of it
-        part = self._share_of_micro_batch / self.args.gradient_accumulation_steps
+        part = self._share_of_micro_batch / args.gradient_accumulation_steps
         self.metrics.add("policy_loss", metrics.pop("policy_loss")[0], part)
         self.metrics.add_all(metrics)
         mask = inputs.loss_mask.bool()
-        self.metrics.add("entropy", torch.where(mask, entropies, 0).sum(), mask.sum())
+        self.metrics.add("entropy", torch.where(mask, entropies.detach(), 0).sum(), mask.sum())
         if inputs.sampling_per_token_logps is not None and self.loader.is_fresh:
             gap = torch.where(mask, inputs.sampling_per_token_logps - logps.detach(), 0).abs()
             self.metrics.add("sampling/logp_gap", gap.sum(), mask.sum())
         return loss
 
-    def _old_per_token_logps(self, batch: RolloutBatch) -> Tensor:
-        """Of the policy as it sampled, or those of sampling where they stand for them (`_sampling_is_exact`)."""
+    def _gather_values(self, values: Tensor) -> Tensor:
+        """Of all ranks, in one tensor: values (n,), another n on each rank. None may be -inf."""
+        padded = self.accelerator.pad_across_processes(values, pad_index=-torch.inf)  # pyright: ignore[reportArgumentType]
+        gathered = self.accelerator.gather(padded)
+        return gathered[gathered > -torch.inf]  # pyright: ignore[reportIndexIssue, reportOperatorIssue, reportReturnType]
+
+    def _old_per_token_logps(self, batch: RolloutBatch, carried: Tensor | None = None) -> Tensor:
+        """Of the policy as it sampled, or those of sampling where they stand for them (`_sampling_is_exact`); always
+        so in `carried` rows (B,), which a former policy sampled."""
         sampled = batch.sampling_per_token_logps
         if sampled is not None and self._sampling_is_exact:
             return sampled.clone()
@@ -340,11 +471,15 @@ class GRPOTrainer(TrainerHooks):
                 return per_token_logps(self.model, batch, temperature=self.args.temperature)[0]
 
         logps = self._in_micro_batches(batch, score)
+        if sampled is not None and carried is not None:
+            logps = torch.where(carried[:, None], sampled, logps)
         if sampled is None or self._sampling_is_exact is False:
             return logps
         far = (sampled - logps).abs().gt(SAMPLING_GAP) & batch.completion_mask.bool()
+        if carried is not None:
+            far &= ~carried[:, None]
         self._sampling_is_exact = not self.all_reduce(far.sum())  # of all ranks: they run the same passes
-        return sampled.clone() if self._sampling_is_exact else logps
+        return self._old_per_token_logps(batch, carried) if self._sampling_is_exact else logps
 
     @torch.no_grad()
     def _in_micro_batches(self, batch: RolloutBatch, score: Callable[[RolloutBatch], Tensor]) -> Tensor:
@@ -407,12 +542,23 @@ class GRPOTrainer(TrainerHooks):
         if self.is_world_process_zero():
             log_completions(rows, args=self.args, state=self.state, mark=mark)
 
-    def _record_rollout(
-        self, groups: list[Group], rewards_per_func: Tensor, rewards: Tensor, batch: RolloutBatch
+    def _log_completions(
+        self, groups: list[Group], rewards_per_func: Tensor, advantages: Sequence[float | None]
     ) -> None:
-        record_rollout(self.metrics, groups, rewards_per_func, rewards, self.reward_names)
-        self.num_tokens += int(self.all_reduce(batch.prompt_mask.sum() + batch.completion_mask.sum()))
-        if self.args.log_completions and batch.advantages is not None:
+        """Keeps the last rollout for the table. No advantage: a group that dynamic sampling dropped or kept back."""
+        if self.args.log_completions:
             self.completions_log = completion_rows(
-                groups, rewards_per_func, batch.advantages.tolist(), self.reward_names, self.extra_columns
+                groups, rewards_per_func, advantages, self.reward_names, self.extra_columns
+            )
+
+    def _record_cost(self, cost: Cost, wanted: int) -> None:
+        values = asdict(cost)
+        tokens, trained = values.pop("tokens"), values.pop("trained_tokens")
+        for name, value in values.items():
+            self.metrics.add(f"dynamic_sampling/{name}", value)
+        self.metrics.add("dynamic_sampling/tokens_per_trained_token", tokens, trained)
+        if cost.kept < wanted:
+            logger.warning_once(
+                f"Dynamic sampling found {cost.kept} informative groups of {wanted} in {cost.rounds} rounds "
+                "(dynamic_sampling_max_rounds); updates use those there are. See the metrics dynamic_sampling/*."
             )

@@ -79,6 +79,15 @@ OTHER_DEFAULTS = {
             "loss_type",
             "mask_truncated_completions",
             "use_bias_correction_kl",
+            "entropy_coef",
+            "multi_objective_aggregation",
+            "sapo_temperature_neg",
+            "sapo_temperature_pos",
+            "top_entropy_quantile",
+            "vespo_k_neg",
+            "vespo_k_pos",
+            "vespo_lambda_neg",
+            "vespo_lambda_pos",
         )
     ),
 }
@@ -178,11 +187,23 @@ def test_defaults_are_the_seeds(config):
         "epsilon": 0.2,
         "epsilon_high": 0.2,
         "delta": None,
+        "sapo_temperature_pos": 1.0,
+        "sapo_temperature_neg": 1.05,
+        "vespo_k_pos": 2.0,
+        "vespo_lambda_pos": 3.0,
+        "vespo_k_neg": 3.0,
+        "vespo_lambda_neg": 2.0,
+        "multi_objective_aggregation": "sum_then_normalize",
+        "advantage_baseline": "group_mean",
         "scale_rewards": "batch_relative",
         "token_weighting": "token",
         "beta": 0.01,
         "kl_estimator": "k3_ratio",
+        "top_entropy_quantile": 1.0,
+        "entropy_coef": 0.0,
         "mask_truncated_completions": False,
+        "overlong_penalty": False,
+        "dynamic_sampling": False,
     }
     # BATCH_SIZE 2 (prompts) is 8 completions, transformers' default
     assert args.per_device_train_batch_size == args.generation_batch_size == 8
@@ -325,7 +346,7 @@ def test_on_policy(config, options, on_policy):
     ("options", "message"),
     [
         ({"variant": "ppo"}, "variant='ppo' is unknown; use one of grpo, "),
-        ({"loss_type": "ipo"}, "loss_type='ipo' is not available; use one of grpo, dapo, dr_grpo"),
+        ({"loss_type": "ipo"}, "loss_type='ipo' is not available; use one of grpo, dapo, bnpo, dr_grpo"),
         ({"surrogate": "square"}, "surrogate='square' is unknown; use one of clip"),
         ({"kl_estimator": "k4"}, "kl_estimator='k4' is unknown; use one of k1, k2, k3, k3_ratio"),
         ({"scale_rewards": "max"}, "scale_rewards='max' is unknown; use one of "),

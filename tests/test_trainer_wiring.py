@@ -27,7 +27,8 @@ def record(monkeypatch, owner, name) -> list[dict]:
     def recording(*args, **kwargs):
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
-        calls.append(bound.arguments)
+        by_name = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)
+        calls.append(bound.arguments | bound.arguments.get(by_name, {}))
         return real(*args, **kwargs)
 
     monkeypatch.setattr(owner, name, recording)

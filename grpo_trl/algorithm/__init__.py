@@ -1,19 +1,23 @@
 """The mathematics of GRPO: pure functions on tensors, with torch and the standard library only."""
 
-from .advantages import combine_rewards, group_advantages, informative_groups
-from .loss import KL_ESTIMATORS, SURROGATES, policy_loss
+from .advantages import AGGREGATIONS, combine_rewards, group_advantages, informative_groups
+from .loss import KL_ESTIMATORS, SAMPLER_CORRECTIONS, SURROGATES, entropy_bonus, policy_loss, top_entropy_mask
 from .token_weights import token_weights
 from .variants import LOSS_TYPES, VARIANTS, Variant
 
 __all__ = [
+    "AGGREGATIONS",
     "KL_ESTIMATORS",
     "LOSS_TYPES",
+    "SAMPLER_CORRECTIONS",
     "SURROGATES",
     "VARIANTS",
     "Variant",
     "combine_rewards",
+    "entropy_bonus",
     "group_advantages",
     "informative_groups",
     "policy_loss",
     "token_weights",
+    "top_entropy_mask",
 ]

@@ -19,14 +19,39 @@ def combine_rewards(rewards_per_func: Tensor, weights: Tensor) -> Tensor:
     return torch.where(rewards_per_func.isnan().all(1), torch.nan, total)
 
 
+def decoupled_rewards(rewards_per_func: Tensor, weights: Tensor, num_generations: int) -> Tensor:
+    """Weighted sum of rewards that are normalised within their groups first, each function by itself: one with a
+    wide range does not drown the others. (B, F), (F,) -> (B,). GDPO, arXiv 2601.05242; its last step,
+    the normalisation over the batch, is `scale_rewards="batch_relative"`.
+
+    NaN as in `combine_rewards`.
+    """
+    normalised = [
+        group_advantages(rewards, num_generations, "group").masked_fill(rewards.isnan(), torch.nan)
+        for rewards in rewards_per_func.T
+    ]
+    return combine_rewards(torch.stack(normalised, dim=1), weights)
+
+
+# What of the F rewards of a completion is compared: name -> ((B, F), weights (F,), G) -> (B,)
+AGGREGATIONS: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
+    "sum_then_normalize": lambda rewards_per_func, weights, num_generations: combine_rewards(
+        rewards_per_func, weights
+    ),
+    "normalize_then_sum": decoupled_rewards,
+}
+BASELINES = ("group_mean", "leave_one_out")
+
+
 def group_advantages(
     rewards: Tensor,
     num_generations: int,
     scale_rewards: str = "batch_relative",
     *,
+    baseline: str = "group_mean",
     all_reduce: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> Tensor:
-    """Reward minus the mean of its group, scaled.
+    """Reward minus a baseline from its group, scaled.
 
     Args:
         rewards: (B,), groups contiguous. NaN rows get advantage 0 and do not move the mean of their group.
@@ -37,6 +62,8 @@ def group_advantages(
             "group" - that of the group's rewards (DeepSeekMath, arXiv 2402.03300, section 4.1.2);
             "batch" - that of the raw rewards over all rows of all ranks (TRL's meaning);
             "none" - nothing (Dr. GRPO, arXiv 2503.20783).
+        baseline: "group_mean", or "leave_one_out": the mean of the other completions, n / (n - 1) times as far away
+            (RLOO, arXiv 2402.14740).
         all_reduce: sums a tensor over ranks.
 
     Returns:
@@ -44,10 +71,15 @@ def group_advantages(
         would otherwise be scaled up (16 x 0.95 has a standard deviation of 6e-8 in fp32).
 
     Raises:
-        ValueError: G < 2, B not a multiple of G, or an unknown `scale_rewards`.
+        ValueError: G < 2, B not a multiple of G, or an unknown `scale_rewards` or `baseline`.
     """
+    if baseline not in BASELINES:
+        raise ValueError(f"baseline={baseline!r} is unknown; use one of {', '.join(BASELINES)}.")
     groups = split_groups(rewards, num_generations)
     relative = relative_rewards(groups)
+    if baseline == "leave_one_out":
+        count = groups.isfinite().sum(1, keepdim=True)
+        relative = relative * count / (count - 1).clamp(min=1)
     if scale_rewards == "none":
         scaled = relative
     elif scale_rewards == "group":
@@ -60,11 +92,12 @@ def group_advantages(
     return scaled.flatten().float()
 
 
-def informative_groups(rewards: Tensor, num_generations: int) -> Tensor:
+def informative_groups(rewards: Tensor, num_generations: int, tolerance: float = 0.0) -> Tensor:
     """(B,) -> (B / G,) bool: False where all rewards of a group are equal (by equality, not by std > 0), or where
-    fewer than two completions have a reward. Such a group carries no gradient."""
+    fewer than two completions have a reward. Such a group carries no gradient. With a tolerance also where largest
+    and smallest differ by no more than that share of the group's largest absolute reward."""
     groups = split_groups(rewards, num_generations)
-    return _spread(groups) > 0
+    return _spread(groups) > tolerance * groups.nan_to_num(0.0).abs().amax(1)
 
 
 def split_groups(rewards: Tensor, num_generations: int) -> Tensor:

@@ -1,6 +1,9 @@
 """The objective. `policy_loss` first, then its parts in the order in which it calls them."""
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,15 +24,19 @@ def policy_loss(
     loss_mask: Tensor,
     old_per_token_logps: Tensor | None = None,
     ref_per_token_logps: Tensor | None = None,
+    sampling_per_token_logps: Tensor | None = None,
+    policy_mask: Tensor | None = None,
     surrogate: str = "clip",
     importance_sampling_level: str = "token",
-    epsilon: float = 0.2,
-    epsilon_high: float | None = None,
-    delta: float | None = None,
     beta: float = 0.0,
     kl_estimator: str = "k3_ratio",
+    off_policy_mask_threshold: float | None = None,
+    sampler_correction: str | None = None,
+    sampler_correction_min: float | None = None,
+    sampler_correction_max: float | None = None,
+    **surrogate_options: Any,
 ) -> tuple[Tensor, dict[str, Metric]]:
-    """Clipped policy-gradient loss with an optional KL penalty, already averaged by `token_weights`.
+    """Policy-gradient loss with an optional KL penalty, already averaged by `token_weights`.
 
     Args:
         per_token_logps: (B, T), log-probabilities of the completion tokens under the policy, with gradient.
@@ -38,12 +45,17 @@ def policy_loss(
         loss_mask: (B, T), 1 for tokens that count. Values elsewhere never matter, NaN included.
         old_per_token_logps: (B, T) under the policy that sampled; None when this step is on-policy (ratio 1).
         ref_per_token_logps: (B, T) under the reference; needed when `beta` is not 0.
+        sampling_per_token_logps: (B, T) as the sampler gave them; needed by `sampler_correction`, and preferred to
+            the old ones by `off_policy_mask_threshold`. NaN: unknown, taken for no difference.
+        policy_mask: (B, T), 1 for tokens with a policy term (`top_entropy_mask`); they keep their KL term, and the
+            denominators count them.
         surrogate: a name in `SURROGATES`.
         importance_sampling_level: "token", or "sequence": one ratio per completion (GSPO, arXiv 2507.18071, eq. 7).
-        epsilon, epsilon_high: ratios are clipped to [1 - epsilon, 1 + epsilon_high]; default: symmetric.
-        delta: upper bound on the ratio when the advantage is negative (two-sided clip, arXiv 2505.07291, section 4.1).
         beta: weight of the KL penalty, in nats per token.
         kl_estimator: a name in `KL_ESTIMATORS`.
+        off_policy_mask_threshold: see `off_policy_mask`.
+        sampler_correction, sampler_correction_min, sampler_correction_max: see `sampler_correction_ratio`.
+        surrogate_options: what the surrogate takes by name, e.g. epsilon; what it does not take has no effect.
 
     Returns:
         The scalar loss, and metrics of this micro-batch, detached: (sum, count) pairs for means, scalars for extremes.
@@ -55,15 +67,33 @@ def policy_loss(
     old = per_token_logps.detach() if old_per_token_logps is None else torch.where(mask, old_per_token_logps, 0.0)
     log_ratio = per_token_logps - old
     advantages = torch.where(mask, advantages[:, None] if advantages.dim() == 1 else advantages, 0.0)
-    epsilon_high = epsilon if epsilon_high is None else epsilon_high
+    sampler_gap = torch.zeros_like(old)  # log of old / sampled
+    if sampling_per_token_logps is not None:
+        sampler_gap = torch.where(mask, (old - sampling_per_token_logps).nan_to_num(0.0), 0.0)
+    metrics = ratio_metrics(log_ratio.detach(), mask)
 
-    ratio = importance_ratio(log_ratio, mask, importance_sampling_level)
-    per_token_loss = SURROGATES[surrogate](ratio, advantages, epsilon, epsilon_high, delta)
+    terms = Terms(
+        per_token_logps, log_ratio, importance_ratio(log_ratio, mask, importance_sampling_level), advantages, mask
+    )
+    if sampler_correction is not None:
+        terms.correction = sampler_correction_ratio(
+            sampler_gap, mask, sampler_correction, sampler_correction_min, sampler_correction_max
+        )
+        metrics |= correction_metrics(terms.correction, mask)
+    per_token_loss, found = SURROGATES[surrogate](terms, **surrogate_options)
+    metrics |= found
+    if terms.correction is not None:
+        per_token_loss = per_token_loss * terms.correction
+    if off_policy_mask_threshold is not None:
+        gap = (log_ratio.detach() + sampler_gap).neg()  # log of sampled / policy
+        kept = off_policy_mask(gap, advantages, mask, off_policy_mask_threshold)
+        metrics["off_policy_masked"] = _masked(~kept & mask.any(1, keepdim=True), mask.any(1, keepdim=True))
+        per_token_loss = per_token_loss * kept
+    if policy_mask is not None:
+        per_token_loss = per_token_loss * policy_mask
     weights = torch.where(mask, token_weights, 0.0)
     loss = policy_term = (per_token_loss * weights).sum()
 
-    metrics = clip_metrics(ratio.detach(), advantages, mask, epsilon, epsilon_high)
-    metrics |= ratio_metrics(log_ratio.detach(), mask)
     if beta != 0.0:
         if ref_per_token_logps is None:
             raise ValueError(f"beta={beta} needs ref_per_token_logps; got None. Pass them, or set beta=0.")
@@ -74,6 +104,18 @@ def policy_loss(
         metrics["kl"] = _masked(per_token_kl.detach(), mask)
     metrics["policy_loss"] = (policy_term.detach(), torch.ones_like(policy_term))
     return loss, metrics
+
+
+@dataclass
+class Terms:
+    """What a surrogate may read, (B, T) each and 0 outside the mask."""
+
+    logps: Tensor  # of the policy, with gradient
+    log_ratio: Tensor  # policy / old, per token
+    ratio: Tensor  # of the chosen level
+    advantages: Tensor
+    mask: Tensor
+    correction: Tensor | None = None  # sampler's correction; a surrogate that used it up sets it to None
 
 
 def importance_ratio(log_ratio: Tensor, mask: Tensor, level: str) -> Tensor:
@@ -89,16 +131,133 @@ def importance_ratio(log_ratio: Tensor, mask: Tensor, level: str) -> Tensor:
 
 
 def clipped_surrogate(
-    ratio: Tensor, advantages: Tensor, epsilon: float, epsilon_high: float, delta: float | None
+    terms: Terms, *, epsilon: float = 0.2, epsilon_high: float | None = None, delta: float | None = None, **_: Any
+) -> tuple[Tensor, dict[str, Metric]]:
+    """-min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A); default: symmetric. `delta` bounds r in the unclipped
+    branch, and so the loss for negative advantages. PPO equation 7; two-sided: arXiv 2505.07291, section 4.1."""
+    epsilon_high = epsilon if epsilon_high is None else epsilon_high
+    clipped_ratio = terms.ratio.clamp(1 - epsilon, 1 + epsilon_high)
+    bounded_ratio = terms.ratio if delta is None else terms.ratio.clamp(max=delta)
+    loss = -torch.minimum(bounded_ratio * terms.advantages, clipped_ratio * terms.advantages)
+    return loss, clip_metrics(terms.ratio.detach(), terms.advantages, terms.mask, epsilon, epsilon_high)
+
+
+def cispo(terms: Terms, *, epsilon_high: float = 5.0, **_: Any) -> tuple[Tensor, dict[str, Metric]]:
+    """-min(r, epsilon_high) A log pi, the ratio without gradient: tokens beyond the bound keep theirs. MiniMax-M1,
+    arXiv 2506.13585, equations 4 and 5, without a lower bound; `epsilon_high` bounds r itself (ScaleRL, arXiv
+    2510.13786, and TRL), not r - 1."""
+    ratio = terms.ratio.detach()
+    clipped = (ratio > epsilon_high) & (terms.advantages > 0)
+    loss = -ratio.clamp(max=epsilon_high) * terms.advantages * terms.logps
+    return loss, {"cispo_clip_ratio": _masked(clipped, terms.mask)}
+
+
+def sapo(
+    terms: Terms, *, sapo_temperature_pos: float = 1.0, sapo_temperature_neg: float = 1.05, **_: Any
+) -> tuple[Tensor, dict[str, Metric]]:
+    """-(4 / tau) sigmoid(tau (r - 1)) A: a gate that closes smoothly, faster for negative advantages. SAPO,
+    arXiv 2511.20347."""
+    tau = torch.where(terms.advantages > 0, sapo_temperature_pos, sapo_temperature_neg)
+    return -torch.sigmoid(tau * (terms.ratio - 1)) * 4 / tau * terms.advantages, {}
+
+
+def vespo(
+    terms: Terms,
+    *,
+    vespo_k_pos: float = 2.0,
+    vespo_lambda_pos: float = 3.0,
+    vespo_k_neg: float = 3.0,
+    vespo_lambda_neg: float = 2.0,
+    **_: Any,
+) -> tuple[Tensor, dict[str, Metric]]:
+    """-phi(W) A log pi, with phi(W) = e^lambda W^k e^(-lambda W) without gradient, W the product of the completion's
+    ratios, k and lambda by the sign of A. VESPO, arXiv 2602.10693. The sampler's correction is a factor of W."""
+    lowest = math.log(1e-8)
+    with torch.no_grad():
+        log_w = terms.log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).sum(1, keepdim=True)
+        if terms.correction is not None:
+            log_w = log_w + (terms.correction.log().clamp(lowest, MAX_LOG_RATIO) * terms.mask).sum(1, keepdim=True)
+        log_w = log_w.clamp(lowest, MAX_LOG_RATIO)
+        positive = terms.advantages >= 0
+        k = torch.where(positive, vespo_k_pos, vespo_k_neg)
+        rate = torch.where(positive, vespo_lambda_pos, vespo_lambda_neg)
+        phi = (rate + k * log_w - rate * log_w.exp()).exp()
+    terms.correction = None
+    return -phi * terms.advantages * terms.logps, {"vespo/phi_seq_mean": _masked(phi, terms.mask)}
+
+
+# name -> (terms, options by name) -> per-token loss (B, T) and metrics
+SURROGATES: dict[str, Callable[..., tuple[Tensor, dict[str, Metric]]]] = {
+    "clip": clipped_surrogate,
+    "cispo": cispo,
+    "sapo": sapo,
+    "vespo": vespo,
+}
+
+# What corrects for a sampler whose probabilities are not the policy's: name -> (per token or per completion, what
+# happens to ratios beyond the bounds)
+SAMPLER_CORRECTIONS = {
+    "token_truncate": ("token", "truncate"),
+    "token_mask": ("token", "mask"),
+    "sequence_truncate": ("sequence", "truncate"),
+    "sequence_mask": ("sequence", "mask"),
+}
+
+
+def sampler_correction_ratio(
+    gap: Tensor, mask: Tensor, correction: str, low: float | None, high: float | None
 ) -> Tensor:
-    """-min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A), elementwise over (B, T). `delta` bounds r in the unclipped
-    branch, and so the loss for negative advantages. PPO equation 7; arXiv 2505.07291, section 4.1."""
-    clipped_ratio = ratio.clamp(1 - epsilon, 1 + epsilon_high)
-    bounded_ratio = ratio if delta is None else ratio.clamp(max=delta)
-    return -torch.minimum(bounded_ratio * advantages, clipped_ratio * advantages)
+    """pi_old / pi_sampler as a factor of the policy term, (B, T), without gradient.
+
+    Args:
+        gap: (B, T), log of that ratio for each token, 0 outside the mask.
+        correction: a name in `SAMPLER_CORRECTIONS`. The ratio of a completion is the product over its tokens. Ratios
+            beyond the bounds are truncated to them (TIS), or become 0 (MIS, "IcePop").
+        low, high: the bounds; None: none.
+
+    Source: Yao et al., "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training" (2025); Liu et al.,
+    "When Speed Kills Stability" (2025); TRL's `vllm_importance_sampling_mode`.
+    """
+    level, beyond = SAMPLER_CORRECTIONS[correction]
+    if level == "sequence":
+        gap = gap.sum(1, keepdim=True)
+    ratio = _exp(gap.detach())
+    if beyond == "truncate":
+        ratio = ratio.clamp(low, high) if (low, high) != (None, None) else ratio
+    else:
+        outside = (ratio < (-math.inf if low is None else low)) | (ratio > (math.inf if high is None else high))
+        ratio = ratio.masked_fill(outside, 0.0)
+    return torch.where(mask, ratio.expand_as(mask), 1.0)
 
 
-SURROGATES: dict[str, Callable[..., Tensor]] = {"clip": clipped_surrogate}
+def off_policy_mask(gap: Tensor, advantages: Tensor, mask: Tensor, threshold: float) -> Tensor:
+    """False for completions with negative advantage that have drifted: whose mean log(pi_sampled / pi) per token is
+    above the threshold, in nats. (B, 1), from gap, advantages and mask (B, T). DeepSeek-V3.2, arXiv 2512.02556,
+    "Off-Policy Sequence Masking"."""
+    drift = (gap * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+    negative = (advantages < 0).any(1, keepdim=True)
+    return ~negative | (drift <= threshold)
+
+
+def top_entropy_mask(
+    entropies: Tensor, mask: Tensor, share: float, gather: Callable[[Tensor], Tensor] = lambda x: x
+) -> Tensor:
+    """True for the `share` of tokens with the highest entropy: "forking tokens" (arXiv 2506.01939, section 5).
+
+    Args:
+        entropies, mask: (B, T) of one micro-batch.
+        share: in (0, 1], e.g. 0.2.
+        gather: concatenates tensors of different lengths over ranks; the quantile is that of all of them.
+    """
+    mask = mask.bool()
+    found = gather(entropies[mask].float())
+    if not len(found):
+        return mask
+    # not torch.quantile, which takes at most 16 million values; linear interpolation between neighbours, as it does
+    place = (1 - share) * (len(found) - 1)
+    ordered, low = found.sort().values, math.floor(place)
+    threshold = torch.lerp(ordered[low], ordered[math.ceil(place)], place - low)
+    return mask & (entropies >= threshold)
 
 
 def kl_k1(ref_log_ratio: Tensor, ratio: Tensor) -> Tensor:
@@ -146,6 +305,28 @@ def clip_metrics(
         "clip_ratio/high_mean": _masked(high, mask),
         "clip_ratio/region_mean": _masked(low | high, mask),
     }
+
+
+def correction_metrics(correction: Tensor, mask: Tensor) -> dict[str, Metric]:
+    """Mean, smallest and largest correction for the sampler."""
+    return {
+        "sampling/importance_sampling_ratio/mean": _masked(correction, mask),
+        "sampling/importance_sampling_ratio/min": torch.where(mask, correction, torch.inf).amin(),
+        "sampling/importance_sampling_ratio/max": torch.where(mask, correction, -torch.inf).amax(),
+    }
+
+
+def entropy_bonus(
+    entropies: Tensor, mean_weights: Tensor, loss_mask: Tensor, policy_mask: Tensor | None = None
+) -> Tensor:
+    """Mean entropy per token, in nats, as a sum over micro-batches and ranks: entropies with gradient and the weights
+    of a mean over tokens, (B, T). With `policy_mask` over its tokens, taken to be everywhere as many as they are
+    here."""
+    mask = loss_mask.bool()
+    if policy_mask is not None:
+        share = policy_mask.sum() / mask.sum().clamp(min=1)
+        mask, mean_weights = policy_mask, mean_weights / share.clamp(min=1e-6)
+    return (torch.where(mask, entropies, 0.0) * torch.where(mask, mean_weights, 0.0)).sum()
 
 
 def ratio_metrics(log_ratio: Tensor, mask: Tensor) -> dict[str, Metric]:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-TOKEN_WEIGHTINGS = ("token", "sequence", "max_length")
+TOKEN_WEIGHTINGS = ("token", "sequence", "max_length", "sequence_sum")
 
 
 def token_weights(
@@ -23,15 +23,18 @@ def token_weights(
         token_weighting: "token" - each token counts the same (DAPO, arXiv 2503.14476, equation 8);
             "sequence" - each completion counts the same (DeepSeekMath, arXiv 2402.03300, equation 3);
             "max_length" - tokens count the same and the normaliser is the constant B x `max_completion_length`
-            (Dr. GRPO, arXiv 2503.20783).
+            (Dr. GRPO, arXiv 2503.20783);
+            "sequence_sum" - tokens count the same and the normaliser is B: a long completion weighs more (LUSPO,
+            arXiv 2602.05261; the sums over tokens of REINFORCE and RLOO).
         max_completion_length: in tokens, for "max_length".
         world_size: the number of ranks over which gradients are averaged (DDP); undone here and nowhere else.
         all_reduce: sums a tensor over ranks.
 
     Returns:
-        (B, T) fp32; over all ranks and micro-batches the weights sum to `world_size` (for "max_length": to at most
-        that). Tokens outside the mask weigh 0. Tokens and completions that are masked are in no denominator;
-        completions whose advantage is 0 are. With nothing to count, all weights are 0 and so is the loss.
+        (B, T) fp32; over all ranks and micro-batches the weights sum to `world_size` ("max_length": to at most that;
+        "sequence_sum": to that times the mean length). Tokens outside the mask weigh 0. Tokens and completions that
+        are masked are in no denominator; completions whose advantage is 0 are. With nothing to count, all weights are
+        0 and so is the loss.
     """
     if token_weighting not in TOKEN_WEIGHTINGS:
         raise ValueError(f"token_weighting={token_weighting!r} is unknown; use one of {', '.join(TOKEN_WEIGHTINGS)}.")
@@ -42,6 +45,8 @@ def token_weights(
         weights = mask / num_tokens
     elif token_weighting == "sequence":
         weights = mask / lengths.clamp(min=1) / num_completions
+    elif token_weighting == "sequence_sum":
+        weights = mask / num_completions
     else:
         weights = mask / (num_completions * max_completion_length)
     return (weights * world_size).float()

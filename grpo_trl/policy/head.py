@@ -33,7 +33,7 @@ class Scores(ModelOutput):
 
 
 def score_completions(model: PreTrainedModel) -> None:
-    """From now on `model(..., scored=places, labels=labels, temperature=t, with_entropy=flag)` returns `Scores`.
+    """From now on `model(..., scored=places, labels=labels)`, with the options of `score`, returns `Scores`.
 
     The M places are in the flattened (rows x columns) of the input: a tensor (M,) or a slice. Other calls are
     undisturbed.
@@ -47,7 +47,7 @@ def score_completions(model: PreTrainedModel) -> None:
         if "scored" not in kwargs:
             return self._forward_to_logits(*args, **kwargs)
         scored, labels = kwargs.pop("scored"), kwargs.pop("labels")
-        options = {name: kwargs.pop(name) for name in ("temperature", "with_entropy")}
+        options = {name: kwargs.pop(name) for name in ("temperature", "with_entropy", "entropy_gradient")}
         hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
         return Scores(*score(self, hidden.flatten(0, 1)[scored], labels, **options))
 
@@ -57,19 +57,26 @@ def score_completions(model: PreTrainedModel) -> None:
 
 
 def score(
-    model: PreTrainedModel, hidden: Tensor, labels: Tensor, *, temperature: float, with_entropy: bool
+    model: PreTrainedModel,
+    hidden: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float,
+    with_entropy: bool,
+    entropy_gradient: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Hidden states (M, d) as the head takes them and the M labels -> log-probabilities (M,) and, if asked for,
-    entropies (M,) without gradient; in fp32."""
+    entropies (M,), with gradient or without; in fp32."""
+    options = {"with_entropy": with_entropy, "entropy_gradient": entropy_gradient}
     head: Any = model.get_output_embeddings()
     hidden, labels = hidden.to(head.weight.device), labels.to(head.weight.device)
     if hidden.device.type == "cuda" and _is_plain(head):
-        return fused_scores(model, hidden, labels, temperature=temperature, with_entropy=with_entropy)
+        return fused_scores(model, hidden, labels, temperature=temperature, **options)
 
     def score_chunk(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
         logits = to_logits(model, hidden)
         logits = logits if temperature == 1 else logits / temperature
-        return scores_of_logits(logits, labels, with_entropy=with_entropy)
+        return scores_of_logits(logits, labels, **options)
 
     chunks = zip(hidden.split(CHUNK), labels.split(CHUNK), strict=True)
     logps, entropies = zip(*(checkpoint(score_chunk, *chunk, use_reentrant=False) for chunk in chunks), strict=True)  # pyright: ignore[reportArgumentType]
@@ -77,7 +84,13 @@ def score(
 
 
 def fused_scores(
-    model: PreTrainedModel, hidden: Tensor, labels: Tensor, *, temperature: float, with_entropy: bool
+    model: PreTrainedModel,
+    hidden: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float,
+    with_entropy: bool,
+    entropy_gradient: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """`score` by TRL's kernels, for a head that is a weight and nothing else. They sum up the weight's gradient in
     fp32 whatever its dtype."""
@@ -85,7 +98,9 @@ def fused_scores(
     scale, softcap = logit_scale_and_softcap(model)
     options = (temperature, VOCABULARY_CHUNK, softcap, scale, ("entropy",) if with_entropy else ())
     logps, entropies, *_ = ChunkedLogProbFunction.apply(hidden, head.weight, head.bias, labels, *options)
-    return logps, entropies.detach() if with_entropy else None
+    if not with_entropy:
+        return logps, None
+    return logps, entropies if entropy_gradient else entropies.detach()
 
 
 def to_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
@@ -102,14 +117,16 @@ def finish_logits(model: PreTrainedModel, product: Tensor) -> Tensor:
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def scores_of_logits(logits: Tensor, labels: Tensor, *, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
-    """(M, V) fp32 and (M,) -> log-probabilities (M,) and, if asked for, entropies (M,) without gradient."""
+def scores_of_logits(
+    logits: Tensor, labels: Tensor, *, with_entropy: bool, entropy_gradient: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """(M, V) fp32 and (M,) -> log-probabilities (M,) and, if asked for, entropies (M,), with gradient or without."""
     log_normalizer = logits.logsumexp(-1)
     logps = logits.gather(-1, labels[:, None])[:, 0] - log_normalizer
     if not with_entropy:
         return logps, None
-    with torch.no_grad():
-        probs = (logits - log_normalizer[:, None]).exp_()
+    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
+        probs = (logits - log_normalizer[:, None]).exp()
         # a token of probability 0 adds 0, but 0 x -inf is NaN
         finite = logits.clamp(min=torch.finfo(logits.dtype).min)
         return logps, log_normalizer - torch.linalg.vecdot(probs, finite)

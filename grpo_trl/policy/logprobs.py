@@ -16,7 +16,12 @@ Scored = tuple[Tensor, Tensor | None]  # log-probabilities, and entropies where 
 
 
 def per_token_logps(
-    model: nn.Module, batch: RolloutBatch, *, temperature: float = 1.0, with_entropy: bool = False
+    model: nn.Module,
+    batch: RolloutBatch,
+    *,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+    entropy_gradient: bool = False,
 ) -> Scored:
     """Log-probability of each completion token given everything before it, in fp32.
 
@@ -25,28 +30,30 @@ def per_token_logps(
             `prepare` was given is run without padding and on each prompt once, where it can be.
         batch: B rows on the model's device.
         temperature: divides the logits, as in sampling: the policy that is trained is the one that sampled.
-        with_entropy: also return the entropy of the next-token distributions (no gradient), in nats.
+        with_entropy: also return the entropy of the next-token distributions, in nats.
+        entropy_gradient: with gradient (for an entropy bonus).
 
     Returns:
         (B, T) log-probabilities, and (B, T) entropies or None; 0 outside `completion_mask`.
     """
     evaluate = from_logits if getattr(causal_lm(model), "evaluation", "logits") == "logits" else from_head
     stream = pack(batch) if is_packed(model) else pad(batch)
-    logps, entropies = evaluate(model, stream, temperature=temperature, with_entropy=with_entropy)
+    options = {"with_entropy": with_entropy, "entropy_gradient": entropy_gradient}
+    logps, entropies = evaluate(model, stream, temperature=temperature, **options)
     return stream.rows(logps), None if entropies is None else stream.rows(entropies)
 
 
-def from_head(model: nn.Module, stream: Stream, *, temperature: float, with_entropy: bool) -> Scored:
+def from_head(model: nn.Module, stream: Stream, **options: Any) -> Scored:
     """(M,) each, from a model whose forward scores (`head.score_completions`)."""
     what: dict[str, Any] = {"scored": stream.scored, "labels": stream.labels}
-    scores = model(**_accepted(model, stream.inputs), **what, temperature=temperature, with_entropy=with_entropy)
+    scores = model(**_accepted(model, stream.inputs), **what, **options)
     return scores["logps"], scores.get("entropies")
 
 
-def from_logits(model: nn.Module, stream: Stream, *, temperature: float, with_entropy: bool) -> Scored:
+def from_logits(model: nn.Module, stream: Stream, *, temperature: float, **options: Any) -> Scored:
     """(M,) each, from the logits that any causal LM returns, of all positions."""
     logits = model(**_accepted(model, stream.inputs), use_cache=False).logits.flatten(0, 1)[stream.scored].float()
-    return scores_of_logits(logits / temperature, stream.labels, with_entropy=with_entropy)
+    return scores_of_logits(logits / temperature, stream.labels, **options)
 
 
 def causal_lm(model: nn.Module) -> Any:

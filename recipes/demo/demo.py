@@ -44,6 +44,7 @@ class Result:
     question: str
     warm_start_seconds: float
     grpo_seconds: float
+    history: list[dict[str, Any]]  # the logs of the run
 
     @property
     def gain(self) -> float:
@@ -100,7 +101,8 @@ def run(args: GRPOConfig, reward_funcs: Any = correct_answer, reward_processing_
     start = time.perf_counter()
     trainer.train()
     grpo_seconds = time.perf_counter() - start
-    return Result(before, measure(), "What is {} + {}?".format(*shown), warm_start_seconds, grpo_seconds)
+    history = [*trainer.state.log_history]
+    return Result(before, measure(), "What is {} + {}?".format(*shown), warm_start_seconds, grpo_seconds, history)
 
 
 def report(result: Result, args: GRPOConfig) -> None:

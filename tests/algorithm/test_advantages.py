@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from grpo_trl.algorithm import combine_rewards, group_advantages, informative_groups
+from grpo_trl.algorithm import AGGREGATIONS, combine_rewards, group_advantages, informative_groups
 from grpo_trl.algorithm.advantages import SCALE_REWARDS
 
 NAN = math.nan
@@ -175,3 +175,58 @@ def test_interleaved_prompts_sorted_into_groups_and_back():
     advantages = torch.empty(12)
     advantages[to_groups] = group_advantages(interleaved[to_groups], 4, "none")
     assert_close(advantages, [0.75, 1.25, -0.5, -0.25, 0.25, -0.5, -0.25, -0.75, 0.5, -0.25, -0.75, 0.5])
+
+
+# --- the family ------------------------------------------------------------------------------------------------------
+
+
+def test_leave_one_out_is_the_reward_minus_the_mean_of_the_others():
+    rewards = torch.tensor([1.0, 0.0, 0.5, 0.0, 1.0, 1.0, 0.25, 0.0])
+    advantages = group_advantages(rewards, 4, "none", baseline="leave_one_out")
+    for i, reward in enumerate(rewards):
+        group = slice(i // 4 * 4, i // 4 * 4 + 4)
+        others = (rewards[group].sum() - reward) / 3
+        assert advantages[i] == pytest.approx((reward - others).item(), abs=1e-6)
+
+
+def test_leave_one_out_counts_the_rewards_that_are_there():
+    rewards = torch.tensor([1.0, 0.0, torch.nan, 0.0, torch.nan, torch.nan, torch.nan, 1.0])
+    advantages = group_advantages(rewards, 4, "none", baseline="leave_one_out")
+    assert advantages.tolist() == pytest.approx([1.0, -0.5, 0.0, -0.5, 0, 0, 0, 0])
+    with pytest.raises(ValueError, match="baseline='median' is unknown; use one of group_mean, leave_one_out"):
+        group_advantages(rewards, 4, baseline="median")
+
+
+def test_normalised_by_function_a_wide_reward_does_not_drown_a_narrow_one():
+    narrow, wide = torch.tensor([1.0, 0.0, 1.0, 0.0]), torch.tensor([0.0, 0.0, 100.0, 100.0])
+    rewards = torch.stack([narrow, wide], dim=1)
+    weights = torch.ones(2)
+    summed = AGGREGATIONS["sum_then_normalize"](rewards, weights, 4)
+    decoupled = AGGREGATIONS["normalize_then_sum"](rewards, weights, 4)
+    assert summed.tolist() == [1.0, 0.0, 101.0, 100.0]
+    std = 1 / math.sqrt(3)  # of four values, two at each end of an interval of length 1
+    expected = (
+        0.5 / (std + 1e-4)
+        + torch.tensor([-1, -1, 1, 1]) * 50 / (100 * std + 1e-4)
+        - torch.tensor([0, 1, 0, 1]) / (std + 1e-4)
+    )
+    assert torch.allclose(decoupled, expected.float(), atol=1e-5)
+    assert decoupled[0] > decoupled[1] and decoupled[0] == pytest.approx(0, abs=1e-2)
+
+
+def test_normalised_by_function_is_trls():
+    """`normalize_then_sum` of TRL 1.16, written out; where every function applies to every completion."""
+    rewards, weights = torch.rand(12, 3), torch.tensor([1.0, 0.5, 2.0])
+    grouped = rewards.view(3, 4, 3)
+    normalised = (grouped - grouped.mean(1, keepdim=True)) / (grouped.std(1, keepdim=True) + 1e-4)
+    total = (normalised.view(12, 3) * weights).sum(1)
+    expected = (total - total.mean()) / (total.std() + 1e-4)
+    ours = group_advantages(AGGREGATIONS["normalize_then_sum"](rewards, weights, 4), 4, "batch_relative")
+    assert torch.allclose(ours, expected, atol=1e-5)
+
+
+def test_normalised_by_function_leaves_out_what_does_not_apply():
+    rewards = torch.tensor([[1.0, torch.nan], [0.0, torch.nan], [torch.nan, torch.nan], [1.0, 5.0]])
+    decoupled = AGGREGATIONS["normalize_then_sum"](rewards, torch.ones(2), 4)
+    assert decoupled.isnan().tolist() == [False, False, True, False]
+    assert decoupled[0] == decoupled[3] > decoupled[1]  # a single value is compared with nothing: 0

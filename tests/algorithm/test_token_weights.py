@@ -23,6 +23,7 @@ def assert_close(actual, expected, tolerance=1e-6):
         ("token", [[1 / 4, 1 / 4, 1 / 4], [1 / 4, 0, 0]]),
         ("sequence", [[1 / 6, 1 / 6, 1 / 6], [1 / 2, 0, 0]]),
         ("max_length", [[1 / 10, 1 / 10, 1 / 10], [1 / 10, 0, 0]]),  # 2 completions x 5 tokens
+        ("sequence_sum", [[1 / 2, 1 / 2, 1 / 2], [1 / 2, 0, 0]]),
     ],
 )
 def test_rules(token_weighting, expected):
@@ -176,7 +177,8 @@ def test_each_optimizer_step_of_a_rollout_has_its_own_counts(token_weighting):
     short, long = make_rows(LENGTHS.clamp(max=2)), make_rows(LENGTHS + 4, seed=2)
     for rows in (short, long):
         weights = token_weights(rows["loss_mask"], token_weighting, max_completion_length=16)
-        expected = {"token": 1.0, "sequence": 1.0, "max_length": rows["loss_mask"].sum().item() / (8 * 16)}
+        tokens = rows["loss_mask"].sum().item()
+        expected = {"token": 1.0, "sequence": 1.0, "max_length": tokens / (8 * 16), "sequence_sum": tokens / 8}
         assert_close(weights.sum(), expected[token_weighting])
         assert_close(step_gradient(rows, weights, 2), step_gradient(rows, weights, 8))
 

@@ -1,0 +1,181 @@
+"""Dynamic sampling in real runs."""
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from grpo_trl import GRPOTrainer
+from tests.test_trainer import assert_same, dataset, logged, reward_vowels, trainer, weights
+
+EQUAL = {"question 0", "question 3"}  # prompts whose completions all get the same reward
+
+
+def some_equal(prompts, completions, **kwargs):
+    values = reward_vowels(completions)
+    return [1.0 if prompt in EQUAL else value for prompt, value in zip(prompts, values, strict=True)]
+
+
+def all_equal(completions, **kwargs):
+    return [0.0] * len(completions)
+
+
+class Watching(GRPOTrainer):
+    """Keeps every batch, and the draws of every rollout."""
+
+    def get_train_dataloader(self):
+        self.batches, self.draws = getattr(self, "batches", []), getattr(self, "draws", [])
+        return super().get_train_dataloader()
+
+    def rollout(self, prompts):
+        self.draws.append([prompt.draw for prompt in prompts])
+        return super().rollout(prompts)
+
+    def collect_informative(self, take):
+        self.batches.append(super().collect_informative(take))
+        return self.batches[-1]
+
+
+def dynamic(path, rewards=some_equal, **options):
+    options = {"dynamic_sampling": True, "num_iterations": 1, "shuffle_dataset": False, "beta": 0.0} | options
+    return trainer(path, rewards=rewards, data=dataset(8), cls=Watching, **options)
+
+
+def zero_groups(batch, size=4):
+    return int((batch.advantages.view(-1, size) == 0).all(1).sum())
+
+
+def test_every_group_of_an_update_has_a_gradient(tmp_path):
+    run = dynamic(tmp_path, max_steps=6)
+    run.train()
+    assert len(run.batches) == 6 and not any(map(zero_groups, run.batches))
+    drawn = [draw for draws in run.draws for draw in draws]
+    assert drawn == list(range(len(drawn)))  # prompts in their order, none left out
+    assert sum(logged(run, "dynamic_sampling/drawn")) == len(drawn)
+    kept, right = (sum(logged(run, f"dynamic_sampling/{name}")) for name in ("kept", "all_right"))
+    assert kept == 12 and right >= sum(draw % 8 in (0, 3) for draw in drawn) > 0
+    assert min(logged(run, "dynamic_sampling/tokens_per_trained_token")) > 0
+    assert logged(run, "dynamic_sampling/skipped_updates") == [0.0] * 6
+    without = trainer(
+        tmp_path, rewards=some_equal, data=dataset(8), num_iterations=1, shuffle_dataset=False, max_steps=6
+    )
+    without.train()
+    assert max(logged(without, "frac_reward_zero_std")) == 0.5
+
+
+def test_surplus_is_trained_with_the_ratio_of_the_policy_that_sampled_it(tmp_path):
+    run = dynamic(tmp_path, max_steps=6, max_concurrent_rows=16)  # rounds of four prompts, batches of two
+    run.train()
+    carried = logged(run, "dynamic_sampling/carried")
+    assert carried[0] == 0 and max(carried) > 0
+    batch = next(b for b, n in zip(run.batches, carried, strict=True) if n)
+    assert batch.old_per_token_logps is not None
+    mask = batch.completion_mask.bool()
+    gap = (batch.old_per_token_logps - batch.sampling_per_token_logps)[mask].abs()
+    assert gap.max() < 1e-4  # of each row by the policy that sampled it
+    ratios = logged(run, "importance_ratio/token")
+    assert max(abs(ratio - 1) for ratio in ratios) > 1e-3  # the policy has moved since
+
+
+def test_no_surplus_is_kept_at_age_zero(tmp_path):
+    run = dynamic(tmp_path, max_steps=4, max_concurrent_rows=16, dynamic_sampling_max_age=0)
+    run.train()
+    assert logged(run, "dynamic_sampling/carried") == [0] * 4
+    assert all(batch.old_per_token_logps is None for batch in run.batches)  # on-policy
+
+
+def test_a_batch_that_is_not_full_has_the_gradient_of_its_groups(tmp_path, caplog):
+    """At the bound the groups found are trained on, with their own counts."""
+
+    def only_one(prompts, completions, **kwargs):
+        values = reward_vowels(completions)
+        return [
+            value if prompt == "question 1question 1" else 0.0 for prompt, value in zip(prompts, values, strict=True)
+        ]
+
+    options = {"max_steps": 1, "per_device_train_batch_size": 16, "dynamic_sampling_max_rounds": 1}
+    run = dynamic(tmp_path, only_one, **options)
+    before = weights(run)
+    run.train()
+    (batch,) = run.batches
+    assert zero_groups(batch) == 3 and batch.loss_mask.view(4, -1).any(1).sum() == 1
+    assert any("1 informative groups of 4" in record.message for record in caplog.records)
+    alone = trainer(
+        tmp_path, rewards=only_one, data=dataset(8).select([0, 1, 2, 3]), num_iterations=1, shuffle_dataset=False,
+        beta=0.0, max_steps=1, per_device_train_batch_size=16, mask_truncated_completions=False,
+    )  # fmt: skip
+    alone.train()
+    assert any(not torch.equal(weight, before[name]) for name, weight in weights(run).items())
+    # without dynamic sampling the same group is diluted by three without gradient
+    assert logged(run, "grad_norm")[0] > 1.5 * logged(alone, "grad_norm")[0]
+
+
+def test_an_update_without_a_group_moves_nothing(tmp_path):
+    """Not the weights, and not the optimizer's moments; the schedule goes on."""
+    rewards = {"now": some_equal}
+
+    def switched(prompts, completions, **kwargs):
+        return rewards["now"](prompts=prompts, completions=completions)
+
+    run = dynamic(tmp_path, switched, max_steps=2, dynamic_sampling_max_rounds=2, lr_scheduler_type="linear")
+    kept = {}
+
+    class Between(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            moments = {id(p): {k: v.clone() for k, v in s.items()} for p, s in run.optimizer.state.items() if s}
+            kept[state.global_step] = (weights(run), moments, run.lr_scheduler.get_last_lr())
+            rewards["now"] = all_equal
+
+    run.add_callback(Between())
+    run.train()
+    first, second = kept[1], kept[2]
+    assert_same(first[0], second[0])
+    assert first[1].keys() == second[1].keys() and first[1]
+    for parameter, moments in first[1].items():
+        assert all(torch.equal(value, second[1][parameter][name]) for name, value in moments.items())
+    assert second[2] < first[2]
+    assert logged(run, "dynamic_sampling/skipped_updates") == [0.0, 1.0]
+    assert all(loss == loss for loss in logged(run, "loss"))
+
+
+@pytest.mark.parametrize("cut", [2, 3])
+def test_a_run_cut_in_two_is_the_run(tmp_path, cut):
+    """With carried groups in the checkpoint, and inside a rollout buffer."""
+    options = {"max_steps": 6, "max_concurrent_rows": 16, "steps_per_generation": 2, "shuffle_dataset": True}
+    straight = dynamic(tmp_path / "straight", **options)
+    straight.train()
+    assert max(logged(straight, "dynamic_sampling/carried")) > 0
+    dynamic(tmp_path / "cut", save_strategy="steps", save_steps=cut, **options).train()
+    resumed = dynamic(tmp_path / "cut", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / f"checkpoint-{cut}"))
+    assert_same(weights(straight), weights(resumed))
+    for key in ("dynamic_sampling/drawn", "dynamic_sampling/carried", "reward", "grad_norm"):
+        assert logged(straight, key) == logged(resumed, key)
+
+
+def keep_short_prompts(group, rewards):
+    return len(group.prompt.ids) < 20 and len(set(rewards)) > 1
+
+
+def test_a_filter_by_dotted_path(tmp_path):
+    run = dynamic(tmp_path, max_steps=3, dynamic_sampling_filter="tests.test_trainer_dynamic.keep_short_prompts")
+    run.train()
+    assert max(int(batch.prompt_mask.sum(1).max()) for batch in run.batches) < 20
+    with pytest.raises(ValueError, match=r"dynamic_sampling_filter='tests\.no\.such' leads to nothing"):
+        dynamic(tmp_path, dynamic_sampling_filter="tests.no.such")
+
+
+def test_dapo(tmp_path):
+    """The row as a whole: clip-higher, no reference, dynamic sampling, both ways with long completions."""
+    run = trainer(tmp_path, rewards=some_equal, data=dataset(8), cls=Watching, variant="dapo", num_iterations=2)
+    args = run.args
+    assert (args.epsilon, args.epsilon_high, args.beta, args.token_weighting) == (0.2, 0.28, 0.0, "token")
+    assert args.dynamic_sampling and args.mask_truncated_completions and run.reference is None
+    assert run.reward_names == ["some_equal", "soft_overlong"]
+    run.train()
+    assert all(torch.isfinite(weight).all() for weight in weights(run).values())
+    assert logged(run, "rewards/soft_overlong/mean")
+
+
+def test_fp16_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="gradient scaler of fp16 does not allow; use bf16"):
+        dynamic(tmp_path, fp16=True)

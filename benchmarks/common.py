@@ -132,7 +132,7 @@ def loads_of(options: argparse.Namespace) -> dict[str, Load]:
 def tolerance_of_lengths(load: Load, repeats: int) -> float:
     """How far two sides' mean lengths may be apart by chance, relatively: four standard errors, lengths being nearly
     geometric."""
-    return 4 * (2 / (load.prompts * load.group * load.steps * repeats)) ** 0.5 if load.raggedness else 0.01
+    return 4 * (2 / (load.prompts * load.group * load.steps * repeats)) ** 0.5 if load.raggedness else 0.05
 
 
 def eos_ids(load: Load) -> list[int]:

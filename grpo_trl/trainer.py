@@ -277,7 +277,9 @@ class GRPOTrainer(TrainerHooks):
             chosen, steps=steps, per_step=places, rank=rank, world_size=world_size, gather=gather_object
         )
         free = Scored(blank(size, self.processing_class.pad_token_id), [math.nan] * size, step)
-        batch_of = [scored for part in parts for scored in (*part, *[free] * (places - len(part)))]
+        batch_of: list[Scored] = []
+        for part in parts:
+            batch_of += [*part, *[free] * (places - len(part))]
 
         batch = self._batch(
             [scored.group for scored in batch_of], torch.tensor([scored.rewards for scored in batch_of]).flatten()
@@ -439,9 +441,8 @@ class GRPOTrainer(TrainerHooks):
             **{name: getattr(args, name) for name in LOSS_FIELDS},
         )
         if inputs.mean_weights is not None:
-            loss = loss - args.entropy_coef * entropy_bonus(
-                entropies, inputs.mean_weights, inputs.loss_mask, policy_mask
-            )
+            bonus = entropy_bonus(entropies, inputs.mean_weights, inputs.loss_mask, policy_mask, self.all_reduce)
+            loss = loss - args.entropy_coef * bonus
         # the micro-batches of a step, and the pieces of each, add up to its loss, so each counts for a part of it
         part = self._share_of_micro_batch / args.gradient_accumulation_steps
         self.metrics.add("policy_loss", metrics.pop("policy_loss")[0], part)

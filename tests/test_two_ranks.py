@@ -42,8 +42,14 @@ def _environment() -> dict[str, str]:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"gradient_accumulation_steps": 2, "steps_per_generation": 4, "token_weighting": "sequence"}, {"lora": True}],
-    ids=["full", "two-steps-per-rollout", "lora"],
+    [
+        {},
+        {"gradient_accumulation_steps": 2, "steps_per_generation": 4, "token_weighting": "sequence"},
+        {"lora": True},
+        {"dynamic_sampling": True, "dynamic_sampling_filter": "tests.train_on_ranks.odd_draws"},
+        {"top_entropy_quantile": 0.4, "entropy_coef": 0.01, "optim": "sgd"},
+    ],
+    ids=["full", "two-steps-per-rollout", "lora", "dynamic-sampling", "entropy"],
 )
 def test_two_ranks_train_what_one_rank_trains(tmp_path, options):
     one = run(tmp_path / "one", 1, 8, **options)

@@ -15,6 +15,11 @@ def reward_vowels(prompts, completions, **kwargs):
     return [sum(c in "aeiou" for c in text) + len(text) / 5 for text in completions]
 
 
+def odd_draws(group, rewards):
+    """A filter under which, of two ranks, one has all the luck."""
+    return group.prompt.draw % 2 == 1
+
+
 def main(output: str, per_device_train_batch_size: int, options: dict) -> None:
     torch.set_num_threads(1)
     lora = options.pop("lora", False)

@@ -317,14 +317,19 @@ def correction_metrics(correction: Tensor, mask: Tensor) -> dict[str, Metric]:
 
 
 def entropy_bonus(
-    entropies: Tensor, mean_weights: Tensor, loss_mask: Tensor, policy_mask: Tensor | None = None
+    entropies: Tensor,
+    mean_weights: Tensor,
+    loss_mask: Tensor,
+    policy_mask: Tensor | None = None,
+    all_reduce: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> Tensor:
     """Mean entropy per token, in nats, as a sum over micro-batches and ranks: entropies with gradient and the weights
-    of a mean over tokens, (B, T). With `policy_mask` over its tokens, taken to be everywhere as many as they are
-    here."""
+    of a mean over tokens, (B, T). With `policy_mask` over its tokens, taken to be as many in every micro-batch as
+    they are in this one of all ranks; `all_reduce` sums over them."""
     mask = loss_mask.bool()
     if policy_mask is not None:
-        share = policy_mask.sum() / mask.sum().clamp(min=1)
+        chosen, tokens = all_reduce(torch.stack([policy_mask.sum(), mask.sum()]))
+        share = chosen / tokens.clamp(min=1)
         mask, mean_weights = policy_mask, mean_weights / share.clamp(min=1e-6)
     return (torch.where(mask, entropies, 0.0) * torch.where(mask, mean_weights, 0.0)).sum()
 

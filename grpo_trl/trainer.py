@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -279,7 +280,7 @@ class GRPOTrainer(TrainerHooks):
         free = Scored(blank(size, self.processing_class.pad_token_id), [math.nan] * size, step)
         batch_of: list[Scored] = []
         for part in parts:
-            batch_of += [*part, *[free] * (places - len(part))]
+            batch_of += [*part, *repeat(free, places - len(part))]
 
         batch = self._batch(
             [scored.group for scored in batch_of], torch.tensor([scored.rewards for scored in batch_of]).flatten()

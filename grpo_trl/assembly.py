@@ -16,7 +16,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
 from trl.trainer.utils import get_config_model_id
 
 from .algorithm import informative_groups
-from .callbacks import EpochExportCallback, LossNoteCallback, MetricsPlotCallback, SyncReferenceCallback
+from .callbacks import (
+    EpochExportCallback,
+    LossNoteCallback,
+    MetricsPlotCallback,
+    RunDoctorCallback,
+    SyncReferenceCallback,
+)
 from .config import GRPOConfig, mapping
 from .placement import DeviceMap, resolve_device_map
 from .policy import disable_dropout, freeze_adapter, load_policy, load_reference_model, prepare
@@ -295,7 +301,8 @@ def device_map(args: GRPOConfig, device: str | dict | None) -> DeviceMap:
 def default_callbacks(trainer: Any, reference_model: nn.Module | None) -> list[TrainerCallback]:
     """What a run shows and leaves behind, as configured."""
     args: GRPOConfig = trainer.args
-    callbacks: list[TrainerCallback] = [_EpochOfLoader(trainer), LossNoteCallback()]
+    weights = dict(zip(trainer.reward_names, trainer.reward_weights.tolist(), strict=True))
+    callbacks: list[TrainerCallback] = [_EpochOfLoader(trainer), LossNoteCallback(), RunDoctorCallback(weights)]
     if args.plot_metrics:
         callbacks.append(MetricsPlotCallback())
     if args.save_epochs:

@@ -450,9 +450,15 @@ class GRPOTrainer(TrainerHooks):
         self.metrics.add_all(metrics)
         mask = inputs.loss_mask.bool()
         self.metrics.add("entropy", torch.where(mask, entropies.detach(), 0).sum(), mask.sum())
-        if inputs.sampling_per_token_logps is not None and self.loader.is_fresh:
-            gap = torch.where(mask, inputs.sampling_per_token_logps - logps.detach(), 0).abs()
-            self.metrics.add("sampling/logp_gap", gap.sum(), mask.sum())
+        if self.loader.is_fresh:
+            before = {
+                "sampling/logp_gap": inputs.sampling_per_token_logps,
+                "importance_ratio/first_step_gap": inputs.old_per_token_logps,
+            }
+            for name, then in before.items():
+                if then is not None:
+                    gap = torch.where(mask, then - logps.detach(), 0).abs()
+                    self.metrics.add(name, gap.sum(), mask.sum())
         return loss
 
     def _gather_values(self, values: Tensor) -> Tensor:

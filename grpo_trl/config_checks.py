@@ -118,6 +118,15 @@ def combination_problems(args: Any) -> list[str]:
             "leave them out.",
         ),
         (
+            args.replay_rollouts is not None and args.log_rollouts,
+            "replay_rollouts trains on rollouts that are written already; leave log_rollouts out.",
+        ),
+        (
+            args.replay_rollouts is not None and not os.path.isdir(args.replay_rollouts),
+            f"replay_rollouts={args.replay_rollouts!r} is no folder; give the folder rollouts/ of the output_dir of a "
+            "run with log_rollouts: true.",
+        ),
+        (
             args.cuda_graphs and args.device.type != "cuda",
             f"cuda_graphs=True needs a CUDA device, and this run is on {args.device}; leave it out.",
         ),

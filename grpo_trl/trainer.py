@@ -192,7 +192,7 @@ class GRPOTrainer(CollectingTrainer):
         self.loader = RolloutLoader(
             prompts(self.train_dataset, seed=seed, shuffle=self.args.shuffle_dataset),
             self.encode,
-            self.collect_informative if self.args.dynamic_sampling else self.collect,
+            self.collector,
             self.args,
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,

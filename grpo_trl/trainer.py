@@ -35,6 +35,7 @@ from .assembly import (
     load_tokenizer,
     named_datasets,
     problems,
+    prompt_memory,
     prompt_problems,
     train_sampling,
     with_overlong_penalty,
@@ -218,6 +219,7 @@ class GRPOTrainer(TrainerHooks):
         """Prompts in, micro-batches out; transformers sees micro-batches only."""
         prompts = StreamedPrompts if isinstance(self.train_dataset, IterableDataset) else IndexedPrompts
         self.metrics, self.num_tokens = Metrics(), 0
+        self.prompt_memory = prompt_memory(self.args)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         self.loader = RolloutLoader(
             prompts(self.train_dataset, seed=seed, shuffle=self.args.shuffle_dataset),
@@ -227,6 +229,7 @@ class GRPOTrainer(TrainerHooks):
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
             all_reduce=self.all_reduce,
+            memory=self.prompt_memory,
         )
         return self.loader
 
@@ -314,6 +317,7 @@ class GRPOTrainer(TrainerHooks):
             for how in (self.args.multi_objective_aggregation, "sum_then_normalize")
         )
         record_rollout(self.metrics, groups, rewards_per_func, rewards, self.reward_names)
+        self._remember(groups, rewards)
         lengths = [len(group.prompt.ids) + len(ids) for group in groups for ids in group.completion_ids]
         self.num_tokens += int(self.all_reduce(torch.tensor(sum(lengths), device=self.args.device)))
         return groups, rewards_per_func, compared
@@ -552,6 +556,14 @@ class GRPOTrainer(TrainerHooks):
             self.completions_log = completion_rows(
                 groups, rewards_per_func, advantages, self.reward_names, self.extra_columns
             )
+
+    def _remember(self, groups: list[Group], rewards: Tensor) -> None:
+        """Counts a rollout in the prompt memory. rewards (B,): weighted sums."""
+        by_group = rewards.view(len(groups), -1).tolist()
+        self.prompt_memory.update(groups, by_group, self.state.global_step, gather_object)
+        if self.prompt_memory.can_skip:
+            skipped, taken = self.loader.passed_over, len(groups) * self.accelerator.num_processes
+            self.metrics.add("prompt_memory/skipped_ratio", skipped, skipped + taken)
 
     def _record_cost(self, cost: Cost, wanted: int) -> None:
         values = asdict(cost)

@@ -42,7 +42,7 @@ class PromptMemory:
 
     Args:
         passes: whether a reward is that of a completion that passes.
-        skip_solved_after: draws in a row with every completion passed, after which a prompt is passed over; None: never.
+        skip_solved_after: draws in a row, every completion passed, after which a prompt is passed over; None: never.
         skip_hopeless_after: the same for draws with no completion passed.
     """
 
@@ -111,9 +111,7 @@ class PromptMemory:
     def load_table(self, table: dict[str, list[Any]]) -> None:
         """Restores what `table` returned."""
         columns = [table[field.name] for field in fields(PromptRecord)]
-        self.records = {
-            key: PromptRecord(*values) for key, *values in zip(table["key"], *columns, strict=True)
-        }
+        self.records = {key: PromptRecord(*values) for key, *values in zip(table["key"], *columns, strict=True)}
 
     def _outcome(self, prompt: Prompt, rewards: Sequence[float]) -> Outcome:
         key = key_of(prompt)

@@ -232,7 +232,7 @@ def test_a_skipped_prompt_is_replaced_by_the_next_one():
     """Worked by hand: which prompts come, in the order of the epochs, and under which numbers."""
     ((rollouts, made),) = run_ranks(1, 9)
     order = flat(epoch_order(12, 5, lap, True) for lap in range(8))
-    expected, drawn = [], {number: 0 for number in range(12)}
+    expected, drawn = [], dict.fromkeys(range(12), 0)
     place = iter(range(len(order)))
     for _ in range(9):
         collection = []

@@ -42,7 +42,8 @@ def test_the_memory_of_a_run_is_exported(tmp_path):
     made.train()
     table = read_parquet(tmp_path / "prompt_memory.parquet")
     assert list(table) == [
-        "prompt", "draws", "completions", "passed", "solved_streak", "hopeless_streak", "last_step", "pass_rate", "key",
+        "prompt", "draws", "completions", "passed", "solved_streak", "hopeless_streak", "last_step", "pass_rate",
+        "key",
     ]  # fmt: skip
     assert table["prompt"] == dataset(8)["prompt"]
     assert table["draws"] == [2, 2, 2, 2, 1, 1, 1, 1]

@@ -48,7 +48,14 @@ def _environment() -> dict[str, str]:
         {"lora": True},
         {"dynamic_sampling": True, "dynamic_sampling_filter": "tests.train_on_ranks.odd_draws"},
         {"top_entropy_quantile": 0.4, "entropy_coef": 0.01, "optim": "sgd"},
-        {"skip_solved_after": 1, "eval_pass_threshold": 1.5, "num_generations": 2, "num_iterations": 1, "max_steps": 6},
+        {
+            "skip_solved_after": 1,
+            "eval_pass_threshold": 1.5,
+            "num_generations": 2,
+            "num_iterations": 1,
+            "max_steps": 6,
+            "optim": "sgd",
+        },
     ],
     ids=["full", "two-steps-per-rollout", "lora", "dynamic-sampling", "entropy", "prompt-memory"],
 )

@@ -11,7 +11,7 @@ PROMPT_MEMORY_NAME = "prompt_memory.parquet"
 
 
 class PromptMemoryCallback(TrainerCallback):
-    """Writes the trainer's `prompt_memory` into `output_dir`, at each checkpoint and at the end of epochs and of training.
+    """Writes the trainer's `prompt_memory` into `output_dir`: at checkpoints, ends of epochs, and the end.
 
     A run that pushes to the Hub writes it under a name that begins with `_`, which a push leaves out: prompts are not
     to be published unasked.

@@ -23,7 +23,7 @@ class PromptMemoryCallback(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         if args.should_save:
             name = f"_{PROMPT_MEMORY_NAME}" if args.push_to_hub else PROMPT_MEMORY_NAME
-            write_parquet(self.trainer.prompt_memory.table(), Path(args.output_dir) / name)
+            write_parquet(self.trainer.prompt_memory.table(), Path(str(args.output_dir)) / name)
 
     on_epoch_end = on_save
     on_train_end = on_save

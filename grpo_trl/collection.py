@@ -131,19 +131,19 @@ class CollectingTrainer(TrainerHooks):
             disable=self.args.disable_tqdm or not self.is_world_process_zero(),
         )
         # PeftModel.generate does not pass through the forward that accelerate wraps in autocast
-        with self.accelerator.autocast():
-            return ordered_groups(prompts, bar, self.sampling.num_generations)
-
-    def _started(self, groups: Iterable[Group]) -> Iterator[Group]:
-        """The groups, decoded, their scoring begun; ends all of that when the rollout is broken off."""
         try:
-            for group in groups:
-                group.completions = group.completions or decode_completions(group, self.processing_class)
-                self.scorer.start(group, trainer_state=self.state)
-                yield group
+            with self.accelerator.autocast():
+                return ordered_groups(prompts, bar, self.sampling.num_generations)
         except BaseException:
             self.scorer.close()
             raise
+
+    def _started(self, groups: Iterable[Group]) -> Iterator[Group]:
+        """The groups, decoded, and their scoring begun."""
+        for group in groups:
+            group.completions = group.completions or decode_completions(group, self.processing_class)
+            self.scorer.start(group, trainer_state=self.state)
+            yield group
 
     def score(self, groups: list[Group], metrics: Metrics) -> Tensor:
         """Rewards of each completion by each function, (B, F); NaN: not applicable. `metrics` gets what they log."""

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import SimpleNamespace
@@ -83,6 +83,23 @@ class Call:
         """The arguments for each row alone, without logs: rows that are tried again would log twice."""
         others = {"trainer_state": self.trainer_state, "log_extra": _ignore, "log_metric": _ignore}
         return [row | others for row in one_by_one(self.rows)]
+
+
+def in_order(calls: Sequence[Call], groups: Sequence[Group], count: int) -> Tensor:
+    """The rewards of the calls as (B, F), rows in the order of the groups."""
+    by_group: list[dict[int, Tensor]] = [{} for _ in range(count)]
+    for call in calls:
+        parts = call.rewards.split([len(group) for group in call.groups])
+        by_group[call.index] |= {id(group): part for group, part in zip(call.groups, parts, strict=True)}
+    return torch.stack([torch.cat([found[id(group)] for group in groups]) for found in by_group], dim=1)
+
+
+def replay(calls: Sequence[Call], **log: Callable[..., None] | None) -> None:
+    """Hands on what the functions logged."""
+    for call in calls:
+        for key, args in call.logs:
+            if (function := log[key]) is not None:
+                function(*args)
 
 
 def _first_error(attempts: list[Callable[[], Any]]) -> tuple[int, Exception] | None:

@@ -17,8 +17,6 @@ RESERVED = ("prompts", "completions", "trainer_state", "log_extra", "log_metric"
 
 def rows_of(groups: Sequence[Group]) -> dict[str, list]:
     """What is given per completion: prompts, completions, completion_ids and every column, each a list of B values."""
-    if not groups:
-        raise ValueError("There are no groups to score; give at least one.")
     for group in groups:
         if len(group.completions) != len(group):
             raise ValueError(
@@ -76,9 +74,7 @@ def _to_float(value: Any, row: int, name: str) -> float:
     raise ValueError(f"Reward function {name!r} returned {value!r:.100} {problem}, or None where it does not apply.")
 
 
-def describe_failure(
-    found: tuple[int, Exception] | None, name: str, rows: dict[str, list], error: Exception
-) -> str:
+def describe_failure(found: tuple[int, Exception] | None, name: str, rows: dict[str, list], error: Exception) -> str:
     """Of a function that raised `error` on all rows, and the first row that fails alone, with its error."""
     if found is None:
         return (
@@ -86,7 +82,9 @@ def describe_failure(
             f"{type(error).__name__}: {error}"
         )
     row, row_error = found
-    return f"Reward function {name!r} failed on row {row}: {type(row_error).__name__}: {row_error}. {_shown(rows, row)}"
+    return (
+        f"Reward function {name!r} failed on row {row}: {type(row_error).__name__}: {row_error}. {_shown(rows, row)}"
+    )
 
 
 def describe_timeout(error: TimeoutError, rows: dict[str, list]) -> str:

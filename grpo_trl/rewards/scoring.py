@@ -7,14 +7,13 @@ from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import FIRST_COMPLETED, FIRST_EXCEPTION, Future, wait
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 from trl.trainer.utils import is_async_callable, start_event_loop_in_daemon
 
 from ..batch import Group
 from ..placement import input_device
-from .calls import Call
+from .calls import Call, in_order, replay
 from .isolation import IsolatedFunction
 from .model import RewardModel
 from .overlap import Worker, end_event_loop
@@ -41,13 +40,14 @@ class RewardScorer:
         timeout: seconds per call, None: no limit. Plain functions then run in a process of their own each, which is
             killed on expiry; there `trainer_state` is a copy. Async functions are cancelled at their next await.
             Reward models and `accuracy` (which has its own time-out) are exempt.
-        per_group: call each function once per group instead of once for all. Those that say `by_row` (each reward
-            hangs on its row alone) are called per group in any case, and reward models once per `batch_size` rows.
+        per_group: call each function once per group instead of once for all. Those that say `by_row` (a row's
+            reward depends on that row alone) are called per group in any case, and reward models once per `batch_size`
+            rows.
         overlap: make calls beside the main thread, those for groups given to `start` at once. Functions that are
             called once for all, and those of `trl.rewards` (they use signals), stay in the main thread.
 
-    After `score`, `wait_seconds` is how long the main thread spent on scoring or waiting for it, `busy_seconds` how
-    long the functions took, added up.
+    `start` and `score` belong to one thread. After `score`, `wait_seconds` is how long that thread spent on scoring or
+    waiting for it, `busy_seconds` how long the functions took, added up.
 
     Raises:
         ValueError: no function, a wrong number of names, or a function that cannot be sent to its own process.
@@ -123,6 +123,8 @@ class RewardScorer:
             ValueError: a wrong count, NaN, infinity or a non-number; names function, row and value.
             In each case `close` was called.
         """
+        if not groups:
+            raise ValueError("There are no groups to score; give at least one.")
         began = time.perf_counter()
         try:
             self._finish(groups, trainer_state)
@@ -133,8 +135,8 @@ class RewardScorer:
         calls = [call for call, _ in self._begun if any(id(group) in order for group in call.groups)]
         calls.sort(key=lambda call: (min(order.get(id(group), len(order)) for group in call.groups), call.index))
         self._forget()
-        _replay(calls, log_extra=log_extra, log_metric=log_metric)
-        rewards_per_func = _in_order(calls, groups, len(self.names))
+        replay(calls, log_extra=log_extra, log_metric=log_metric)
+        rewards_per_func = in_order(calls, groups, len(self.names))
         self._warn_if_all_none(rewards_per_func, groups)
         self.busy_seconds = sum(call.seconds for call in calls)
         self.wait_seconds, self._held_up = self._held_up + time.perf_counter() - began, 0.0
@@ -259,22 +261,6 @@ class RewardScorer:
             "Please ensure that at least one reward function returns a valid reward. Such rows have no advantage; "
             "this is said once."
         )
-
-
-def _in_order(calls: Sequence[Call], groups: Sequence[Group], count: int) -> Tensor:
-    """The rewards of the calls as (B, F), rows in the order of the groups."""
-    by_group: list[dict[int, Tensor]] = [{} for _ in range(count)]
-    for call in calls:
-        parts = call.rewards.split([len(group) for group in call.groups])
-        by_group[call.index] |= {id(group): part for group, part in zip(call.groups, parts, strict=True)}
-    return torch.stack([torch.cat([found[id(group)] for group in groups]) for found in by_group], dim=1)
-
-
-def _replay(calls: Sequence[Call], **log: Callable[..., None] | None) -> None:
-    for call in calls:
-        for key, args in call.logs:
-            if (function := log[key]) is not None:
-                function(*args)
 
 
 def _rows_per_call(func: RewardFunction, per_group: bool) -> float:

@@ -123,6 +123,7 @@ class CollectingTrainer(TrainerHooks):
     def sample(self, prompts: list[Prompt]) -> list[Group]:
         """`rollout`, with the groups in the order of the prompts and decoded; refuses an incomplete one. Each group is
         given to the rewards when it is there."""
+        self.scorer.forget()  # a former rollout that nobody scored
         bar = tqdm(
             self._started(self.rollout(prompts)),
             "rollout",

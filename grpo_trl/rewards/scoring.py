@@ -134,7 +134,7 @@ class RewardScorer:
         order = {id(group): place for place, group in enumerate(groups)}
         calls = [call for call, _ in self._begun if any(id(group) in order for group in call.groups)]
         calls.sort(key=lambda call: (min(order.get(id(group), len(order)) for group in call.groups), call.index))
-        self._forget()
+        self.forget()
         replay(calls, log_extra=log_extra, log_metric=log_metric)
         rewards_per_func = in_order(calls, groups, len(self.names))
         self._warn_if_all_none(rewards_per_func, groups)
@@ -142,18 +142,29 @@ class RewardScorer:
         self.wait_seconds, self._held_up = self._held_up + time.perf_counter() - began, 0.0
         return rewards_per_func
 
+    def forget(self) -> None:
+        """Drops the groups that were given to `start`, and ends the threads after the calls that they are in."""
+        self._cancel()
+        workers = self._workers
+        self._begun, self._later, self._waiting, self._workers = [], [], [[] for _ in self.names], {}
+        for worker in workers.values():
+            worker.finish()
+        for worker in workers.values():
+            if not worker.join(GRACE):
+                logger.warning(
+                    f"The thread {worker.name!r} is still in a reward function, which cannot be ended: it runs on "
+                    "until it returns or the program ends. With reward_timeout a Python function is killed."
+                )
+
     def close(self) -> None:
         """Ends the functions' processes, what runs in threads, and the event loop; at interpreter exit processes end
         by themselves. Scoring again restarts."""
-        for call, future in self._begun:
-            call.cancelled = True
-            if future is not None:
-                future.cancel()
+        self._cancel()
         for call in self._calls:
             close = getattr(call, "close", None)
             if callable(close):
                 close()
-        self._forget()
+        self.forget()
         if self._loop is not None:
             end_event_loop(*self._loop, GRACE)
             self._loop = None
@@ -236,18 +247,11 @@ class RewardScorer:
             if future is not None and future.done():
                 future.result()
 
-    def _forget(self) -> None:
-        """Ends the threads and drops the groups that were given."""
-        workers = self._workers
-        self._begun, self._later, self._waiting, self._workers = [], [], [[] for _ in self.names], {}
-        for worker in workers.values():
-            worker.finish()
-        for worker in workers.values():
-            if not worker.join(GRACE):
-                logger.warning(
-                    f"The thread {worker.name!r} is still in a reward function, which cannot be ended: it runs on "
-                    "until it returns or the program ends. With reward_timeout a Python function is killed."
-                )
+    def _cancel(self) -> None:
+        for call, future in self._begun:
+            call.cancelled = True
+            if future is not None:
+                future.cancel()
 
     def _warn_if_all_none(self, rewards_per_func: Tensor, groups: Sequence[Group]) -> None:
         all_none = rewards_per_func.isnan().all(1)

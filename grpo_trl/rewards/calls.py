@@ -36,7 +36,7 @@ class Call:
             self.trainer_state = _snapshot(self.trainer_state)
 
     def run(self) -> None:
-        """Calls a plain function.
+        """Calls a plain function, without gradients.
 
         Raises:
             RuntimeError, RewardTimeoutError, ValueError: as `RewardScorer.score` says.

@@ -38,8 +38,8 @@ def groups_of(number: int) -> list[Group]:
 def make_scorer():
     scorers = []
 
-    def make(*funcs, **options):
-        scorers.append(RewardScorer(list(funcs), **{"per_group": True, "overlap": True} | options))
+    def make(*funcs, per_group=True, overlap=True, **options):
+        scorers.append(RewardScorer(list(funcs), per_group=per_group, overlap=overlap, **options))
         return scorers[-1]
 
     yield make

@@ -31,7 +31,7 @@ from .prompt_memory import PromptMemory
 from .prompts import check_prompt_dataset, check_template_kwargs, encode_prompt, first_rows, limit_prompts
 from .rewards import check_rewards
 from .rewards.registry import TRL_NAMES
-from .rewards.scoring import RESERVED
+from .rewards.rows import RESERVED
 from .rollouts import EVAL_STREAM, SamplingParams, check_engine
 from .rollouts.dynamic import DynamicSampler, Scored
 

@@ -139,6 +139,11 @@ class GRPOConfig(TrainingArguments):
     # Rewards
     reward_weights: list[float] | None = _help("One weight per reward function. Default: 1 each.")
     reward_call: str = _help("batch: one call per collected batch (as TRL); group: one per group.", "batch")
+    reward_overlap: bool = _help(
+        "Score finished groups while others are still sampled: with reward models and accuracy, and with "
+        "reward_call='group' all functions.",
+        True,
+    )
     reward_timeout: float | None = _help(
         "Seconds a Python reward function may take; it then runs in a process of its own."
     )

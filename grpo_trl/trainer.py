@@ -140,7 +140,12 @@ class GRPOTrainer(CollectingTrainer):
 
         policy, reference_model, adapter = load_models(model, args, quantization_config, peft_config)
         rewards = load_rewards(specs, reward_processing_classes, args, device_map(args, args.reward_device))
-        self.scorer = RewardScorer(rewards, timeout=args.reward_timeout)
+        self.scorer = RewardScorer(
+            rewards,
+            timeout=args.reward_timeout,
+            per_group=args.reward_call == "group",
+            overlap=args.reward_overlap,
+        )
         self.reward_names = self.scorer.names
         self.reward_weights = torch.tensor(args.reward_weights or [1.0] * len(rewards))
 

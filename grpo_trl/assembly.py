@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
 from trl.trainer.utils import get_config_model_id
 
 from .algorithm import informative_groups
-from .callbacks import EpochExportCallback, LossNoteCallback, MetricsPlotCallback, SyncReferenceCallback
+from .callbacks import DeviceTableCallback, EpochExportCallback, LossNoteCallback, MetricsPlotCallback, SyncReferenceCallback
 from .config import GRPOConfig, mapping
 from .placement import DeviceMap, is_zero3, resolve_device_map
 from .policy import disable_dropout, freeze_adapter, load_policy, load_reference_model, prepare
@@ -333,7 +333,7 @@ def device_map(args: GRPOConfig, name: str) -> DeviceMap:
 def default_callbacks(trainer: Any, reference_model: nn.Module | None) -> list[TrainerCallback]:
     """What a run shows and leaves behind, as configured."""
     args: GRPOConfig = trainer.args
-    callbacks: list[TrainerCallback] = [_EpochOfLoader(trainer), LossNoteCallback()]
+    callbacks: list[TrainerCallback] = [_EpochOfLoader(trainer), DeviceTableCallback(trainer), LossNoteCallback()]
     if args.plot_metrics:
         callbacks.append(MetricsPlotCallback())
     if args.save_epochs:

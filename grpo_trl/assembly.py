@@ -5,6 +5,7 @@ import pydoc
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,28 @@ from .rollouts import EVAL_STREAM, SamplingParams, check_engine
 from .rollouts.dynamic import DynamicSampler, Scored
 
 logger = get_logger(__name__)  # of accelerate: speaks on the main process only
+
+
+def config_for(model: Any, args: Any) -> GRPOConfig:
+    """The trainer's `args`; by default those of a run named after the model. Raises TypeError for another class."""
+    if args is None:
+        name = model if isinstance(model, str) else get_config_model_id(model.config)
+        return GRPOConfig(f"{Path(name).name or 'model'}-GRPO")
+    if not isinstance(args, GRPOConfig):
+        raise TypeError(
+            f"args is a {type(args).__module__}.{type(args).__qualname__}, expected grpo_trl.GRPOConfig, which "
+            "takes the same options; import it with `from grpo_trl import GRPOConfig`."
+        )
+    return args
+
+
+def reward_specs(reward_funcs: Any, processing_classes: Any, args: GRPOConfig) -> tuple[list[Any], Any]:
+    """One or several `reward_funcs` as a list, with their tokenizers and the overlong penalty where it is on."""
+    several = isinstance(reward_funcs, list | tuple)
+    specs = list(reward_funcs) if several else [reward_funcs] if reward_funcs else []
+    if args.overlong_penalty:
+        return with_overlong_penalty(specs, processing_classes, args)
+    return specs, processing_classes
 
 
 def named_datasets(train_dataset: Any, eval_dataset: Any) -> dict[str, Any]:

@@ -19,6 +19,7 @@ LAYERS = [
     ["policy", "rollouts", "rewards", "data", "data_forms", "prompts", "metrics"],
     ["loader", "checkpoint", "callbacks", "memory", "evaluation", "model_card"],
     ["assembly", "hooks"],
+    ["collection"],
     ["trainer"],
     ["selfcheck"],
     ["cli", "__main__"],

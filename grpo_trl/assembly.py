@@ -17,10 +17,18 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
 from trl.trainer.utils import get_config_model_id
 
 from .algorithm import informative_groups
-from .callbacks import DeviceTableCallback, EpochExportCallback, LossNoteCallback, MetricsPlotCallback, SyncReferenceCallback
+from .callbacks import (
+    DeviceTableCallback,
+    EpochExportCallback,
+    LossNoteCallback,
+    MetricsPlotCallback,
+    PromptMemoryCallback,
+    SyncReferenceCallback,
+)
 from .config import GRPOConfig, mapping
 from .placement import DeviceMap, is_zero3, resolve_device_map
 from .policy import disable_dropout, freeze_adapter, load_policy, load_reference_model, prepare
+from .prompt_memory import PromptMemory
 from .prompts import check_prompt_dataset, check_template_kwargs, encode_prompt, first_rows, limit_prompts
 from .rewards import check_rewards
 from .rewards.loading import is_reward_model
@@ -179,6 +187,7 @@ def dynamic_sampler(args: GRPOConfig, world_size: int) -> DynamicSampler:
     """What fills batches with informative groups, by `dynamic_sampling_filter` or by the spread of their rewards."""
     size = args.num_generations
     own = None if args.dynamic_sampling_filter is None else filter_named(args.dynamic_sampling_filter)
+    passes = _passes(args)
 
     def is_informative(scored: Scored) -> bool:
         if own is not None:
@@ -187,11 +196,23 @@ def dynamic_sampler(args: GRPOConfig, world_size: int) -> DynamicSampler:
 
     return DynamicSampler(
         is_informative,
-        passes=lambda scored: max(scored.rewards) >= args.eval_pass_threshold,
+        passes=lambda scored: passes(max(scored.rewards)),
         max_rounds=args.dynamic_sampling_max_rounds,
         max_age=args.dynamic_sampling_max_age or 0,
         round_size=(args.max_concurrent_rows or 0) // size * world_size,
     )
+
+
+def prompt_memory(args: GRPOConfig) -> PromptMemory:
+    """An empty one, with the rules of `skip_solved_after` and `skip_hopeless_after`."""
+    return PromptMemory(
+        _passes(args), skip_solved_after=args.skip_solved_after, skip_hopeless_after=args.skip_hopeless_after
+    )
+
+
+def _passes(args: GRPOConfig) -> Callable[[float], bool]:
+    """Whether a completion passes, by its rewards taken together."""
+    return lambda reward: reward >= args.eval_pass_threshold
 
 
 def filter_named(path: str) -> Callable[..., Any]:
@@ -356,7 +377,12 @@ def device_map(args: GRPOConfig, name: str) -> DeviceMap:
 def default_callbacks(trainer: Any, reference_model: nn.Module | None) -> list[TrainerCallback]:
     """What a run shows and leaves behind, as configured."""
     args: GRPOConfig = trainer.args
-    callbacks: list[TrainerCallback] = [_EpochOfLoader(trainer), DeviceTableCallback(trainer), LossNoteCallback()]
+    callbacks: list[TrainerCallback] = [
+        _EpochOfLoader(trainer),
+        DeviceTableCallback(trainer),
+        LossNoteCallback(),
+        PromptMemoryCallback(trainer),
+    ]
     if args.plot_metrics:
         callbacks.append(MetricsPlotCallback())
     if args.save_epochs:

@@ -113,6 +113,7 @@ class CollectingTrainer(TrainerHooks):
             for how in (self.args.multi_objective_aggregation, "sum_then_normalize")
         )
         record_rollout(self.metrics, groups, rewards_per_func, rewards, self.reward_names)
+        self._remember(groups, rewards)
         lengths = [len(group.prompt.ids) + len(ids) for group in groups for ids in group.completion_ids]
         self.num_tokens += int(self.all_reduce(torch.tensor(sum(lengths), device=self.args.device)))
         return groups, rewards_per_func, compared
@@ -237,6 +238,14 @@ class CollectingTrainer(TrainerHooks):
             self.completions_log = completion_rows(
                 groups, rewards_per_func, advantages, self.reward_names, self.extra_columns
             )
+
+    def _remember(self, groups: list[Group], rewards: Tensor) -> None:
+        """Counts a rollout in the prompt memory. rewards (B,): weighted sums."""
+        by_group = rewards.view(len(groups), -1).tolist()
+        self.prompt_memory.update(groups, by_group, self.state.global_step, gather_object)
+        if self.prompt_memory.can_skip:
+            skipped, taken = self.loader.passed_over, len(groups) * self.accelerator.num_processes
+            self.metrics.add("prompt_memory/skipped_ratio", skipped, skipped + taken)
 
     def _record_cost(self, cost: Cost, wanted: int) -> None:
         values = asdict(cost)

@@ -30,6 +30,7 @@ from .assembly import (
     load_tokenizer,
     named_datasets,
     problems,
+    prompt_memory,
     prompt_problems,
     reward_specs,
     train_sampling,
@@ -188,6 +189,7 @@ class GRPOTrainer(CollectingTrainer):
         """Prompts in, micro-batches out; transformers sees micro-batches only."""
         prompts = StreamedPrompts if isinstance(self.train_dataset, IterableDataset) else IndexedPrompts
         self.metrics, self.num_tokens = Metrics(), 0
+        self.prompt_memory = prompt_memory(self.args)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         self.loader = RolloutLoader(
             prompts(self.train_dataset, seed=seed, shuffle=self.args.shuffle_dataset),
@@ -197,6 +199,7 @@ class GRPOTrainer(CollectingTrainer):
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
             all_reduce=self.all_reduce,
+            memory=self.prompt_memory,
         )
         return self.loader
 

@@ -16,7 +16,7 @@ LAYERS = [
     ["batch", "placement"],
     ["refused", "config_checks", "generation_kwargs"],
     ["config"],
-    ["policy", "rollouts", "rewards", "data", "data_forms", "prompts", "metrics"],
+    ["policy", "rollouts", "rewards", "data", "data_forms", "prompts", "prompt_memory", "metrics"],
     ["loader", "checkpoint", "callbacks", "memory", "evaluation", "model_card"],
     ["assembly", "hooks"],
     ["collection"],

@@ -140,3 +140,9 @@ _LIBRARY = torch.library.Library("aten", "IMPL")
 _LIBRARY.impl("empty_strided", _kernel(torch.ops.aten.empty_strided.default), "PrivateUse1")
 _LIBRARY.impl("empty.memory_format", _kernel(torch.ops.aten.empty.memory_format), "PrivateUse1")
 _LIBRARY.impl("_copy_from", _copy_from, "PrivateUse1")
+
+# a wrapper made in inference mode cannot be viewed outside of it, nor the other way round
+torch.inference_mode.__enter__ = torch.no_grad.__enter__
+torch.inference_mode.__exit__ = torch.no_grad.__exit__
+
+getattr(torch, NAME).get_amp_supported_dtype = lambda: [torch.bfloat16]  # torch.autocast asks, though it is disabled

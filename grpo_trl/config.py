@@ -64,6 +64,7 @@ class GRPOConfig(TrainingArguments):
     _VALID_DICT_FIELDS = [
         *TrainingArguments._VALID_DICT_FIELDS,
         "model_init_kwargs",
+        "ref_model_init_kwargs",
         "reward_model_init_kwargs",
         "generation_kwargs",
         "chat_template_kwargs",
@@ -85,6 +86,9 @@ class GRPOConfig(TrainingArguments):
     trust_remote_code: bool = _help("Allow model and tokenizer code from the Hub.", False)
     disable_dropout: bool = _help("Turn all dropout off, so that the ratio is 1 on the first pass. TRL: False.", True)
     ref_model_name_or_path: str | None = _help("Reference policy; default: a frozen copy of the starting policy.")
+    ref_model_init_kwargs: dict[str, Any] | str | None = _help(
+        "Passed to `from_pretrained` of the reference, over model_init_kwargs: a dtype, a quantization_config."
+    )
     ref_device: dict | str | None = _help(
         "Device of the reference: auto (a spare GPU, else the policy's), same, cpu, cuda:N, or an accelerate map.",
         "auto",

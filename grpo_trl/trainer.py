@@ -139,7 +139,7 @@ class GRPOTrainer(CollectingTrainer):
         eval_dataset = limit(eval_dataset, processing_class, self.chat_options, args)
 
         policy, reference_model, adapter = load_models(model, args, quantization_config, peft_config)
-        rewards = load_rewards(specs, reward_processing_classes, args, device_map(args, args.reward_device))
+        rewards = load_rewards(specs, reward_processing_classes, args, device_map(args, "reward_device"))
         self.scorer = RewardScorer(
             rewards,
             timeout=args.reward_timeout,

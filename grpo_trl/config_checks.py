@@ -8,22 +8,28 @@ from dataclasses import fields
 from typing import Any, NamedTuple
 
 from .algorithm import SAMPLER_CORRECTIONS
+from .config_types import set_to_default
 
 
 class Range(NamedTuple):
-    """Numbers from `low` to `high`, `low` itself left out if `above`; `hint` says what to do instead."""
+    """Numbers from `low` to `high`, `low` itself left out if `above` and `high` if `below`; `hint` says what to do
+    instead."""
 
     low: float
     high: float = math.inf
     above: bool = False
     hint: str = ""
+    below: bool = False
 
     def __contains__(self, value: Any) -> bool:
-        return (self.low < value if self.above else self.low <= value) and value <= self.high
+        return (self.low < value if self.above else self.low <= value) and (
+            value < self.high if self.below else value <= self.high
+        )
 
     def __str__(self) -> str:
         if self.high < math.inf:
-            return f"expected in {'(' if self.above else '['}{self.low:g}, {self.high:g}]{self.hint}"
+            ends = "(" if self.above else "[", ")" if self.below else "]"
+            return f"expected in {ends[0]}{self.low:g}, {self.high:.10g}{ends[1]}{self.hint}"
         return f"expected {'more than' if self.above else 'at least'} {self.low:g}{self.hint}"
 
 
@@ -72,6 +78,28 @@ RANGES = {
     "max_concurrent_rows": Range(1, hint=" completion"),
     "max_tokens_per_microbatch": Range(1, hint=" token"),
 }
+# Of transformers, whose own parts would find out later, or not at all.
+TRAINER_RANGES = {
+    "num_train_epochs": Range(0, above=True),
+    "max_steps": Range(-1, hint=" (-1: num_train_epochs decides)"),
+    "learning_rate": Range(0),
+    "warmup_steps": Range(0, hint=" (below 1: a share of all steps)"),
+    "weight_decay": Range(0),
+    "adam_beta1": Range(0, 1, below=True),
+    "adam_beta2": Range(0, 1, below=True),
+    "adam_epsilon": Range(0, above=True),
+    "max_grad_norm": Range(0, hint=" (0: no clipping)"),
+    "logging_steps": Range(0, above=True, hint=" (below 1: a share of all steps)"),
+    "eval_steps": Range(0, above=True, hint=" (below 1: a share of all steps)"),
+    "save_steps": Range(0, above=True, hint=" (below 1: a share of all steps)"),
+    "eval_delay": Range(0),
+    "save_total_limit": Range(0, hint=" (0: no limit)"),
+    "seed": Range(0, 2**32 - 1, hint=", because numpy's generator takes no other"),
+    "data_seed": Range(0, 2**32 - 1),
+    "torch_empty_cache_steps": Range(1),
+    "ddp_timeout": Range(1, hint=" second"),
+    "ddp_bucket_cap_mb": Range(1),
+}
 CHOICES = {
     "prompt_format": ("auto", "chat", "text"),
     "overlong_prompts": ("drop", "truncate", "error"),
@@ -92,6 +120,17 @@ def range_problems(args: Any, ranges: Mapping[str, Range]) -> list[str]:
         for name, value in values.items()
         if not (name in optional if value is None else value in ranges[name])
     ]
+
+
+def trainer_problems(args: Any) -> list[str]:
+    """`range_problems` of TRAINER_RANGES. Those fields are set to their defaults, so that transformers' own checks go
+    on."""
+    problems = []
+    for name, allowed in TRAINER_RANGES.items():
+        if found := range_problems(args, {name: allowed}):
+            problems += found
+            set_to_default(args, name)
+    return problems
 
 
 def choice_problems(args: Any, choices: Mapping[str, Any]) -> list[str]:

@@ -19,6 +19,7 @@ from .config_checks import (
     choice_problems,
     combination_problems,
     json_problems,
+    optimizer_problems,
     range_problems,
     trainer_problems,
 )
@@ -223,6 +224,7 @@ class GRPOConfig(TrainingArguments):
         refused, hints = unused(self, TrainingArguments)  # before transformers changes some of them by itself
         problems = json_problems(self, self._VALID_DICT_FIELDS) + type_problems(self, self._typed())
         problems += trainer_problems(self)
+        self.adam_beta1, self.adam_beta2 = float(self.adam_beta1), float(self.adam_beta2)  # torch takes no 0, but 0.0
         self.bf16_by_default = self.bf16 is None  # then it says what this machine can do, not what was asked for
         if self.bf16 is None:
             self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
@@ -239,9 +241,10 @@ class GRPOConfig(TrainingArguments):
         if self.rollout_engine is None:
             self.rollout_engine = "hf_generate" if self.cache_implementation else "native"
         problems += range_problems(self, BATCH_RANGES) or self._resolve_batches()
+        problems += range_problems(self, RANGES) + choice_problems(self, CHOICES)
         if self.dynamic_sampling_max_age is None and not problems:
             self.dynamic_sampling_max_age = self.optimizer_steps_per_rollout
-        problems += range_problems(self, RANGES) + choice_problems(self, CHOICES) + combination_problems(self)
+        problems += combination_problems(self) + optimizer_problems(self)
         raise_all(problems + refused)
         if hints and self.process_index == 0:
             logger.warning("Without effect here: %s.", "; ".join(hints))
@@ -276,7 +279,8 @@ class GRPOConfig(TrainingArguments):
         """Fields whose types are checked: not those without effect, those that are JSON, and None out of a range."""
         json_fields = {name for name in self._VALID_DICT_FIELDS if name not in DICT_OR_WORD}
         judged = {name for name in (*BATCH_RANGES, *RANGES, *CHOICES) if getattr(self, name) is None}
-        return {f.name for f in fields(self)} - {*UNUSED, *json_fields, *judged}
+        unread = UNUSED.keys() - {"dataloader_num_workers", "dataloader_prefetch_factor"}  # transformers compares them
+        return {f.name for f in fields(self)} - {*unread, *json_fields, *judged}
 
     def _resolve_objective(self) -> list[str]:
         """Fills the governed fields: explicit value, else `loss_type`, else the row of `variant`."""

@@ -7,6 +7,10 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, NamedTuple
 
+import torch
+from transformers import Trainer, get_scheduler
+from transformers.trainer_pt_utils import AcceleratorConfig
+
 from .algorithm import SAMPLER_CORRECTIONS
 from .config_types import set_to_default
 
@@ -133,6 +137,32 @@ def trainer_problems(args: Any) -> list[str]:
     return problems
 
 
+def optimizer_problems(args: Any) -> list[str]:
+    """An optimizer that is not installed, and options that a scheduler does not take: found by making them."""
+    problems = []
+    parts = [part.split("=") for part in (args.optim_args or "").split(",") if part.strip()]
+    if any(len(part) != 2 for part in parts):
+        problems.append(f"optim_args={args.optim_args!r} cannot be read; expected key=value,key=value.")
+    else:
+        try:
+            Trainer.get_optimizer_cls_and_kwargs(args)
+        except ImportError as error:
+            problems.append(f"optim={args.optim.value!r} is not available: {error}")
+        except ValueError as error:
+            if "need to pass a model" not in str(error):
+                problems.append(f"optim={args.optim.value!r}: {error}")
+    options = args.lr_scheduler_kwargs
+    try:
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+        get_scheduler(args.lr_scheduler_type, optimizer, 0, 10, scheduler_specific_kwargs=dict(options or {}))
+    except (TypeError, ValueError) as error:
+        problems.append(
+            f"lr_scheduler_kwargs={options!r} are not what lr_scheduler_type={args.lr_scheduler_type.value!r} takes: "
+            f"{error}."
+        )
+    return problems
+
+
 def choice_problems(args: Any, choices: Mapping[str, Any]) -> list[str]:
     """Names that are none of those allowed. None is one where it is the default."""
     optional = {field.name for field in fields(args) if field.default is None}
@@ -201,6 +231,8 @@ def json_problems(args: Any, dict_fields: list[str]) -> list[str]:
     problems = []
     for name in dict_fields:
         value = getattr(args, name)
+        if name == "accelerator_config":
+            problems += _accelerator_problems(args)
         if name in DICT_OR_WORD and not (isinstance(value, str) and value.startswith("{")):
             continue
         try:
@@ -211,3 +243,17 @@ def json_problems(args: Any, dict_fields: list[str]) -> list[str]:
             problems.append(f"{name}={value!r} must be a mapping, as JSON on the command line: '{{...}}'{reason}.")
             setattr(args, name, None)
     return problems
+
+
+def _accelerator_problems(args: Any) -> list[str]:
+    """What keeps `accelerator_config`, a mapping or the path of a JSON file, from being one; it is then emptied."""
+    value = args.accelerator_config
+    try:
+        if isinstance(value, str) and not value.startswith("{"):
+            AcceleratorConfig.from_json_file(value)
+        elif value and isinstance(value, dict | str):
+            AcceleratorConfig(**(json.loads(value) if isinstance(value, str) else value))
+    except (TypeError, ValueError, OSError) as error:
+        args.accelerator_config = None
+        return [f"accelerator_config={value!r} cannot be used: {error}."]
+    return []

@@ -5,7 +5,7 @@ import math
 import numbers
 import reprlib
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future
 from functools import partial
 from types import SimpleNamespace
@@ -130,11 +130,11 @@ class RewardScorer:
         if isinstance(call, IsolatedFunction):
             shared = shared | {"trainer_state": _snapshot(shared["trainer_state"])}
         try:
-            return call(**rows, **shared)
+            return _read(call(**rows, **shared))
         except RewardTimeoutError:
             raise
         except Exception as error:
-            attempts = (partial(call, **row) for row in _one_by_one(rows, shared))
+            attempts = (lambda row=row: _read(call(**row)) for row in _one_by_one(rows, shared))
             raise RuntimeError(_describe_failure(attempts, name, rows, error)) from error
 
     def _submit(self, index: int, kwargs: dict[str, Any]) -> Future:
@@ -239,7 +239,7 @@ async def _await_within(timeout: float | None, func: RewardFunction, name: str, 
     scope = asyncio.timeout(timeout)
     try:
         async with scope:
-            return await func(**kwargs)
+            return _read(await func(**kwargs))
     except TimeoutError as error:
         if not scope.expired():  # the function's own
             raise
@@ -247,6 +247,11 @@ async def _await_within(timeout: float | None, func: RewardFunction, name: str, 
             f"Async reward function {name!r} took longer than its time-out of {timeout:g} s and was cancelled. Raise "
             "reward_timeout, or make the function return in time."
         ) from error
+
+
+def _read(output: Any) -> Any:
+    """A generator runs when it is read: what it raises then is the function's error."""
+    return list(output) if isinstance(output, Iterator) else output
 
 
 def _one_by_one(rows: dict[str, list], shared: dict[str, Any]) -> Iterable[dict[str, Any]]:

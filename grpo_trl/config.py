@@ -348,7 +348,8 @@ class GRPOConfig(TrainingArguments):
             if name in options:
                 setattr(self, own, options.pop(name))
         self.generation_kwargs = options or None
-        return type_problems(self, self._typed() & set(GENERATION_FIELDS.values())) + generation_problems(options)
+        of_fields = type_problems(self, self._typed() & set(GENERATION_FIELDS.values()))
+        return [f"generation_kwargs: {problem}" for problem in of_fields] + generation_problems(options)
 
 
 def _accept_trl_options(cls: type) -> None:

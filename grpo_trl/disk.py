@@ -9,7 +9,14 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 _CODES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
-_WORDS = ("No space left", "File too large", "PytorchStreamWriter", "inline_container", "quota exceeded", "iostream error")
+_WORDS = (
+    "No space left",
+    "File too large",
+    "PytorchStreamWriter",
+    "inline_container",
+    "quota exceeded",
+    "iostream error",
+)
 
 
 @contextlib.contextmanager
@@ -25,8 +32,8 @@ def disk_errors_named(folder: Path, last_checkpoint: str | None) -> Iterator[Non
         raise OSError(
             getattr(error, "errno", None) or errno.ENOSPC,
             f"{folder} could not be written: {type(error).__name__}: {error}. {free / 1e6:.0f} MB are free there. "
-            f"This checkpoint is incomplete; the last complete one is {last_checkpoint or 'none'}. Free space (a lower "
-            "save_total_limit, save_only_model, another output_dir) and resume from that one",
+            f"This checkpoint is incomplete; the last complete one is {last_checkpoint or 'none'}. Free space (a "
+            "lower save_total_limit, save_only_model, another output_dir) and resume from that one",
         ) from error
 
 

@@ -76,8 +76,8 @@ class NonFiniteUpdates(TrainerCallback):
             else "no checkpoint was written before them"
         )
         return (
-            f"The loss or the gradient was not finite in {MAX_IN_A_ROW} updates in a row, up to update {step}. None of "
-            f"them changed the weights; {go_on}. Look at loss, kl and importance_ratio of the steps before; lower "
+            f"The loss or the gradient was not finite in {MAX_IN_A_ROW} updates in a row, up to update {step}. None "
+            f"of them changed the weights; {go_on}. Look at loss, kl and importance_ratio of the steps before; lower "
             "learning_rate, max_grad_norm or temperature, or look for NaN in the model (its dtype, its weights)."
         )
 

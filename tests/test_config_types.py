@@ -26,15 +26,30 @@ def config(tmp_path):
         ({"top_k": 10**30}, "top_k=1000000000000000000000000000000: expected a finite number of at most 64 bits."),
         ({"dynamic_sampling": "yes"}, "dynamic_sampling='yes' (str): expected True or False."),
         ({"variant": ["grpo"]}, "variant=['grpo'] (list): expected text."),
-        ({"eval_strategy": False}, "eval_strategy=False (bool): expected one of no, steps, epoch (in YAML no needs quo"),
+        (
+            {"eval_strategy": False},
+            "eval_strategy=False (bool): expected one of no, steps, epoch (in YAML no needs quo",
+        ),
         ({"optim": "adamw_touch"}, "optim='adamw_touch' (str): expected one of adamw_torch"),
         ({"lr_scheduler_type": "flat"}, "lr_scheduler_type='flat' (str): expected one of linear"),
-        ({"reward_weights": [1.0, "2"]}, "reward_weights=[1.0, '2'] (list): expected a list (a number each) or nothing"),
+        (
+            {"reward_weights": [1.0, "2"]},
+            "reward_weights=[1.0, '2'] (list): expected a list (a number each) or nothing",
+        ),
         ({"reward_weights": [math.nan]}, "reward_weights=[nan]: expected a finite number"),
         ({"ref_device": 3}, "ref_device=3 (int): expected a mapping or text or nothing (None)."),
-        ({"generation_kwargs": {"temperature": "hot"}}, "generation_kwargs: temperature='hot' (str): expected a number."),
-        ({"generation_kwargs": {"min_new_tokens": "a"}}, "generation_kwargs min_new_tokens='a': expected a whole number"),
-        ({"generation_kwargs": {"bad_words_ids": [3]}}, "generation_kwargs bad_words_ids=[3]: expected a list of lists"),
+        (
+            {"generation_kwargs": {"temperature": "hot"}},
+            "generation_kwargs: temperature='hot' (str): expected a number.",
+        ),
+        (
+            {"generation_kwargs": {"min_new_tokens": "a"}},
+            "generation_kwargs min_new_tokens='a': expected a whole number",
+        ),
+        (
+            {"generation_kwargs": {"bad_words_ids": [3]}},
+            "generation_kwargs bad_words_ids=[3]: expected a list of lists",
+        ),
         ({"dataloader_num_workers": None}, "dataloader_num_workers=None (NoneType): expected a whole number."),
         ({"adam_beta1": 1.0}, "adam_beta1=1.0 is out of range: expected in [0, 1)."),
         ({"seed": -1}, "seed=-1 is out of range: expected in [0, 4294967295], because numpy"),
@@ -45,8 +60,14 @@ def config(tmp_path):
         ({"accelerator_config": {"warp": 1}}, "accelerator_config={'warp': 1} cannot be used: "),
         ({"optim_args": "momentum"}, "optim_args='momentum' cannot be read; expected key=value,key=value."),
         ({"optim": "galore_adamw"}, "optim='galore_adamw'"),
-        ({"lr_scheduler_kwargs": {"warp": 1}}, "lr_scheduler_kwargs={'warp': 1} are not what lr_scheduler_type='linear'"),
-        ({"lr_scheduler_type": "warmup_stable_decay"}, "lr_scheduler_kwargs=None are not what lr_scheduler_type='warm"),
+        (
+            {"lr_scheduler_kwargs": {"warp": 1}},
+            "lr_scheduler_kwargs={'warp': 1} are not what lr_scheduler_type='linear'",
+        ),
+        (
+            {"lr_scheduler_type": "warmup_stable_decay"},
+            "lr_scheduler_kwargs=None are not what lr_scheduler_type='warm",
+        ),
         ({"fp16": True, "bf16": True}, "At most one of fp16 and bf16 can be True"),
     ],
 )  # fmt: skip
@@ -58,7 +79,9 @@ def test_what_is_refused(config, options, message):
 
 def test_all_at_once_with_what_transformers_finds(config):
     with pytest.raises(ValueError) as error:
-        config(num_generations="4", temperature=-1.0, seed=-1, optim="x", logging_steps=1.5, label_smoothing_factor=0.5)
+        config(
+            num_generations="4", temperature=-1.0, seed=-1, optim="x", logging_steps=1.5, label_smoothing_factor=0.5
+        )
     named = ("num_generations='4'", "seed=-1", "optim='x'", "logging_steps", "label_smoothing_factor")
     assert all(name in str(error.value) for name in named)
 

@@ -75,7 +75,7 @@ def test_code_in_a_models_folder_is_not_executed(tmp_path, evil_code, role, monk
     options = {"ref_model_name_or_path": str(folder)} if role == "reference" else {}
     rewards = [str(folder)] if role == "reward" else [reward_vowels]
     model = str(folder) if role == "policy" else tiny_model("qwen3")
-    with pytest.raises((ValueError, OSError), match="trust_remote_code|evil"):
+    with pytest.raises((ValueError, OSError), match=r"trust_remote_code|evil"):
         GRPOTrainer(model, rewards, config(tmp_path, **options), dataset(), processing_class=tiny_tokenizer())
     assert not mark.exists()
 
@@ -116,7 +116,9 @@ def test_a_recipe_cannot_make_python_objects(tmp_path, capsys):
 def test_a_reward_imports_only_what_was_named(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     for name in ("named_reward", "length_of", "other_reward"):
-        (tmp_path / f"{name}.py").write_text(f"import pathlib; pathlib.Path(__file__ + '.mark').touch()\ndef f(**k): pass")
+        (tmp_path / f"{name}.py").write_text(
+            "import pathlib; pathlib.Path(__file__ + '.mark').touch()\ndef f(**k): pass"
+        )
     resolve_reward("named_reward.f", max_completion_length=8)
     with pytest.raises(ValueError, match="'length_of' is unknown"):
         resolve_reward("length_of", max_completion_length=8)  # no dotted path: not looked for among modules

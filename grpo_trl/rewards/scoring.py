@@ -7,7 +7,6 @@ import reprlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future
-from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 

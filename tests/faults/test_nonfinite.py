@@ -93,7 +93,9 @@ def test_too_many_in_a_row_end_the_run_and_name_the_checkpoint(tmp_path, save_st
     run.spoilt = {2: "nan"} | dict.fromkeys(range(4, 20), "nan")
     kept = Kept(run)
     run.add_callback(kept)
-    checkpoint = rf"the last checkpoint before them is .*checkpoint-2\." if save_steps == 2 else "no checkpoint was written"
+    checkpoint = (
+        r"the last checkpoint before them is .*checkpoint-2\." if save_steps == 2 else "no checkpoint was written"
+    )
     with pytest.raises(FloatingPointError, match=rf"10 updates in a row, up to update 13\. .*{checkpoint}"):
         run.train()
     assert run.state.global_step == 12  # 2 did not count: 3 was good

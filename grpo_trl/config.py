@@ -3,9 +3,11 @@
 import functools
 import logging
 from dataclasses import dataclass, field, fields
+from datetime import timedelta
 from typing import Any
 
 import torch
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from transformers import TrainingArguments
 
 from .algorithm import AGGREGATIONS, KL_ESTIMATORS, LOSS_TYPES, SURROGATES, VARIANTS, Variant
@@ -237,6 +239,9 @@ class GRPOConfig(TrainingArguments):
             super().__post_init__()
         except ValueError as error:  # the rest cannot be judged without what it would have set
             raise_all([*problems, *refused, str(error)])
+        if self.world_size > 1 and self.device.type == "cpu":
+            # transformers hands ddp_timeout on to GPU ranks only: CPU ranks would wait half an hour whatever it says
+            _set_pg_timeout(timedelta(seconds=self.ddp_timeout))
         problems += self._resolve_objective() + self._resolve_generation_kwargs()
         if self.rollout_engine is None:
             self.rollout_engine = "hf_generate" if self.cache_implementation else "native"

@@ -49,7 +49,7 @@ def test_no_call_that_could_execute_what_it_reads():
 
 def test_code_of_models_is_off_by_default():
     defaults = {cls.__name__: {f.name: f.default for f in fields(cls)} for cls in (GRPOConfig, trl.ModelConfig)}
-    assert [options["trust_remote_code"] for options in defaults.values()] == [False, False]
+    assert [options.get("trust_remote_code", False) for options in defaults.values()] == [False, False]
     assert inspect.signature(RewardModel).parameters["trust_remote_code"].default is False
     recipes = [yaml.safe_load(path.read_text()) for path in (SOURCE / "recipes").rglob("*.yaml")]
     assert recipes and not any(recipe.get("trust_remote_code") for recipe in recipes)

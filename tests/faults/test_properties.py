@@ -167,6 +167,7 @@ ROW = st.one_of(
     st.builds(lambda prompt, rest: rest | {"prompt": prompt}, PROMPT, st.dictionaries(COLUMN, VALUE, max_size=2)),
     st.sampled_from([{}, {"text": "a"}, None, "a", 3, []]),
 )
+TEXTS = st.lists(st.fixed_dictionaries({"prompt": st.text(min_size=1, max_size=8)}), min_size=1, max_size=2)
 
 
 @pytest.mark.parametrize("cases", CASES)
@@ -175,7 +176,7 @@ def test_rows(policy, cases):
 
     @every(cases[1])
     @given(
-        rows=st.one_of(st.lists(ROW, max_size=3), st.lists(st.fixed_dictionaries({"prompt": st.text(min_size=1, max_size=8)}), min_size=1)),
+        rows=st.one_of(st.lists(ROW, max_size=3), TEXTS),
         options=st.sampled_from([{}, {"prompt_format": "chat"}, {"system_prompt": "s"}, {"max_prompt_length": 3}]),
     )  # fmt: skip
     def works_or_is_refused(rows, options):

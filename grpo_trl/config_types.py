@@ -82,7 +82,9 @@ def _is(value: Any, hint: Any) -> bool:
 def _is_usable(value: Any) -> bool:
     if isinstance(value, list):
         return all(map(_is_usable, value))
-    return not isinstance(value, Real) or (math.isfinite(value) and abs(value) <= LARGEST)
+    if isinstance(value, int):  # of any length: as a float it might overflow
+        return -LARGEST <= value <= LARGEST
+    return not isinstance(value, Real) or abs(float(value)) <= LARGEST  # NaN compares False
 
 
 def _options(hint: Any) -> list[Any]:

@@ -83,8 +83,8 @@ class NonFiniteUpdates(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.in_a_row, self._losses = 0, []
-        resumed = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        resumed = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         self.last_checkpoint = str(resumed) if state.global_step and resumed.is_dir() else None
 
     def on_save(self, args, state, control, **kwargs):
-        self.last_checkpoint = str(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        self.last_checkpoint = str(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")

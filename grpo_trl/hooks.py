@@ -11,9 +11,11 @@ from . import checkpoint
 from .batch import RolloutBatch
 from .callbacks import PROMPT_MEMORY_NAME, read_parquet, write_parquet
 from .config import GRPOConfig
+from .disk import disk_errors_named
 from .loader import RolloutLoader
 from .metrics import Metrics
 from .model_card import create_model_card
+from .nonfinite import NonFiniteUpdates
 from .policy import REFERENCE_ADAPTER, FrozenReference, Reference
 from .prompt_memory import PromptMemory
 from .rollouts.dynamic import DynamicSampler
@@ -39,6 +41,7 @@ class TrainerHooks(Trainer):
     num_tokens: int
     dynamic_sampler: DynamicSampler
     prompt_memory: PromptMemory
+    nonfinite_updates: NonFiniteUpdates
 
     def _prepare_inputs(self, inputs: RolloutBatch) -> RolloutBatch:
         # transformers would cast every float tensor to DeepSpeed's dtype; log-probs and advantages stay fp32
@@ -61,7 +64,15 @@ class TrainerHooks(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self.create_model_card()  # in output_dir too, as TRL does: a push sends that folder
-        super()._save_checkpoint(model, trial)
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        with disk_errors_named(folder, self.nonfinite_updates.last_checkpoint):
+            super()._save_checkpoint(model, trial)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        # private, but the one place between the norm and the optimizer's step
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        self.nonfinite_updates.judge(grad_norm)
+        return grad_norm
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         # private, but the one place that is called with the folder before trainer_state.json makes the checkpoint

@@ -35,6 +35,8 @@ def resolve_device_map(
         ValueError: a device that does not exist, one that another rank trains on, or a word that is none of these.
     """
     if isinstance(device, dict):
+        if not device:
+            raise ValueError("the device map is empty; name a device for each part of the model, e.g. {'': 'cpu'}.")
         for place_of in device.values():
             if place_of != "disk":  # accelerate's word for weights that stay in their file
                 _usable(place_of, policy_device, num_gpus, num_local_ranks)
@@ -79,7 +81,12 @@ def place(model: nn.Module, device_map: DeviceMap) -> nn.Module:
     """Moves a loaded model to its devices. A one-device map adds no hooks: the caller moves the inputs."""
     if set(device_map) == {""}:
         return model.to(device_map[""])
-    return dispatch_model(model, device_map)
+    try:
+        return dispatch_model(model, device_map)
+    except ValueError as error:
+        raise ValueError(
+            f"ref_device or reward_device: the map {device_map} does not fit the model: {error}"
+        ) from error
 
 
 def input_device(model: nn.Module) -> torch.device:

@@ -42,6 +42,7 @@ from .config import GOVERNED, GRPOConfig, mapping
 from .evaluation import evaluate_sets
 from .loader import IndexedPrompts, RolloutLoader, StreamedPrompts
 from .metrics import Metrics
+from .nonfinite import NonFiniteUpdates
 from .policy import (
     Reference,
     evaluation_mode,
@@ -185,7 +186,8 @@ class GRPOTrainer(CollectingTrainer):
         self.model.add_model_tags(self._tag_names)
         if self.is_world_process_zero():
             logger.warning("Objective: %s", ", ".join(f"{name} {value}" for name, value in args.objective.items()))
-        for callback in default_callbacks(self, reference_model):
+        self.nonfinite_updates = NonFiniteUpdates(self)
+        for callback in (self.nonfinite_updates, *default_callbacks(self, reference_model)):
             self.add_callback(callback)
 
     # ---- Data ----
@@ -253,7 +255,9 @@ class GRPOTrainer(CollectingTrainer):
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
                 piece: Any = inputs.rows(rows)
                 losses.append(super().training_step(model, piece, num_items_in_batch))
-        return torch.stack(losses).sum()
+        loss = torch.stack(losses).sum()
+        self.nonfinite_updates.add_loss(loss)
+        return loss
 
     def compute_loss(
         self, model: nn.Module, inputs: RolloutBatch, return_outputs: bool = False, num_items_in_batch: Any = None

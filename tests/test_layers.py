@@ -14,10 +14,11 @@ SOURCE = Path(__file__).resolve().parent.parent / PACKAGE
 LAYERS = [
     ["algorithm"],
     ["batch", "placement"],
+    ["config_types"],
     ["refused", "config_checks", "generation_kwargs"],
     ["config"],
     ["policy", "rollouts", "rewards", "data", "data_forms", "prompts", "prompt_memory", "metrics"],
-    ["loader", "checkpoint", "callbacks", "memory", "evaluation", "model_card"],
+    ["loader", "checkpoint", "disk", "nonfinite", "callbacks", "memory", "evaluation", "model_card"],
     ["assembly", "hooks"],
     ["collection"],
     ["trainer"],

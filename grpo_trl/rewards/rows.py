@@ -47,7 +47,8 @@ def to_rewards(output: Any, count: int, name: str) -> Tensor:
         ValueError: a wrong count, NaN, infinity or a non-number; names function, row and value.
     """
     # a set has no order (and holds equal rewards once), so its values belong to no row
-    if not isinstance(output, Iterable) or isinstance(output, (str, bytes, Mapping, Set)):
+    is_scalar = getattr(output, "ndim", None) == 0  # of torch or numpy, which call themselves iterable
+    if is_scalar or not isinstance(output, Iterable) or isinstance(output, (str, bytes, Mapping, Set)):
         raise ValueError(
             f"Reward function {name!r} returned {output!r:.100} ({type(output).__name__}); expected a list of {count} "
             "rewards, one per completion (numbers, or None where it does not apply)."

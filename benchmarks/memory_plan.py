@@ -52,7 +52,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "args": {"per_device_train_batch_size": 8, "max_completion_length": 128, "gradient_checkpointing": False},
     },
     "lora": {
-        "layers": 12, "reward_layers": 0, "lora": True,
+        "layers": 16, "reward_layers": 0, "lora": True,
         "args": {"per_device_train_batch_size": 8, "max_completion_length": 128, "gradient_checkpointing": False},
     },
     "reward_model": {

@@ -326,7 +326,10 @@ def plan(argv: Sequence[str]) -> None:
 # A new subcommand is one entry: name -> (function of the remaining arguments, what it does).
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "train": (train, "train as a recipe says: grpo-trl train --config recipe.yaml [--field value ...]"),
-    "plan": (plan, "say what memory that takes, and whether it fits: grpo-trl plan --config recipe.yaml [--memory 24GiB]"),
+    "plan": (
+        plan,
+        "say what memory that takes, and whether it fits: grpo-trl plan --config recipe.yaml [--memory 24GiB]",
+    ),
 }
 
 

@@ -17,9 +17,9 @@ LAYERS = [
     ["refused", "config_checks", "generation_kwargs"],
     ["config"],
     ["policy", "rollouts", "rewards", "data", "data_forms", "prompts", "metrics"],
-    ["loader", "checkpoint", "callbacks", "memory", "evaluation", "model_card"],
+    ["loader", "checkpoint", "callbacks", "evaluation", "model_card"],
     ["assembly", "hooks"],
-    ["trainer"],
+    ["trainer", "memory"],
     ["selfcheck"],
     ["cli", "__main__"],
     [PACKAGE],  # the package itself: `__init__.py` hands out names of every layer, so nothing below imports from it

@@ -7,7 +7,9 @@ from rich.table import Table
 from .changes import Advice
 from .plan import PHASES, RESIDENT, Plan
 
-UNITS = {"B": 1} | {f"{p}{end}": base ** (i + 1) for end, base in (("iB", 1024), ("B", 1000)) for i, p in enumerate("KMGT")}
+UNITS = {"B": 1} | {
+    f"{p}{end}": base ** (i + 1) for end, base in (("iB", 1024), ("B", 1000)) for i, p in enumerate("KMGT")
+}
 
 
 def parse_size(text: str) -> int:

@@ -5,6 +5,7 @@ import pydoc
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,10 +17,17 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
 from trl.trainer.utils import get_config_model_id
 
 from .algorithm import informative_groups
-from .callbacks import EpochExportCallback, LossNoteCallback, MetricsPlotCallback, SyncReferenceCallback
+from .callbacks import (
+    EpochExportCallback,
+    LossNoteCallback,
+    MetricsPlotCallback,
+    PromptMemoryCallback,
+    SyncReferenceCallback,
+)
 from .config import GRPOConfig, mapping
 from .placement import DeviceMap, resolve_device_map
 from .policy import disable_dropout, freeze_adapter, load_policy, load_reference_model, prepare
+from .prompt_memory import PromptMemory
 from .prompts import check_prompt_dataset, check_template_kwargs, encode_prompt, first_rows, limit_prompts
 from .rewards import check_rewards
 from .rewards.registry import TRL_NAMES
@@ -28,6 +36,28 @@ from .rollouts import EVAL_STREAM, SamplingParams, check_engine
 from .rollouts.dynamic import DynamicSampler, Scored
 
 logger = get_logger(__name__)  # of accelerate: speaks on the main process only
+
+
+def config_for(model: Any, args: Any) -> GRPOConfig:
+    """The trainer's `args`; by default those of a run named after the model. Raises TypeError for another class."""
+    if args is None:
+        name = model if isinstance(model, str) else get_config_model_id(model.config)
+        return GRPOConfig(f"{Path(name).name or 'model'}-GRPO")
+    if not isinstance(args, GRPOConfig):
+        raise TypeError(
+            f"args is a {type(args).__module__}.{type(args).__qualname__}, expected grpo_trl.GRPOConfig, which "
+            "takes the same options; import it with `from grpo_trl import GRPOConfig`."
+        )
+    return args
+
+
+def reward_specs(reward_funcs: Any, processing_classes: Any, args: GRPOConfig) -> tuple[list[Any], Any]:
+    """One or several `reward_funcs` as a list, with their tokenizers and the overlong penalty where it is on."""
+    several = isinstance(reward_funcs, list | tuple)
+    specs = list(reward_funcs) if several else [reward_funcs] if reward_funcs else []
+    if args.overlong_penalty:
+        return with_overlong_penalty(specs, processing_classes, args)
+    return specs, processing_classes
 
 
 def named_datasets(train_dataset: Any, eval_dataset: Any) -> dict[str, Any]:
@@ -126,6 +156,7 @@ def dynamic_sampler(args: GRPOConfig, world_size: int) -> DynamicSampler:
     """What fills batches with informative groups, by `dynamic_sampling_filter` or by the spread of their rewards."""
     size = args.num_generations
     own = None if args.dynamic_sampling_filter is None else filter_named(args.dynamic_sampling_filter)
+    passes = _passes(args)
 
     def is_informative(scored: Scored) -> bool:
         if own is not None:
@@ -134,11 +165,23 @@ def dynamic_sampler(args: GRPOConfig, world_size: int) -> DynamicSampler:
 
     return DynamicSampler(
         is_informative,
-        passes=lambda scored: max(scored.rewards) >= args.eval_pass_threshold,
+        passes=lambda scored: passes(max(scored.rewards)),
         max_rounds=args.dynamic_sampling_max_rounds,
         max_age=args.dynamic_sampling_max_age or 0,
         round_size=(args.max_concurrent_rows or 0) // size * world_size,
     )
+
+
+def prompt_memory(args: GRPOConfig) -> PromptMemory:
+    """An empty one, with the rules of `skip_solved_after` and `skip_hopeless_after`."""
+    return PromptMemory(
+        _passes(args), skip_solved_after=args.skip_solved_after, skip_hopeless_after=args.skip_hopeless_after
+    )
+
+
+def _passes(args: GRPOConfig) -> Callable[[float], bool]:
+    """Whether a completion passes, by its rewards taken together."""
+    return lambda reward: reward >= args.eval_pass_threshold
 
 
 def filter_named(path: str) -> Callable[..., Any]:
@@ -295,7 +338,7 @@ def device_map(args: GRPOConfig, device: str | dict | None) -> DeviceMap:
 def default_callbacks(trainer: Any, reference_model: nn.Module | None) -> list[TrainerCallback]:
     """What a run shows and leaves behind, as configured."""
     args: GRPOConfig = trainer.args
-    callbacks: list[TrainerCallback] = [_EpochOfLoader(trainer), LossNoteCallback()]
+    callbacks: list[TrainerCallback] = [_EpochOfLoader(trainer), LossNoteCallback(), PromptMemoryCallback(trainer)]
     if args.plot_metrics:
         callbacks.append(MetricsPlotCallback())
     if args.save_epochs:

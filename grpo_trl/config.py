@@ -104,6 +104,10 @@ class GRPOConfig(TrainingArguments):
     chat_template_kwargs: dict | str | None = _help("Passed to the chat template, e.g. {'enable_thinking': false}.")
     max_prompt_length: int | None = _help("Longest prompt in tokens; what happens beyond it: overlong_prompts.")
     overlong_prompts: str = _help("drop, truncate (keeps the end), or error.", "drop")
+    skip_solved_after: int | None = _help(
+        "Pass over prompts of which every completion passed (eval_pass_threshold) in so many draws in a row."
+    )
+    skip_hopeless_after: int | None = _help("Pass over prompts of which none did in so many draws in a row.")
 
     # Rollouts
     num_generations: int = _help("G, completions per prompt. Default: the seed document's (TRL: 8).", 4)

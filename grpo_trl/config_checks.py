@@ -45,6 +45,8 @@ RANGES = {
     "repetition_penalty": Range(0, above=True),
     "max_completion_length": Range(1, hint=" token"),
     "max_prompt_length": Range(1, hint=" token"),
+    "skip_solved_after": Range(1, hint=" draw"),
+    "skip_hopeless_after": Range(1, hint=" draw"),
     "beta": Range(0),
     "epsilon": Range(0, 1),
     "epsilon_high": Range(0),

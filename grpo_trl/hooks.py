@@ -9,11 +9,13 @@ from transformers import Trainer
 
 from . import checkpoint
 from .batch import RolloutBatch
+from .callbacks import PROMPT_MEMORY_NAME, read_parquet, write_parquet
 from .config import GRPOConfig
 from .loader import RolloutLoader
 from .metrics import Metrics
 from .model_card import create_model_card
 from .policy import REFERENCE_ADAPTER, FrozenReference, Reference
+from .prompt_memory import PromptMemory
 from .rollouts.dynamic import DynamicSampler
 
 
@@ -36,6 +38,7 @@ class TrainerHooks(Trainer):
     metrics: Metrics
     num_tokens: int
     dynamic_sampler: DynamicSampler
+    prompt_memory: PromptMemory
 
     def _prepare_inputs(self, inputs: RolloutBatch) -> RolloutBatch:
         # transformers would cast every float tensor to DeepSpeed's dtype; log-probs and advantages stay fp32
@@ -70,6 +73,8 @@ class TrainerHooks(Trainer):
             "dynamic_sampling": self.dynamic_sampler.state_dict(),
         }
         checkpoint.save(output_dir, self.accelerator.process_index, state)
+        if self.args.should_save:  # every rank has the same
+            write_parquet(self.prompt_memory.table(), Path(output_dir) / PROMPT_MEMORY_NAME)
         if self.args.sync_ref_model and self.args.should_save:
             checkpoint.save_reference(output_dir, self._synced_reference)
 
@@ -81,6 +86,7 @@ class TrainerHooks(Trainer):
             self.metrics.load_state_dict(state["metrics"])
             self.num_tokens = state["num_tokens"]
             self.dynamic_sampler.load_state_dict(state["dynamic_sampling"])
+            self.prompt_memory.load_table(read_parquet(Path(checkpoint_dir) / PROMPT_MEMORY_NAME))
             if self.args.sync_ref_model:
                 checkpoint.load_reference(checkpoint_dir, self._synced_reference)
 

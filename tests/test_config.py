@@ -382,6 +382,8 @@ def test_on_policy(config, options, on_policy):
         ({"max_completion_length": 0}, "max_completion_length=0 is out of range"),
         ({"max_completion_length": None}, "max_completion_length=None is out of range"),
         ({"max_prompt_length": 0}, "max_prompt_length=0 is out of range"),
+        ({"skip_solved_after": 0}, "skip_solved_after=0 is out of range: expected at least 1 draw"),
+        ({"skip_hopeless_after": -1}, "skip_hopeless_after=-1 is out of range: expected at least 1 draw"),
         ({"beta": -0.1}, "beta=-0.1 is out of range"),
         ({"epsilon": 1.5}, "epsilon=1.5 is out of range"),
         ({"eval_temperature": -1.0}, "eval_temperature=-1.0 is out of range"),

@@ -65,6 +65,11 @@ def write_parquet(table: Mapping[str, list], path: Path) -> None:
     os.replace(temporary, path)
 
 
+def read_parquet(path: Path) -> dict[str, list]:
+    """The columns of a file that `write_parquet` wrote."""
+    return pyarrow.parquet.read_table(path).to_pydict()
+
+
 def _arrow(values: list) -> pa.Array:
     try:
         return pa.array(values)

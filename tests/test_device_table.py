@@ -29,7 +29,7 @@ def test_policy_reference_and_reward_models(tmp_path, model_dir, reward_model_di
         dataset(answer=["1"] * 4), processing_class=tiny_tokenizer(),
     )  # fmt: skip
     policy, reference, reward = model_rows(run.model, run.reference, run.scorer.reward_funcs)
-    assert QWEN3 == sum(p.numel() for p in run.model.parameters())
+    assert sum(p.numel() for p in run.model.parameters()) == QWEN3
     name = model_dir.split("/")[-1]
     assert policy == ModelRow(f"policy {name}", "cpu", "float32", f"{_short(QWEN3)}, all trained", "0.14 MiB")
     assert reference == ModelRow(f"reference {name}", "offloaded", "bfloat16", _short(QWEN3), "0.07 MiB")
@@ -78,7 +78,7 @@ def test_sizes():
 def test_the_table_has_a_row_for_each():
     table = device_table([ModelRow("policy", "cuda:0", "float32", "1M", "4 MiB")])
     assert [column.header for column in table.columns] == ["model", "device", "dtype", "parameters", "size"]
-    assert [list(column.cells)[0] for column in table.columns] == ["policy", "cuda:0", "float32", "1M", "4 MiB"]
+    assert [next(iter(column.cells)) for column in table.columns] == ["policy", "cuda:0", "float32", "1M", "4 MiB"]
 
 
 @pytest.mark.parametrize(("main_process", "disable_tqdm"), [(True, False), (True, True), (False, False)])

@@ -13,7 +13,8 @@ from tests.tiny import tiny_model, tiny_tokenizer
 
 def test_frozen_models_are_not_prepared_optimised_or_saved(tmp_path, reward_model_dir):
     run = GRPOTrainer(
-        tiny_model("qwen3"), reward_model_dir, config(tmp_path, beta=0.1, max_steps=2, save_strategy="steps", save_steps=2),
+        tiny_model("qwen3"), reward_model_dir,
+        config(tmp_path, beta=0.1, max_steps=2, save_strategy="steps", save_steps=2),
         dataset(), processing_class=tiny_tokenizer(),
     )  # fmt: skip
     (reward,) = run.scorer.reward_funcs

@@ -18,10 +18,10 @@ LAYERS = [
     ["refused", "config_checks", "generation_kwargs"],
     ["config"],
     ["policy", "rollouts", "rewards", "data", "data_forms", "prompts", "prompt_memory", "metrics"],
-    ["loader", "checkpoint", "disk", "nonfinite", "callbacks", "memory", "evaluation", "model_card"],
+    ["loader", "checkpoint", "disk", "nonfinite", "callbacks", "evaluation", "model_card"],
     ["assembly", "hooks"],
     ["collection"],
-    ["trainer"],
+    ["trainer", "memory"],
     ["selfcheck"],
     ["cli", "__main__"],
     [PACKAGE],  # the package itself: `__init__.py` hands out names of every layer, so nothing below imports from it

@@ -71,9 +71,7 @@ def test_table(device, policy, num_gpus, num_local_ranks, expected):
 )
 def test_each_rank_has_its_share_of_the_spare_gpus(num_gpus, num_local_ranks, rank, reference, reward):
     resolved = [
-        resolve_device_map(
-            "auto", cuda(rank), num_gpus=num_gpus, num_local_ranks=num_local_ranks, number=number
-        )
+        resolve_device_map("auto", cuda(rank), num_gpus=num_gpus, num_local_ranks=num_local_ranks, number=number)
         for number in range(2)
     ]
     assert resolved == [{"": cuda(reference)}, {"": cuda(reward)}]

@@ -1,5 +1,5 @@
-"""What a run shows and leaves behind: what is where, plot, completions, epoch folders, prompt memory, and the reference
-that follows the policy."""
+"""What a run shows and leaves behind: what is where, plot, completions, epoch folders, prompt memory, and the
+reference that follows the policy."""
 
 from .completions import log_completions, read_parquet, write_parquet
 from .device_table import DeviceTableCallback, ModelRow, device_table, model_rows

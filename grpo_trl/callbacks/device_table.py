@@ -32,7 +32,7 @@ class ModelRow:
 
 
 def model_rows(policy: nn.Module, reference: Reference | None, rewards: Iterable[Any]) -> list[ModelRow]:
-    """Policy, reference (none without KL term) and those of `rewards` that are reward models, sharded ones in whole."""
+    """Policy, reference (none without KL term) and the reward models of `rewards`, sharded ones in whole."""
     rows = [_row("policy", policy, trained=True)]
     if isinstance(reference, FrozenReference):
         rows.append(_row("reference", reference.model))

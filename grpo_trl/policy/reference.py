@@ -66,12 +66,9 @@ def load_reference_model(
     `args.ref_model_name_or_path` wins; else the policy's own path is loaded again (straight to its devices), and a
     policy that was passed as an instance is copied. `args.ref_model_init_kwargs` go over the policy's.
     """
-    if not args.beta:
+    if not needs_reference_model(args, has_adapter=isinstance(policy, PeftModel)):
         return None
-    path = args.ref_model_name_or_path
-    if path is None and isinstance(policy, PeftModel):
-        return None
-    path = path or policy_path
+    path = args.ref_model_name_or_path or policy_path
     sharded = is_zero3(args.deepspeed_plugin)
     if path is None:
         copied: Any = copy.deepcopy(policy)
@@ -79,6 +76,11 @@ def load_reference_model(
     own = mapping(args.ref_model_init_kwargs)
     options: dict[str, Any] = {"device_map": None if sharded else device_map} | from_pretrained_options(args) | own
     return create_model_from_path(path, None, **options)
+
+
+def needs_reference_model(args: GRPOConfig, *, has_adapter: bool) -> bool:
+    """Whether the reference is a model of its own: with a KL term, unless a policy with an adapter is its own."""
+    return bool(args.beta) and (args.ref_model_name_or_path is not None or not has_adapter)
 
 
 def freeze_adapter(model: PeftModel) -> str:

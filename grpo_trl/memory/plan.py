@@ -31,7 +31,7 @@ PHASES = {
 
 @dataclass(frozen=True)
 class Run:
-    """What is planned: the policy, the names or paths of the rewards, and the arguments, as `GRPOTrainer` takes them."""
+    """What is planned: the policy, names or paths of the rewards, and the arguments, as `GRPOTrainer` takes them."""
 
     policy: PolicySpec
     rewards: tuple[str, ...]

@@ -1,7 +1,7 @@
 """A collection: what is sampled at once, scored, compared, and made ready for the updates on it."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import repeat
@@ -172,7 +172,10 @@ class CollectingTrainer(TrainerHooks):
         )
         for group, rows in zip(groups, rewards_per_func.split(self.args.num_generations), strict=True):
             group.rewards_per_func = rows
+        self.metrics.add("rollout/scoring_wait_seconds", self.scorer.wait_seconds)
+        self.metrics.add("scoring/busy_seconds", self.scorer.busy_seconds)
         self._record(groups, rewards_per_func, rewards, self.reward_names)
+        self._remember(groups, rewards)
         return groups, rewards_per_func, compared
 
     def _record(
@@ -183,35 +186,40 @@ class CollectingTrainer(TrainerHooks):
         self.num_tokens += int(self.all_reduce(torch.tensor(sum(lengths), device=self.args.device)))
 
     def sample(self, prompts: list[Prompt]) -> list[Group]:
-        """`rollout`, with the groups in the order of the prompts and decoded; refuses an incomplete one."""
+        """`rollout`, with the groups in the order of the prompts and decoded; refuses an incomplete one. Each group is
+        given to the rewards when it is there."""
+        self.scorer.forget()  # a former rollout that nobody scored
         bar = tqdm(
-            self.rollout(prompts),
+            self._started(self.rollout(prompts)),
             "rollout",
             total=len(prompts),
             leave=False,
             disable=self.args.disable_tqdm or not self.is_world_process_zero(),
         )
         # PeftModel.generate does not pass through the forward that accelerate wraps in autocast
-        with self.accelerator.autocast():
-            groups = ordered_groups(prompts, bar, self.sampling.num_generations)
+        try:
+            with self.accelerator.autocast():
+                return ordered_groups(prompts, bar, self.sampling.num_generations)
+        except BaseException:
+            self.scorer.close()
+            raise
+
+    def _started(self, groups: Iterable[Group]) -> Iterator[Group]:
+        """The groups, decoded, and their scoring begun."""
         for group in groups:
             group.completions = group.completions or decode_completions(group, self.processing_class)
-        return groups
+            self.scorer.start(group, trainer_state=self.state)
+            yield group
 
     def score(self, groups: list[Group], metrics: Metrics) -> Tensor:
         """Rewards of each completion by each function, (B, F); NaN: not applicable. `metrics` gets what they log."""
-        calls = [[group] for group in groups] if self.args.reward_call == "group" else [groups]
         self.extra_columns = {}
-        rewards = [
-            self.scorer.score(
-                call,
-                trainer_state=self.state,
-                log_extra=lambda column, values: self.extra_columns.setdefault(column, []).extend(values),
-                log_metric=metrics.add,
-            )
-            for call in calls
-        ]
-        return torch.cat(rewards)
+        return self.scorer.score(
+            groups,
+            trainer_state=self.state,
+            log_extra=lambda column, values: self.extra_columns.setdefault(column, []).extend(values),
+            log_metric=metrics.add,
+        )
 
     def _batch(self, groups: list[Group], compared: Tensor) -> RolloutBatch:
         """Padded, with advantages, on the policy's device."""
@@ -303,6 +311,14 @@ class CollectingTrainer(TrainerHooks):
             self.completions_log = completion_rows(
                 groups, rewards_per_func, advantages, self.reward_names, self.extra_columns
             )
+
+    def _remember(self, groups: list[Group], rewards: Tensor) -> None:
+        """Counts a rollout in the prompt memory. rewards (B,): weighted sums."""
+        by_group = rewards.view(len(groups), -1).tolist()
+        self.prompt_memory.update(groups, by_group, self.state.global_step, gather_object)
+        if self.prompt_memory.can_skip:
+            skipped, taken = self.loader.passed_over, len(groups) * self.accelerator.num_processes
+            self.metrics.add("prompt_memory/skipped_ratio", skipped, skipped + taken)
 
     def _record_cost(self, cost: Cost, wanted: int) -> None:
         values = asdict(cost)

@@ -9,11 +9,15 @@ from transformers import Trainer
 
 from . import checkpoint
 from .batch import RolloutBatch
+from .callbacks import PROMPT_MEMORY_NAME, read_parquet, write_parquet
 from .config import GRPOConfig
+from .disk import disk_errors_named
 from .loader import RolloutLoader
 from .metrics import Metrics
 from .model_card import create_model_card
+from .nonfinite import NonFiniteUpdates
 from .policy import REFERENCE_ADAPTER, FrozenReference, Reference
+from .prompt_memory import PromptMemory
 from .rollouts.dynamic import DynamicSampler
 
 
@@ -36,6 +40,8 @@ class TrainerHooks(Trainer):
     metrics: Metrics
     num_tokens: int
     dynamic_sampler: DynamicSampler
+    prompt_memory: PromptMemory
+    nonfinite_updates: NonFiniteUpdates
 
     def _prepare_inputs(self, inputs: RolloutBatch) -> RolloutBatch:
         # transformers would cast every float tensor to DeepSpeed's dtype; log-probs and advantages stay fp32
@@ -58,7 +64,15 @@ class TrainerHooks(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self.create_model_card()  # in output_dir too, as TRL does: a push sends that folder
-        super()._save_checkpoint(model, trial)
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        with disk_errors_named(folder, self.nonfinite_updates.last_checkpoint):
+            super()._save_checkpoint(model, trial)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        # private, but the one place between the norm and the optimizer's step
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        self.nonfinite_updates.judge(grad_norm)
+        return grad_norm
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         # private, but the one place that is called with the folder before trainer_state.json makes the checkpoint
@@ -70,6 +84,8 @@ class TrainerHooks(Trainer):
             "dynamic_sampling": self.dynamic_sampler.state_dict(),
         }
         checkpoint.save(output_dir, self.accelerator.process_index, state)
+        if self.args.should_save:  # every rank has the same
+            write_parquet(self.prompt_memory.table(), Path(output_dir) / PROMPT_MEMORY_NAME)
         if self.args.sync_ref_model and self.args.should_save:
             checkpoint.save_reference(output_dir, self._synced_reference)
 
@@ -81,6 +97,7 @@ class TrainerHooks(Trainer):
             self.metrics.load_state_dict(state["metrics"])
             self.num_tokens = state["num_tokens"]
             self.dynamic_sampler.load_state_dict(state["dynamic_sampling"])
+            self.prompt_memory.load_table(read_parquet(Path(checkpoint_dir) / PROMPT_MEMORY_NAME))
             if self.args.sync_ref_model:
                 checkpoint.load_reference(checkpoint_dir, self._synced_reference)
 

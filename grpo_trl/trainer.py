@@ -30,6 +30,7 @@ from .assembly import (
     load_tokenizer,
     named_datasets,
     problems,
+    prompt_memory,
     prompt_problems,
     reward_specs,
     train_sampling,
@@ -41,6 +42,7 @@ from .config import GOVERNED, GRPOConfig, mapping
 from .evaluation import evaluate_sets
 from .loader import IndexedPrompts, RolloutLoader, StreamedPrompts
 from .metrics import Metrics
+from .nonfinite import NonFiniteUpdates
 from .policy import (
     Reference,
     evaluation_mode,
@@ -138,8 +140,13 @@ class GRPOTrainer(CollectingTrainer):
         eval_dataset = limit(eval_dataset, processing_class, self.chat_options, args)
 
         policy, reference_model, adapter = load_models(model, args, quantization_config, peft_config)
-        rewards = load_rewards(specs, reward_processing_classes, args, device_map(args, args.reward_device))
-        self.scorer = RewardScorer(rewards, timeout=args.reward_timeout)
+        rewards = load_rewards(specs, reward_processing_classes, args, device_map(args, "reward_device"))
+        self.scorer = RewardScorer(
+            rewards,
+            timeout=args.reward_timeout,
+            per_group=args.reward_call == "group",
+            overlap=args.reward_overlap,
+        )
         self.reward_names = self.scorer.names
         self.reward_weights = torch.tensor(args.reward_weights or [1.0] * len(rewards))
 
@@ -179,7 +186,8 @@ class GRPOTrainer(CollectingTrainer):
         self.model.add_model_tags(self._tag_names)
         if self.is_world_process_zero():
             logger.warning("Objective: %s", ", ".join(f"{name} {value}" for name, value in args.objective.items()))
-        for callback in default_callbacks(self, reference_model):
+        self.nonfinite_updates = NonFiniteUpdates(self)
+        for callback in (self.nonfinite_updates, *default_callbacks(self, reference_model)):
             self.add_callback(callback)
 
     # ---- Data ----
@@ -188,6 +196,7 @@ class GRPOTrainer(CollectingTrainer):
         """Prompts in, micro-batches out; transformers sees micro-batches only."""
         prompts = StreamedPrompts if isinstance(self.train_dataset, IterableDataset) else IndexedPrompts
         self.metrics, self.num_tokens = Metrics(), 0
+        self.prompt_memory = prompt_memory(self.args)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         self.loader = RolloutLoader(
             prompts(self.train_dataset, seed=seed, shuffle=self.args.shuffle_dataset),
@@ -197,6 +206,7 @@ class GRPOTrainer(CollectingTrainer):
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
             all_reduce=self.all_reduce,
+            memory=self.prompt_memory,
         )
         return self.loader
 
@@ -245,7 +255,9 @@ class GRPOTrainer(CollectingTrainer):
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
                 piece: Any = inputs.rows(rows)
                 losses.append(super().training_step(model, piece, num_items_in_batch))
-        return torch.stack(losses).sum()
+        loss = torch.stack(losses).sum()
+        self.nonfinite_updates.add_loss(loss)
+        return loss
 
     def compute_loss(
         self, model: nn.Module, inputs: RolloutBatch, return_outputs: bool = False, num_items_in_batch: Any = None

@@ -14,13 +14,14 @@ SOURCE = Path(__file__).resolve().parent.parent / PACKAGE
 LAYERS = [
     ["algorithm"],
     ["batch", "placement"],
+    ["config_types"],
     ["refused", "config_checks", "generation_kwargs"],
     ["config"],
-    ["policy", "rollouts", "rewards", "data", "data_forms", "prompts", "metrics"],
-    ["loader", "checkpoint", "callbacks", "memory", "evaluation", "model_card"],
+    ["policy", "rollouts", "rewards", "data", "data_forms", "prompts", "prompt_memory", "metrics"],
+    ["loader", "checkpoint", "disk", "nonfinite", "callbacks", "evaluation", "model_card"],
     ["assembly", "hooks"],
     ["collection"],
-    ["trainer"],
+    ["trainer", "memory"],
     ["selfcheck"],
     ["cli", "__main__"],
     [PACKAGE],  # the package itself: `__init__.py` hands out names of every layer, so nothing below imports from it

@@ -154,9 +154,7 @@ class CollectingTrainer(TrainerHooks):
         rewards_per_func = torch.cat(
             [unknown if group.rewards_per_func is None else group.rewards_per_func for group in self.collected]
         )
-        rewards = AGGREGATIONS["sum_then_normalize"](
-            rewards_per_func, self.reward_weights, self.args.num_generations
-        )
+        rewards = AGGREGATIONS["sum_then_normalize"](rewards_per_func, self.reward_weights, self.args.num_generations)
         name = dump.file_name(collection, self.accelerator.process_index)
         rollout = dump.Rollout(self.collected, batch, rewards, self.reward_names)
         dump.write_rollout(Path(str(self.args.output_dir)) / dump.FOLDER / name, rollout, step=step)
@@ -339,8 +337,9 @@ def replay_problems(batch: RolloutBatch, args: GRPOConfig, path: Path) -> list[s
     found = []
     if len(batch) != expected:
         found.append(
-            f"{path} holds {len(batch)} completions, but per_device_train_batch_size={args.per_device_train_batch_size} "
-            f"x steps_per_generation={args.steps_per_generation} is {expected}; set what it was written with."
+            f"{path} holds {len(batch)} completions, but "
+            f"per_device_train_batch_size={args.per_device_train_batch_size} x "
+            f"steps_per_generation={args.steps_per_generation} is {expected}; set what it was written with."
         )
     if args.beta and batch.ref_per_token_logps is None:
         found.append(f"{path} has no log-probabilities of a reference, which beta={args.beta} needs; set beta: 0.")

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import gather_object
@@ -171,7 +171,7 @@ class GRPOTrainer(CollectingTrainer):
             self.reference = make_reference(reference_model, lambda: self.model, self.accelerator, adapter=adapter)
         self.engine = make_engine(
             args.rollout_engine,
-            self.accelerator.unwrap_model(self.model),
+            cast(PreTrainedModel, self.accelerator.unwrap_model(self.model)),
             max_concurrent_rows=args.max_concurrent_rows,
             cache_implementation=args.cache_implementation,
             cuda_graphs=args.cuda_graphs,

@@ -9,10 +9,10 @@ import torch
 from peft import LoraConfig
 
 from grpo_trl import GRPOTrainer
-from tests.test_trainer import adapter, assert_same, config, dataset, trainer, weights
+from tests.test_trainer import assert_same, config, dataset, trainer, weights
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "diagnosis.md"
-TIMES = ("runtime", "per_second")
+TIMES = ("runtime", "per_second", "_seconds")
 
 
 def reward(completions, **kwargs):
@@ -61,7 +61,11 @@ TWICE = {"num_iterations": 2, "gradient_accumulation_steps": 2, "steps_per_gener
         TWICE,
         {**TWICE, "per_device_train_batch_size": 2, "variant": "dr_grpo", "beta": 0.1, "weight_decay": 0.1},
         {"num_iterations": 2, "mask_truncated_completions": True, "sampler_correction": "token_truncate"},
-        {"num_iterations": 2, "peft": LoraConfig(r=4, lora_dropout=0.3, target_modules=["q_proj"]), "disable_dropout": False},
+        {
+            "num_iterations": 2,
+            "peft": LoraConfig(r=4, lora_dropout=0.3, target_modules=["q_proj"]),
+            "disable_dropout": False,
+        },
     ],
     ids=["on-policy", "default", "accumulated", "straddling", "masked", "dropout"],
 )  # fmt: skip
@@ -131,7 +135,9 @@ def test_another_objective_on_the_same_rollouts(tmp_path):
 
 def test_what_a_replay_lacks_is_said(tmp_path):
     recorded(tmp_path / "a", num_iterations=1, beta=0.0, max_steps=2)
-    with pytest.raises(FileNotFoundError, match="rollout_000002_rank_0.parquet does not exist: .* collections 0 to 1"):
+    with pytest.raises(
+        FileNotFoundError, match=r"000002_rank_0.parquet does not exist: .* collections 0 to 1"
+    ):
         replayed(tmp_path / "b", tmp_path / "a", num_iterations=1, beta=0.0, max_steps=3)
     with pytest.raises(ValueError, match=r"no log-probabilities of a reference, which beta=0.1 needs") as error:
         replayed(tmp_path / "b", tmp_path / "a", num_iterations=2, beta=0.1, max_steps=2)
@@ -150,14 +156,14 @@ def test_a_collect_of_ones_own_without_groups_is_told_what_to_set(tmp_path):
             self.collected = []
             return batch
 
-    with pytest.raises(ValueError, match="set `self.collected` there"):
+    with pytest.raises(ValueError, match=r"set `self\.collected` there"):
         trainer(tmp_path, cls=Own, log_rollouts=True).train()
 
 
 def test_the_example_of_the_documentation(tmp_path, monkeypatch):
     recorded(tmp_path / "run", max_steps=2, num_iterations=1)
     monkeypatch.chdir(tmp_path)
-    (code,) = re.findall(r"```python\n(.*?)```", DOCS.read_text().split("## Replay")[1], re.DOTALL)
+    (code,) = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
     found: dict = {}
     exec(compile(code, str(DOCS), "exec"), found)
     assert len(found["worst"]) == 3

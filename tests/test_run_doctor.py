@@ -25,7 +25,7 @@ HEALTHY = {
 
 
 def history(length=20, **changes):
-    """Logs of `length` steps; a change is a value, or a function of the share of the run (0 to 1); None: not logged."""
+    """Logs of `length` steps; a change is a value, a function of the share of the run, or None: not logged."""
     rows = []
     for step in range(1, length + 1):
         row = {"step": step, **HEALTHY}

@@ -49,7 +49,7 @@ class Course:
         return [(row["step"], row[key]) for row in self.logs if "loss" in row and isfinite(row.get(key, nan))]
 
     def recent(self, key: str) -> list[float]:
-        """The latest values, which stand for at least `MIN_COMPLETIONS` completions; [] as long as there are too few."""
+        """The latest values, of at least `MIN_COMPLETIONS` completions; [] as long as there are too few."""
         points = self.points(key)
         if len(points) < MIN_LOGS or points[-1][0] < self._steps:
             return []
@@ -259,8 +259,8 @@ RULES = (
         _length_grows,
         "Completions grew from {before:.0f} to {after:.0f} tokens on average, and {share:.0%} are now cut at "
         "max_completion_length={limit}.",
-        "If the reward rises with them, raise max_completion_length; if not, the policy rambles: set overlong_penalty: "
-        "true, or token_weighting: max_length (variant dr_grpo), which does not reward length.",
+        "If the reward rises with them, raise max_completion_length; if not, the policy rambles: set "
+        "overlong_penalty: true, or token_weighting: max_length (variant dr_grpo), which does not reward length.",
     ),
     Rule(
         "length collapses",
@@ -320,7 +320,8 @@ RULES = (
     Rule(
         "entropy collapses",
         _entropy_collapses,
-        "The entropy fell from {before:.2g} to {after:.2g} nats per token: completions of a group are nearly the same.",
+        "The entropy fell from {before:.2g} to {after:.2g} nats per token: completions of a group are nearly the "
+        "same.",
         "Raise epsilon_high (clip-higher: 0.28), set entropy_coef: 0.001, raise beta, or lower learning_rate.",
     ),
     Rule(

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 from accelerate import Accelerator
 from torch import nn
@@ -18,7 +18,7 @@ def weights_for_generation(model: nn.Module, accelerator: Accelerator, args: GRP
     `ds3_gather_for_generation=False`."""
     plugin: Any = accelerator.state.deepspeed_plugin
     if plugin is None or plugin.zero_stage != 3:
-        yield accelerator.unwrap_model(model)
+        yield cast(PreTrainedModel, accelerator.unwrap_model(model))
         return
     with unwrap_model_for_generation(
         model,  # pyright: ignore[reportArgumentType]
@@ -26,4 +26,4 @@ def weights_for_generation(model: nn.Module, accelerator: Accelerator, args: GRP
         gather_deepspeed3_params=args.ds3_gather_for_generation,
         gradient_checkpointing_kwargs=mapping(args.gradient_checkpointing_kwargs) or None,
     ) as unwrapped:
-        yield unwrapped
+        yield cast(PreTrainedModel, unwrapped)

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet
 import torch
+from pyarrow import parquet
 from torch import Tensor
 
 from ..batch import Group, Prompt, RolloutBatch
@@ -67,7 +67,10 @@ def write_rollout(path: Path, rollout: Rollout, *, step: int) -> None:
         "completion_ids": pa.array([group.completion_ids[row] for group, row in rows], pa.list_(pa.int64())),
         "terminated": pa.array([group.terminated[row] for group, row in rows], pa.bool_()),
         "loss_mask": pa.array(
-            [group.loss_masks[row] if group.loss_masks else [1] * length for (group, row), length in zip(rows, lengths, strict=True)],
+            [
+                group.loss_masks[row] if group.loss_masks else [1] * length
+                for (group, row), length in zip(rows, lengths, strict=True)
+            ],
             pa.list_(pa.int8()),
         ),
     }
@@ -85,7 +88,7 @@ def write_rollout(path: Path, rollout: Rollout, *, step: int) -> None:
     columns["advantage"] = pa.array(batch.advantages.tolist(), pa.float32())
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"_{path.name}")  # `_*` is what a push to the Hub leaves out
-    pa.parquet.write_table(pa.table(columns), temporary)
+    parquet.write_table(pa.table(columns), temporary)
     os.replace(temporary, path)
 
 
@@ -98,7 +101,7 @@ def read_rollout(path: Path, *, num_generations: int, pad_token_id: int, mask_tr
     """
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: {_held(path.parent)}. Set max_steps so that it suffices.")
-    table = pa.parquet.read_table(path).to_pydict()
+    table = parquet.read_table(path).to_pydict()
     missing = {"draw", "prompt_ids", "completion_ids", "terminated", "loss_mask", "advantage"} - table.keys()
     if missing:
         raise ValueError(f"{path} is no rollout that log_rollouts wrote: it lacks {', '.join(sorted(missing))}.")
@@ -122,7 +125,9 @@ def read_rollout(path: Path, *, num_generations: int, pad_token_id: int, mask_tr
 
 
 def _group(table: dict[str, list], rows: slice, reward_names: Sequence[str]) -> Group:
-    prompt = Prompt(table["prompt_ids"][rows.start], {"prompt": table["prompt"][rows.start]}, table["draw"][rows.start])
+    prompt = Prompt(
+        table["prompt_ids"][rows.start], {"prompt": table["prompt"][rows.start]}, table["draw"][rows.start]
+    )
     return Group(
         prompt,
         table["completion_ids"][rows],

@@ -11,7 +11,7 @@ from grpo_trl.batch import Group, Prompt, RolloutBatch
 from grpo_trl.rollouts.dump import Rollout, file_name, read_rollout, write_rollout
 from grpo_trl.rollouts.dynamic import blank
 
-MESSAGES = [{"role": "user", "content": "zwei \"plus\" zwei?"}]
+MESSAGES = [{"role": "user", "content": 'zwei "plus" zwei?'}]
 
 
 def rollout(with_logps=True) -> Rollout:
@@ -82,7 +82,7 @@ def test_truncated_completions_are_masked_as_the_reader_says(tmp_path):
 def test_what_is_wrong_is_said(tmp_path):
     write_rollout(tmp_path / file_name(0, 0), rollout(), step=0)
     write_rollout(tmp_path / file_name(4, 1), rollout(), step=0)
-    with pytest.raises(FileNotFoundError, match="holds collections 0 to 4 of 2 ranks. Set max_steps"):
+    with pytest.raises(FileNotFoundError, match=r"holds collections 0 to 4 of 2 ranks\. Set max_steps"):
         read(tmp_path / file_name(5, 0))
     with pytest.raises(FileNotFoundError, match="holds no rollouts"):
         read(tmp_path / "elsewhere" / file_name(0, 0))

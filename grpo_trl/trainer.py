@@ -51,7 +51,7 @@ from .policy import (
 from .prompts import encode_prompt, truncate_prompt
 from .refused import raise_all, uncalled
 from .rewards import RewardScorer, load_rewards
-from .rollouts import make_engine, weights_for_generation
+from .rollouts import make_engine, make_replica, weights_for_generation
 
 logger = logging.get_logger(__name__)
 
@@ -163,6 +163,7 @@ class GRPOTrainer(CollectingTrainer):
         self.reference: Reference | None = None
         if args.beta:
             self.reference = make_reference(reference_model, lambda: self.model, self.accelerator, adapter=adapter)
+        self.replica = make_replica(self.model, self.accelerator)
         self.engine = make_engine(
             args.rollout_engine,
             self.accelerator.unwrap_model(self.model),
@@ -223,7 +224,7 @@ class GRPOTrainer(CollectingTrainer):
         truncated) and `terminated`; `loss_masks` (0: the token was not sampled by the policy, tool output say),
         `sampling_per_token_logps` and `completions` (what the rewards read; default: decoded) are optional.
         """
-        with weights_for_generation(self.model_wrapped, self.accelerator, self.args) as model:
+        with weights_for_generation(self.model_wrapped, self.accelerator, self.args, self.replica) as model:
             self.engine.sync_weights(model)
             yield from self.engine.generate(prompts, self.sampling)
 

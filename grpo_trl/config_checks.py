@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, NamedTuple
 
+from transformers.utils import strtobool
+
 from .algorithm import SAMPLER_CORRECTIONS
 
 
@@ -127,6 +129,12 @@ def combination_problems(args: Any) -> list[str]:
             args.max_tokens_per_microbatch and args.deepspeed_plugin is not None,
             "max_tokens_per_microbatch cannot be used with DeepSpeed, whose engine would step with every piece; lower "
             "per_device_train_batch_size and raise gradient_accumulation_steps instead.",
+        ),
+        (
+            args.max_tokens_per_microbatch and strtobool(os.environ.get("ACCELERATE_USE_FSDP", "false")),
+            "max_tokens_per_microbatch cannot be used with FSDP: every piece gathers weights from all ranks, and ranks "
+            "may have different numbers of pieces; lower per_device_train_batch_size and raise "
+            "gradient_accumulation_steps instead.",
         ),
         (
             args.surrogate == "cispo" and (args.epsilon_high or 0) < 1,

@@ -51,7 +51,7 @@ from .policy import (
 from .prompts import encode_prompt, truncate_prompt
 from .refused import raise_all, uncalled
 from .rewards import RewardScorer, load_rewards
-from .rollouts import make_engine, make_replica, weights_for_generation
+from .rollouts import is_zero3, make_engine, make_replica, weights_for_generation
 
 logger = logging.get_logger(__name__)
 
@@ -167,6 +167,7 @@ class GRPOTrainer(CollectingTrainer):
         self.engine = make_engine(
             args.rollout_engine,
             self.accelerator.unwrap_model(self.model),
+            sharded=is_zero3(self.accelerator) and not args.ds3_gather_for_generation,
             max_concurrent_rows=args.max_concurrent_rows,
             cache_implementation=args.cache_implementation,
             cuda_graphs=args.cuda_graphs,
@@ -238,8 +239,9 @@ class GRPOTrainer(CollectingTrainer):
         """
         if self.args.dynamic_sampling:
             self.metrics.add("dynamic_sampling/skipped_updates", float(self.loader.skips_update))
-        if self.loader.skips_update and not self.is_deepspeed_enabled:
-            # no backward: gradients stay None, so neither weights nor the optimizer's moments move
+        if self.loader.skips_update:
+            # no backward: gradients stay None, so neither weights nor the optimizer's moments move; DeepSpeed's engine,
+            # which steps with a backward, does not step
             return torch.zeros((), device=self.args.device)
         parts = self._pieces(inputs)
         self._share_of_micro_batch = 1 / len(parts)
@@ -330,6 +332,8 @@ class GRPOTrainer(CollectingTrainer):
         training = "loss" in logs
         if training:
             logs |= self.metrics.reduce(gather_object) | {"num_tokens": self.num_tokens}
+            if self.is_deepspeed_enabled and self.loader.skips_update:
+                logs["grad_norm"] = 0.0  # the engine still has that of the update before
         super().log(logs, start_time)
         if training and self.args.log_completions:
             rows = gather_object(self.completions_log)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import Trainer, get_scheduler
 from transformers.trainer_pt_utils import AcceleratorConfig
+from transformers.utils import strtobool
 
 from .algorithm import SAMPLER_CORRECTIONS
 from .config_types import set_to_default
@@ -205,6 +206,12 @@ def combination_problems(args: Any) -> list[str]:
             args.max_tokens_per_microbatch and args.deepspeed_plugin is not None,
             "max_tokens_per_microbatch cannot be used with DeepSpeed, whose engine would step with every piece; lower "
             "per_device_train_batch_size and raise gradient_accumulation_steps instead.",
+        ),
+        (
+            args.max_tokens_per_microbatch and strtobool(os.environ.get("ACCELERATE_USE_FSDP", "false")),
+            "max_tokens_per_microbatch cannot be used with FSDP: every piece gathers weights from all ranks, and ranks "
+            "may have different numbers of pieces; lower per_device_train_batch_size and raise "
+            "gradient_accumulation_steps instead.",
         ),
         (
             args.surrogate == "cispo" and (args.epsilon_high or 0) < 1,

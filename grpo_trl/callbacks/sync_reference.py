@@ -7,6 +7,7 @@ import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 
@@ -47,7 +48,8 @@ def mix_into_reference(policy: nn.Module, reference: nn.Module, mixup: float) ->
     gathered = _zero3_gather()
     for target, source in zip(reference.parameters(), policy.parameters(), strict=True):
         with gathered([target, source]):
-            target.data.copy_(target.data.float().lerp_(source.data.to(target.device).float(), mixup))
+            whole = source.data.full_tensor() if isinstance(source.data, DTensor) else source.data  # FSDP2
+            target.data.copy_(target.data.float().lerp_(whole.to(target.device).float(), mixup))
 
 
 def _check_same_parameters(policy: nn.Module, reference: nn.Module) -> None:

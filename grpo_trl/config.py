@@ -211,6 +211,9 @@ class GRPOConfig(TrainingArguments):
     log_unique_prompts: bool = _help("Log one completion per prompt to trackers.", False)
     save_epochs: bool = _help("Write epoch_1/, epoch_2/, ... with weights, config, recipe and script.", True)
     plot_metrics: bool = _help("Redraw training_metrics.png at every log.", True)
+    save_on_signal: bool = _help(
+        "At SIGTERM and Ctrl-C save a checkpoint and exit. Default: unless save_strategy is no."
+    )
 
     def __post_init__(self):
         self.bf16_by_default = self.bf16 is None  # then it says what this machine can do, not what was asked for
@@ -225,6 +228,8 @@ class GRPOConfig(TrainingArguments):
         refused, hints = unused(self, TrainingArguments)  # before transformers changes some of them by itself
         super().__post_init__()
         problems += self._resolve_objective() + self._resolve_generation_kwargs()
+        if self.save_on_signal is None:
+            self.save_on_signal = self.save_strategy != "no"
         if self.rollout_engine is None:
             self.rollout_engine = "hf_generate" if self.cache_implementation else "native"
         problems += range_problems(self, BATCH_RANGES) or self._resolve_batches()

@@ -13,11 +13,12 @@ SOURCE = Path(__file__).resolve().parent.parent / PACKAGE
 # Lowest first. A module may import those of lower layers; units of one layer do not import each other.
 LAYERS = [
     ["algorithm"],
-    ["batch", "placement"],
+    ["batch", "placement", "manifest", "signals", "fingerprint"],
     ["refused", "config_checks", "generation_kwargs"],
     ["config"],
     ["policy", "rollouts", "rewards", "data", "data_forms", "prompts", "metrics"],
-    ["loader", "checkpoint", "callbacks", "memory", "evaluation", "model_card"],
+    ["loader", "checkpoint", "moment", "callbacks", "memory", "evaluation", "model_card"],
+    ["resumable"],
     ["assembly", "hooks"],
     ["trainer"],
     ["selfcheck"],

@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from .batch import RolloutBatch
+from .disk import disk_errors_named
+from .interruptible import InterruptibleTrainer
 from .model_card import create_model_card
+from .nonfinite import NonFiniteUpdates
 from .policy import REFERENCE_ADAPTER
-from .resumable import ResumableTrainer
 
 
-class TrainerHooks(ResumableTrainer):
+class TrainerHooks(InterruptibleTrainer):
     """A Trainer whose data loader yields `RolloutBatch`es."""
 
     # tells transformers that the loss is already averaged over the accumulation window: the weights see to it
@@ -21,6 +23,7 @@ class TrainerHooks(ResumableTrainer):
     processing_class: Any
     train_dataset: Any
     eval_dataset: Any
+    nonfinite_updates: NonFiniteUpdates
 
     def _prepare_inputs(self, inputs: RolloutBatch) -> RolloutBatch:
         # transformers would cast every float tensor to DeepSpeed's dtype; log-probs and advantages stay fp32
@@ -43,7 +46,15 @@ class TrainerHooks(ResumableTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self.create_model_card()  # in output_dir too, as TRL does: a push sends that folder
-        super()._save_checkpoint(model, trial)
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        with disk_errors_named(folder, self.nonfinite_updates.last_checkpoint):
+            super()._save_checkpoint(model, trial)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        # private, but the one place between the norm and the optimizer's step
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        self.nonfinite_updates.judge(grad_norm)
+        return grad_norm
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None, **kwargs: Any

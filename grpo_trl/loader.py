@@ -2,7 +2,8 @@
 
 A *collection* is what is sampled at once: `steps_per_generation` micro-batches on each rank, whole groups, whole
 optimizer steps. It is passed over `num_iterations` times. An epoch is whole collections: the last one is completed
-with the first prompts of the next epoch's order. Everything follows from one number, the micro-batches yielded so far.
+with the first prompts of the next epoch's order. Everything follows from one number, the micro-batches yielded so far;
+where it is not known beforehand which prompts a collection takes, from a second one, the prompts drawn.
 """
 
 import random
@@ -12,6 +13,7 @@ from itertools import count, islice
 from math import ceil
 from typing import Any, Protocol
 
+from accelerate.logging import get_logger
 from datasets import IterableDataset
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
@@ -20,7 +22,10 @@ from .algorithm import token_weights
 from .batch import Prompt, RolloutBatch
 from .config import GRPOConfig
 from .fingerprint import data_fingerprint
+from .prompt_memory import PromptMemory
 from .prompts import epoch_order
+
+logger = get_logger(__name__)  # of accelerate: speaks on the main process only
 
 # with the number of ranks and of prompts, what the loader's position means depends on these
 LAYOUT_FIELDS = (
@@ -109,6 +114,7 @@ class RolloutLoader:
             With dynamic sampling it is given `take` instead, to draw as many as it needs.
         args: batch sizes, seed, and the averaging rule.
         rank, world_size, all_reduce: of the training processes; `all_reduce` sums a tensor over them.
+        memory: says which prompts to pass over. None: none.
     """
 
     def __init__(
@@ -121,15 +127,18 @@ class RolloutLoader:
         rank: int = 0,
         world_size: int = 1,
         all_reduce: Callable[[Tensor], Tensor] = lambda x: x,
+        memory: PromptMemory | None = None,
     ):
         self.source, self.encode, self.collect, self.args = source, encode, collect, args
         self.rank, self.world_size, self.all_reduce = rank, world_size, all_reduce
+        self.memory = memory if memory is not None and memory.can_skip else None
         self.micro_batches_per_step = args.gradient_accumulation_steps
         self.micro_batches_per_pass = args.steps_per_generation
         self.micro_batches_per_collection = args.steps_per_generation * args.num_iterations
         self.prompts_per_collection = args.generation_batch_size // args.num_generations
         self.position = 0  # micro-batches yielded, over all epochs
-        self.drawn = 0  # prompts that `take` gave out, over all ranks
+        self.drawn = 0  # prompts that `take` gave out or passed over, over all ranks
+        self.passed_over = 0  # of these, those that the last `take` passed over
         self.skips_update = False  # whether nothing counts in the current optimizer step, on any rank
         self._buffer: tuple[int, RolloutBatch] | None = None  # collection number and this rank's rows
         self._window: tuple[int, RolloutBatch] | None = None  # number and rows of the current optimizer step
@@ -178,6 +187,8 @@ class RolloutLoader:
     def prompts(self, collection: int) -> list[Prompt]:
         """This rank's prompts of a collection. Draws are dealt out in turn, so each optimizer step is made of the same
         draws for every number of ranks."""
+        if self.memory is not None:
+            return self.take(self.prompts_per_collection)
         epoch, start = 0, collection * self.prompts_per_collection
         if self.source.num_prompts is not None:
             epoch, within = divmod(collection, self.collections_per_epoch)
@@ -190,12 +201,38 @@ class RolloutLoader:
 
     def take(self, count: int) -> list[Prompt]:
         """This rank's share of the next `count` prompts, a multiple of the number of ranks. The epochs' orders run on
-        into each other."""
+        into each other. A prompt that the memory passes over leaves a gap in the draw numbers."""
+        if self.memory is not None:
+            return self._take_unskipped(count, self.memory)[self.rank :: self.world_size]
         start, self.drawn = self.drawn, self.drawn + count
         return [
             self.encode(self.source.draw(0, draw), draw)
             for draw in range(start + self.rank, start + count, self.world_size)
         ]
+
+    def _take_unskipped(self, count: int, memory: PromptMemory) -> list[Prompt]:
+        """The next `count` prompts of all ranks, each of which reads all of them, that the memory does not skip.
+
+        At most two prompts are passed over for each one skipped at present: by then each other prompt has come about
+        twice, or there is none, and the rest are taken as they come.
+        """
+        patience = 2 * memory.num_skipped
+        taken: list[Prompt] = []
+        self.passed_over = 0
+        while len(taken) < count:
+            prompt = self.encode(self.source.draw(0, self.drawn), self.drawn)
+            self.drawn += 1
+            if self.passed_over < patience and memory.skips(prompt):
+                self.passed_over += 1
+                if self.passed_over == patience:
+                    logger.warning_once(
+                        "Too few prompts are left that skip_solved_after and skip_hopeless_after do not skip: all "
+                        "of these were passed over twice within one rollout, so the rest of it is drawn as it comes. "
+                        "Look at prompt_memory.parquet; change these options or eval_pass_threshold, or end the run."
+                    )
+            else:
+                taken.append(prompt)
+        return taken
 
     def state_dict(self) -> dict[str, Any]:
         """Position and buffer as of the last micro-batch yielded. Tensors under "buffer", numbers elsewhere."""
@@ -232,7 +269,8 @@ class RolloutLoader:
         """What the meaning of `position` depends on."""
         layout = {name: getattr(self.args, name) for name in LAYOUT_FIELDS}
         source = self.source
-        return layout | {"ranks": self.world_size, "prompts": source.num_prompts, "data": source.fingerprint}
+        layout |= {"ranks": self.world_size, "prompts": source.num_prompts, "data": source.fingerprint}
+        return layout | {"skip_solved_after or skip_hopeless_after set": self.memory is not None}
 
     def _micro_batch(self) -> RolloutBatch:
         step, micro_batch = divmod(self.position, self.micro_batches_per_step)

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from .metrics import Metrics
+from .prompt_memory import PromptRecord
 from .rollouts.dynamic import DynamicSampler
 
 # of the trainer: numbers, and objects that are replaced and not changed
-ATTRIBUTES = ("num_tokens", "completions_log", "current_flos", "_sampling_is_exact", "_due")
+ATTRIBUTES = ("num_tokens", "completions_log", "current_flos", "_sampling_is_exact")
 
 
 @dataclass
@@ -24,6 +25,7 @@ class Moment:
     loader: dict[str, Any]
     metrics: Metrics
     dynamic_sampler: DynamicSampler
+    prompt_records: dict[str, PromptRecord]
     attributes: dict[str, Any]
     tr_loss: Tensor
     num_logs: int
@@ -38,6 +40,7 @@ class Moment:
             trainer.loader.state_dict(),
             trainer.metrics.copy(),
             copy.copy(trainer.dynamic_sampler),
+            dict(trainer.prompt_memory.records),
             {name: getattr(trainer, name) for name in ATTRIBUTES},
             trainer._tr_loss.clone(),
             len(trainer.state.log_history),
@@ -54,6 +57,7 @@ class Moment:
         """Makes it the present one."""
         trainer.loader.load_state_dict(self.loader)
         trainer.metrics, trainer.dynamic_sampler = self.metrics, self.dynamic_sampler
+        trainer.prompt_memory.records = self.prompt_records
         for name, value in self.attributes.items():
             setattr(trainer, name, value)
         trainer._tr_loss.copy_(self.tr_loss)

@@ -1,12 +1,7 @@
 """`GRPOTrainer`: the order of the steps. What a step does is in the modules it calls."""
 
 import contextlib
-import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
-from functools import partial
-from itertools import repeat
-from pathlib import Path
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -14,7 +9,6 @@ from accelerate.utils import gather_object
 from datasets import IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import (
     BitsAndBytesConfig,
     PreTrainedModel,
@@ -22,10 +16,11 @@ from transformers import (
     TrainerCallback,
 )
 from transformers.utils import logging
-from trl.trainer.utils import get_config_model_id, identity
+from trl.trainer.utils import identity
 
-from .algorithm import AGGREGATIONS, entropy_bonus, group_advantages, policy_loss, top_entropy_mask
+from .algorithm import entropy_bonus, policy_loss, top_entropy_mask
 from .assembly import (
+    config_for,
     default_callbacks,
     device_map,
     dynamic_sampler,
@@ -35,30 +30,29 @@ from .assembly import (
     load_tokenizer,
     named_datasets,
     problems,
+    prompt_memory,
     prompt_problems,
+    reward_specs,
     train_sampling,
-    with_overlong_penalty,
 )
 from .batch import Group, Prompt, RolloutBatch
 from .callbacks import log_completions
+from .collection import CollectingTrainer
 from .config import GOVERNED, GRPOConfig, mapping
 from .evaluation import evaluate_sets
-from .hooks import TrainerHooks
 from .loader import IndexedPrompts, RolloutLoader, StreamedPrompts
-from .metrics import Metrics, completion_rows, record_rollout
+from .metrics import Metrics
+from .nonfinite import NonFiniteUpdates
 from .policy import (
     Reference,
     evaluation_mode,
-    is_packed,
     make_reference,
     per_token_logps,
-    pieces,
 )
 from .prompts import encode_prompt, truncate_prompt
 from .refused import raise_all, uncalled
 from .rewards import RewardScorer, load_rewards
-from .rollouts import decode_completions, make_engine, ordered_groups, weights_for_generation
-from .rollouts.dynamic import Cost, Scored, blank, distribute
+from .rollouts import make_engine, weights_for_generation
 
 logger = logging.get_logger(__name__)
 
@@ -82,13 +76,10 @@ LOSS_FIELDS = (
     "sampler_correction_max",
 )
 
-# Nats between a log-probability as sampled and that of the update, up to which the first stands for the second
-SAMPLING_GAP = 1e-4
-
 RewardFunc = str | PreTrainedModel | Callable[..., Any]
 
 
-class GRPOTrainer(TrainerHooks):
+class GRPOTrainer(CollectingTrainer):
     """Group Relative Policy Optimization on `transformers.Trainer`, with TRL's constructor.
 
     Args:
@@ -130,18 +121,8 @@ class GRPOTrainer(TrainerHooks):
         rollout_func: None = None,
         environment_factory: None = None,
     ):
-        if args is None:
-            name = model if isinstance(model, str) else get_config_model_id(model.config)
-            args = GRPOConfig(f"{Path(name).name or 'model'}-GRPO")
-        if not isinstance(args, GRPOConfig):
-            raise TypeError(
-                f"args is a {type(args).__module__}.{type(args).__qualname__}, expected grpo_trl.GRPOConfig, which "
-                "takes the same options; import it with `from grpo_trl import GRPOConfig`."
-            )
-        several = isinstance(reward_funcs, list | tuple)
-        specs: list[Any] = list(reward_funcs) if several else [reward_funcs] if reward_funcs else []
-        if args.overlong_penalty:
-            specs, reward_processing_classes = with_overlong_penalty(specs, reward_processing_classes, args)
+        args = config_for(model, args)
+        specs, reward_processing_classes = reward_specs(reward_funcs, reward_processing_classes, args)
         refused = {"tools": tools, "rollout_func": rollout_func, "environment_factory": environment_factory}
         with_adapter = peft_config is not None or isinstance(model, PeftModel)
         datasets = named_datasets(train_dataset, eval_dataset)
@@ -159,8 +140,13 @@ class GRPOTrainer(TrainerHooks):
         eval_dataset = limit(eval_dataset, processing_class, self.chat_options, args)
 
         policy, reference_model, adapter = load_models(model, args, quantization_config, peft_config)
-        rewards = load_rewards(specs, reward_processing_classes, args, device_map(args, args.reward_device))
-        self.scorer = RewardScorer(rewards, timeout=args.reward_timeout)
+        rewards = load_rewards(specs, reward_processing_classes, args, device_map(args, "reward_device"))
+        self.scorer = RewardScorer(
+            rewards,
+            timeout=args.reward_timeout,
+            per_group=args.reward_call == "group",
+            overlap=args.reward_overlap,
+        )
         self.reward_names = self.scorer.names
         self.reward_weights = torch.tensor(args.reward_weights or [1.0] * len(rewards))
 
@@ -191,16 +177,7 @@ class GRPOTrainer(TrainerHooks):
             cuda_graphs=args.cuda_graphs,
         )
         self.dynamic_sampler = dynamic_sampler(args, self.accelerator.num_processes)
-        # whether log-probabilities of sampling stand for the old ones: those of our own engines in fp32, from the
-        # distribution that is trained; None: they may, and the first rollout measures whether they do
-        candidate = (
-            type(self).rollout is GRPOTrainer.rollout
-            and not self.train_sampling.truncates
-            and args.sampler_correction is None
-            and self.accelerator.mixed_precision == "no"
-            and policy.dtype == torch.float32
-        )
-        self._sampling_is_exact: bool | None = None if candidate else False
+        self._sampling_is_exact = self._sampling_may_be_exact(own_rollout=type(self).rollout is GRPOTrainer.rollout)
         self.metrics = Metrics()
         self._share_of_micro_batch = 1.0  # what `compute_loss` sees of one; see `training_step`
         self.num_tokens = 0
@@ -209,7 +186,8 @@ class GRPOTrainer(TrainerHooks):
         self.model.add_model_tags(self._tag_names)
         if self.is_world_process_zero():
             logger.warning("Objective: %s", ", ".join(f"{name} {value}" for name, value in args.objective.items()))
-        for callback in default_callbacks(self, reference_model):
+        self.nonfinite_updates = NonFiniteUpdates(self)
+        for callback in (self.nonfinite_updates, *default_callbacks(self, reference_model)):
             self.add_callback(callback)
 
     # ---- Data ----
@@ -218,6 +196,7 @@ class GRPOTrainer(TrainerHooks):
         """Prompts in, micro-batches out; transformers sees micro-batches only."""
         prompts = StreamedPrompts if isinstance(self.train_dataset, IterableDataset) else IndexedPrompts
         self.metrics, self.num_tokens = Metrics(), 0
+        self.prompt_memory = prompt_memory(self.args)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         self.loader = RolloutLoader(
             prompts(self.train_dataset, seed=seed, shuffle=self.args.shuffle_dataset),
@@ -227,6 +206,7 @@ class GRPOTrainer(TrainerHooks):
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
             all_reduce=self.all_reduce,
+            memory=self.prompt_memory,
         )
         return self.loader
 
@@ -241,110 +221,6 @@ class GRPOTrainer(TrainerHooks):
 
     # ---- Rollout ----
 
-    def collect(self, prompts: list[Prompt]) -> RolloutBatch:
-        """Samples, scores and compares the completions of this rank's prompts: everything an update needs."""
-        groups, rewards_per_func, compared = self._sample_and_score(prompts)
-        batch = self._batch(groups, compared)
-        if not self.args.on_policy:
-            batch.old_per_token_logps = self._old_per_token_logps(batch)
-        self._reference_logps(batch)
-        assert batch.advantages is not None
-        self._log_completions(groups, rewards_per_func, batch.advantages.tolist())
-        return batch
-
-    def collect_informative(self, take: Callable[[int], list[Prompt]]) -> RolloutBatch:
-        """`collect` with dynamic sampling: of as many prompts as it takes, the groups that carry a gradient."""
-        args, step, size = self.args, self.state.global_step, self.args.num_generations
-        rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
-        sampled: list[tuple[list[Group], Tensor]] = []
-        columns: dict[str, list[Any]] = {}
-
-        def sample(count: int) -> list[Scored]:
-            groups, rewards_per_func, compared = self._sample_and_score(take(count))
-            sampled.append((groups, rewards_per_func))
-            for column, values in self.extra_columns.items():
-                columns.setdefault(column, []).extend(values)
-            return [
-                Scored(group, row, step) for group, row in zip(groups, compared.view(-1, size).tolist(), strict=True)
-            ]
-
-        wanted = args.generation_batch_size // size
-        chosen, cost = self.dynamic_sampler.fill(wanted, step, sample, gather_object, world_size)
-        steps = args.steps_per_generation // args.gradient_accumulation_steps
-        if wanted % (steps * world_size):
-            steps = 1  # groups straddle the optimizer steps
-        places = wanted // (steps * world_size)
-        parts = distribute(
-            chosen, steps=steps, per_step=places, rank=rank, world_size=world_size, gather=gather_object
-        )
-        free = Scored(blank(size, self.processing_class.pad_token_id), [math.nan] * size, step)
-        batch_of: list[Scored] = []
-        for part in parts:
-            batch_of += [*part, *repeat(free, places - len(part))]
-
-        batch = self._batch(
-            [scored.group for scored in batch_of], torch.tensor([scored.rewards for scored in batch_of]).flatten()
-        )
-        carried = torch.tensor([scored.born < step for scored in batch_of], device=args.device)
-        if not args.on_policy or self.all_reduce(carried.sum()):
-            batch.old_per_token_logps = self._old_per_token_logps(batch, carried.repeat_interleave(size))
-        self._reference_logps(batch)
-        self._record_cost(cost, wanted)
-        assert batch.advantages is not None
-        advantages = dict(
-            zip(
-                [scored.group.prompt.draw for scored in batch_of],
-                batch.advantages.view(-1, size).tolist(),
-                strict=True,
-            )
-        )
-        groups = [group for part, _ in sampled for group in part]
-        if groups:
-            self.extra_columns = columns
-            of_rows = [x for group in groups for x in advantages.get(group.prompt.draw, [None] * size)]
-            self._log_completions(groups, torch.cat([rewards for _, rewards in sampled]), of_rows)
-        return batch
-
-    def _sample_and_score(self, prompts: list[Prompt]) -> tuple[list[Group], Tensor, Tensor]:
-        """Groups, the rewards of their completions by each function (B, F), and what is compared of them (B,)."""
-        groups = self.sample(prompts)
-        rewards_per_func = self.score(groups, self.metrics)
-        compared, rewards = (
-            AGGREGATIONS[how](rewards_per_func, self.reward_weights, self.args.num_generations)
-            for how in (self.args.multi_objective_aggregation, "sum_then_normalize")
-        )
-        record_rollout(self.metrics, groups, rewards_per_func, rewards, self.reward_names)
-        lengths = [len(group.prompt.ids) + len(ids) for group in groups for ids in group.completion_ids]
-        self.num_tokens += int(self.all_reduce(torch.tensor(sum(lengths), device=self.args.device)))
-        return groups, rewards_per_func, compared
-
-    def _batch(self, groups: list[Group], compared: Tensor) -> RolloutBatch:
-        """Padded, with advantages, on the policy's device."""
-        batch = RolloutBatch.from_groups(
-            groups,
-            pad_token_id=self.processing_class.pad_token_id,
-            mask_truncated_completions=self.args.mask_truncated_completions,
-        )
-        batch.advantages = group_advantages(
-            compared.to(self.args.device),
-            self.args.num_generations,
-            self.args.scale_rewards,
-            baseline=self.args.advantage_baseline,
-            all_reduce=self.all_reduce,
-        )
-        batch = batch.to(self.args.device)
-        if self.args.sampler_correction and batch.sampling_per_token_logps is None:
-            raise ValueError(
-                f"sampler_correction={self.args.sampler_correction!r} compares with the sampler's log-probabilities, "
-                "and the rollout gave none; set Group.sampling_per_token_logps, or leave the option out."
-            )
-        return batch
-
-    def _reference_logps(self, batch: RolloutBatch) -> None:
-        if self.reference is not None:
-            score = partial(self.reference.per_token_logps, temperature=self.args.temperature)
-            batch.ref_per_token_logps = self._in_micro_batches(batch, score)
-
     def rollout(self, prompts: list[Prompt]) -> Iterable[Group]:
         """Samples `self.sampling.num_generations` completions for each prompt.
 
@@ -357,37 +233,6 @@ class GRPOTrainer(TrainerHooks):
         with weights_for_generation(self.model_wrapped, self.accelerator, self.args) as model:
             self.engine.sync_weights(model)
             yield from self.engine.generate(prompts, self.sampling)
-
-    def score(self, groups: list[Group], metrics: Metrics) -> Tensor:
-        """Rewards of each completion by each function, (B, F); NaN: not applicable. `metrics` gets what they log."""
-        calls = [[group] for group in groups] if self.args.reward_call == "group" else [groups]
-        self.extra_columns: dict[str, list[Any]] = {}
-        rewards = [
-            self.scorer.score(
-                call,
-                trainer_state=self.state,
-                log_extra=lambda column, values: self.extra_columns.setdefault(column, []).extend(values),
-                log_metric=metrics.add,
-            )
-            for call in calls
-        ]
-        return torch.cat(rewards)
-
-    def sample(self, prompts: list[Prompt]) -> list[Group]:
-        """`rollout`, with the groups in the order of the prompts and decoded; refuses an incomplete one."""
-        bar = tqdm(
-            self.rollout(prompts),
-            "rollout",
-            total=len(prompts),
-            leave=False,
-            disable=self.args.disable_tqdm or not self.is_world_process_zero(),
-        )
-        # PeftModel.generate does not pass through the forward that accelerate wraps in autocast
-        with self.accelerator.autocast():
-            groups = ordered_groups(prompts, bar, self.sampling.num_generations)
-        for group in groups:
-            group.completions = group.completions or decode_completions(group, self.processing_class)
-        return groups
 
     # ---- Update ----
 
@@ -410,7 +255,9 @@ class GRPOTrainer(TrainerHooks):
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
                 piece: Any = inputs.rows(rows)
                 losses.append(super().training_step(model, piece, num_items_in_batch))
-        return torch.stack(losses).sum()
+        loss = torch.stack(losses).sum()
+        self.nonfinite_updates.add_loss(loss)
+        return loss
 
     def compute_loss(
         self, model: nn.Module, inputs: RolloutBatch, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -461,44 +308,6 @@ class GRPOTrainer(TrainerHooks):
         gathered = self.accelerator.gather(padded)
         return gathered[gathered > -torch.inf]  # pyright: ignore[reportIndexIssue, reportOperatorIssue, reportReturnType]
 
-    def _old_per_token_logps(self, batch: RolloutBatch, carried: Tensor | None = None) -> Tensor:
-        """Of the policy as it sampled, or those of sampling where they stand for them (`_sampling_is_exact`); always
-        so in `carried` rows (B,), which a former policy sampled."""
-        sampled = batch.sampling_per_token_logps
-        if sampled is not None and self._sampling_is_exact:
-            return sampled.clone()
-
-        def score(batch: RolloutBatch) -> Tensor:
-            with evaluation_mode(self.model):  # dropout off
-                return per_token_logps(self.model, batch, temperature=self.args.temperature)[0]
-
-        logps = self._in_micro_batches(batch, score)
-        if sampled is not None and carried is not None:
-            logps = torch.where(carried[:, None], sampled, logps)
-        if sampled is None or self._sampling_is_exact is False:
-            return logps
-        far = (sampled - logps).abs().gt(SAMPLING_GAP) & batch.completion_mask.bool()
-        if carried is not None:
-            far &= ~carried[:, None]
-        self._sampling_is_exact = not self.all_reduce(far.sum())  # of all ranks: they run the same passes
-        return self._old_per_token_logps(batch, carried) if self._sampling_is_exact else logps
-
-    @torch.no_grad()
-    def _in_micro_batches(self, batch: RolloutBatch, score: Callable[[RolloutBatch], Tensor]) -> Tensor:
-        """`score` over the micro-batches (and their pieces) of the update, as (B, T)."""
-        size = self.args.per_device_train_batch_size
-        result = torch.zeros_like(batch.completion_ids, dtype=torch.float32)
-        for start in range(0, len(batch), size):
-            micro_batch = batch.rows(slice(start, start + size))
-            for rows in self._pieces(micro_batch):
-                with self.accelerator.autocast():  # as in the update, so that the first ratio and KL are exact
-                    logps = score(micro_batch.rows(rows))
-                result[start + rows.start : start + rows.stop, : logps.shape[1]] = logps.float()
-        return result
-
-    def _pieces(self, micro_batch: RolloutBatch) -> list[slice]:
-        return pieces(micro_batch, self.args.max_tokens_per_microbatch, packed=is_packed(self.model))
-
     # ---- Evaluation ----
 
     def evaluate(
@@ -524,10 +333,6 @@ class GRPOTrainer(TrainerHooks):
 
     # ---- Metrics ----
 
-    def all_reduce(self, tensor: Tensor) -> Tensor:
-        """Sum over ranks."""
-        return self.accelerator.reduce(tensor.to(self.args.device), reduction="sum")  # pyright: ignore[reportReturnType]
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the metrics of the steps since the last log, reduced over ranks, to transformers' own."""
         training = "loss" in logs
@@ -543,24 +348,3 @@ class GRPOTrainer(TrainerHooks):
         """Prints and saves completions of all ranks; `mark` tells those of an evaluation from those of training."""
         if self.is_world_process_zero():
             log_completions(rows, args=self.args, state=self.state, mark=mark)
-
-    def _log_completions(
-        self, groups: list[Group], rewards_per_func: Tensor, advantages: Sequence[float | None]
-    ) -> None:
-        """Keeps the last rollout for the table. No advantage: a group that dynamic sampling dropped or kept back."""
-        if self.args.log_completions:
-            self.completions_log = completion_rows(
-                groups, rewards_per_func, advantages, self.reward_names, self.extra_columns
-            )
-
-    def _record_cost(self, cost: Cost, wanted: int) -> None:
-        values = asdict(cost)
-        tokens, trained = values.pop("tokens"), values.pop("trained_tokens")
-        for name, value in values.items():
-            self.metrics.add(f"dynamic_sampling/{name}", value)
-        self.metrics.add("dynamic_sampling/tokens_per_trained_token", tokens, trained)
-        if cost.kept < wanted:
-            logger.warning_once(
-                f"Dynamic sampling found {cost.kept} informative groups of {wanted} in {cost.rounds} rounds "
-                "(dynamic_sampling_max_rounds); updates use those there are. See the metrics dynamic_sampling/*."
-            )

@@ -284,7 +284,13 @@ def test_saved_config_reloads_to_the_same(config, options, form):
     assert again.per_device_train_batch_size == args.per_device_train_batch_size
 
 
-DICT_FIELDS = ("model_init_kwargs", "reward_model_init_kwargs", "generation_kwargs", "chat_template_kwargs")
+DICT_FIELDS = (
+    "model_init_kwargs",
+    "ref_model_init_kwargs",
+    "reward_model_init_kwargs",
+    "generation_kwargs",
+    "chat_template_kwargs",
+)
 
 
 def test_json_on_the_command_line_is_parsed(config):
@@ -382,6 +388,8 @@ def test_on_policy(config, options, on_policy):
         ({"max_completion_length": 0}, "max_completion_length=0 is out of range"),
         ({"max_completion_length": None}, "max_completion_length=None is out of range"),
         ({"max_prompt_length": 0}, "max_prompt_length=0 is out of range"),
+        ({"skip_solved_after": 0}, "skip_solved_after=0 is out of range: expected at least 1 draw"),
+        ({"skip_hopeless_after": -1}, "skip_hopeless_after=-1 is out of range: expected at least 1 draw"),
         ({"beta": -0.1}, "beta=-0.1 is out of range"),
         ({"epsilon": 1.5}, "epsilon=1.5 is out of range"),
         ({"eval_temperature": -1.0}, "eval_temperature=-1.0 is out of range"),

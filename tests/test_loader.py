@@ -78,7 +78,9 @@ def config(**options):
     return GRPOConfig("unused", use_cpu=True, report_to="none", **{**defaults, **options})
 
 
-def loader(data=16, *, rank=0, world_size=1, all_reduce=lambda x: x, rollouts=None, shuffle=True, **options):
+def loader(
+    data=16, *, rank=0, world_size=1, all_reduce=lambda x: x, rollouts=None, shuffle=True, memory=None, **options
+):
     """`per_device_train_batch_size` is that of one rank out of `world_size`."""
     args = config(**options)
     args.generation_batch_size *= world_size  # this process has one rank, of which it plays another
@@ -87,8 +89,9 @@ def loader(data=16, *, rank=0, world_size=1, all_reduce=lambda x: x, rollouts=No
     rollouts = rollouts or Rollouts()
     source = prompts(data, seed=args.seed, shuffle=shuffle)
     made = RolloutLoader(
-        source, rollouts.encode, rollouts.collect, args, rank=rank, world_size=world_size, all_reduce=all_reduce
-    )
+        source, rollouts.encode, rollouts.collect, args, rank=rank, world_size=world_size, all_reduce=all_reduce,
+        memory=memory,
+    )  # fmt: skip
     return made, rollouts
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 
+import grpo_trl.collection
 import grpo_trl.loader
 import grpo_trl.trainer
 from grpo_trl import GRPOTrainer
@@ -51,7 +52,7 @@ LOSS = {
 def test_the_configured_objective_reaches_the_mathematics(tmp_path, monkeypatch):
     monkeypatch.setitem(SURROGATES, "own", SURROGATES["clip"])
     losses = record(monkeypatch, grpo_trl.trainer, "policy_loss")
-    advantages = record(monkeypatch, grpo_trl.trainer, "group_advantages")
+    advantages = record(monkeypatch, grpo_trl.collection, "group_advantages")
     weights = record(monkeypatch, grpo_trl.loader, "token_weights")
     run = trainer(
         tmp_path, scale_rewards="none", token_weighting="max_length", mask_truncated_completions=True,

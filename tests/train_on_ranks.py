@@ -23,13 +23,13 @@ def odd_draws(group, rewards):
 def main(output: str, per_device_train_batch_size: int, options: dict) -> None:
     torch.set_num_threads(1)
     lora = options.pop("lora", False)
-    args = GRPOConfig(
-        output, use_cpu=True, report_to="none", disable_tqdm=True,
-        per_device_train_batch_size=per_device_train_batch_size,
-        max_completion_length=10, max_steps=4, learning_rate=1e-2, logging_steps=1, beta=0.1, num_iterations=2,
-        max_grad_norm=0.0,  # clipping would hide gradients that are too large on every rank
-        num_generations_eval=2, per_device_eval_batch_size=4, eval_strategy="steps", eval_steps=2, **options,
-    )  # fmt: skip
+    defaults = {
+        "use_cpu": True, "report_to": "none", "disable_tqdm": True, "max_completion_length": 10, "max_steps": 4,
+        "learning_rate": 1e-2, "logging_steps": 1, "beta": 0.1, "num_iterations": 2,
+        "max_grad_norm": 0.0,  # clipping would hide gradients that are too large on every rank
+        "num_generations_eval": 2, "per_device_eval_batch_size": 4, "eval_strategy": "steps", "eval_steps": 2,
+    }  # fmt: skip
+    args = GRPOConfig(output, per_device_train_batch_size=per_device_train_batch_size, **(defaults | options))
     peft_config = None
     if lora:
         from peft import LoraConfig

@@ -20,7 +20,8 @@ from transformers.utils import ModelOutput
 # TRL exports the function that patches a model with it, which scores every position where there is no Triton
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
-CHUNK = 512  # scored positions whose logits exist at a time
+# How many logits exist at a time: those of so many scored positions, or more while they are so few
+CHUNK, CHUNK_LOGITS = 512, 2**23
 VOCABULARY_CHUNK = 32768  # of TRL's function, as TRL calls it
 
 
@@ -78,8 +79,11 @@ def score(
         logits = logits if temperature == 1 else logits / temperature
         return scores_of_logits(logits, labels, **options)
 
-    chunks = zip(hidden.split(CHUNK), labels.split(CHUNK), strict=True)
-    logps, entropies = zip(*(checkpoint(score_chunk, *chunk, use_reentrant=False) for chunk in chunks), strict=True)  # pyright: ignore[reportArgumentType]
+    size = max(CHUNK, CHUNK_LOGITS // model.config.get_text_config().vocab_size)
+    *chunks, last = zip(hidden.split(size), labels.split(size), strict=True)
+    scores = [checkpoint(score_chunk, *chunk, use_reentrant=False) for chunk in chunks]
+    # the backward pass begins with the last chunk, and would have its logits made again at once
+    logps, entropies = zip(*scores, score_chunk(*last), strict=True)  # pyright: ignore[reportArgumentType]
     return torch.cat(logps), torch.cat(entropies) if with_entropy else None
 
 

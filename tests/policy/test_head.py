@@ -52,6 +52,7 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_chunks_are_the_whole(name, temperature, monkeypatch):
     monkeypatch.setattr(head, "CHUNK", 8)
+    monkeypatch.setattr(head, "CHUNK_LOGITS", 0)
     model = MODELS[name]()
     hidden, labels = hidden_and_labels(model)
     logps, entropies = score(model, hidden, labels, temperature=temperature, with_entropy=True)
@@ -83,16 +84,28 @@ def test_the_fused_kernels_of_trl_compute_the_same(name):
 
 def test_logits_of_all_positions_never_exist(qwen3, monkeypatch):
     monkeypatch.setattr(head, "CHUNK", 8)
+    monkeypatch.setattr(head, "CHUNK_LOGITS", 0)
     rows = []
     qwen3.lm_head.register_forward_hook(lambda module, args, output: rows.append(output.shape[0]))
     hidden, labels = hidden_and_labels(qwen3)
     logps, _ = score(qwen3, hidden, labels, temperature=1.0, with_entropy=False)
     saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         logps, _ = score(qwen3, hidden, labels, temperature=1.0, with_entropy=False)
     logps.sum().backward()
-    assert max(rows) == 8 and sum(rows) == 3 * M  # twice above, and once more in the backward pass
-    assert max(saved, default=0) <= hidden.numel()
+    last = M % 8 or 8
+    # twice above, and once more in the backward pass, which begins with the last
+    assert max(rows) == 8 and sum(rows) == 3 * M - last
+    sizes = [x.numel() for x in saved if x.data_ptr() != qwen3.lm_head.weight.data_ptr()]
+    assert max(sizes) <= max(hidden.numel(), last * qwen3.config.vocab_size)
+
+
+def test_few_logits_are_made_at_once_and_once(qwen3):
+    rows = []
+    qwen3.lm_head.register_forward_hook(lambda module, args, output: rows.append(output.shape[0]))
+    hidden, labels = hidden_and_labels(qwen3)
+    score(qwen3, hidden, labels, temperature=1.0, with_entropy=True)[0].sum().backward()
+    assert rows == [M]
 
 
 def test_nothing_to_score(qwen3):

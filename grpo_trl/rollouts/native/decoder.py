@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, rms_norm
+from torch.nn.functional import linear
 from transformers.utils import logging
 
 from ...policy.attention import no_mask
@@ -114,9 +114,9 @@ class _Layer:
         if not hasattr(self.attention, "q_norm"):
             return tokens
         of_query, of_key = self.attention.q_norm, self.attention.k_norm
-        heads, size = tokens.shape[1] - self.kv_heads, tokens.shape[2]
+        heads = tokens.shape[1] - self.kv_heads
         weight = torch.cat([of_query.weight.expand(heads, -1), of_key.weight.expand(self.kv_heads, -1)])
-        return rms_norm(tokens, (size,), None, of_query.variance_epsilon) * weight
+        return rms_norm(tokens, weight, of_query.variance_epsilon)
 
 
 def _mlp(module: Any) -> Callable[[Tensor], Tensor]:
@@ -141,15 +141,24 @@ def _linear(module: Any) -> Callable[[Tensor], Tensor]:
 
 
 def _norm(module: Any) -> Callable[[Tensor], Tensor]:
-    """An RMS norm as one operation; another norm as it is."""
+    """An RMS norm in few operations; another norm as it is."""
     if not _is_rms_norm(module):
         return module
 
     def apply(x: Tensor) -> Tensor:
         weight = module.weight
-        return rms_norm(x, weight.shape, weight, module.variance_epsilon) if x.dtype == weight.dtype else module(x)
+        return rms_norm(x, weight, module.variance_epsilon) if x.dtype == weight.dtype else module(x)
 
     return apply
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """Over the last dimension. On the CPU, where torch's own is a chain of seven operations, in five."""
+    if x.device.type != "cpu" or x.dtype != torch.float32:
+        return torch.nn.functional.rms_norm(x, x.shape[-1:], None, epsilon) * weight
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    mean_square = torch.addcmul(x.new_full((), epsilon), norm, norm, value=1 / x.shape[-1])
+    return x * mean_square.rsqrt_() * weight
 
 
 def _is_rms_norm(module: Any) -> bool:

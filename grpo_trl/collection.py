@@ -1,0 +1,267 @@
+"""A collection: what is sampled at once, scored, compared, and made ready for the updates on it."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
+from itertools import repeat
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers.utils import logging
+
+from .algorithm import AGGREGATIONS, group_advantages
+from .batch import Group, Prompt, RolloutBatch
+from .hooks import TrainerHooks
+from .metrics import Metrics, completion_rows, record_rollout
+from .policy import evaluation_mode, is_packed, per_token_logps, pieces
+from .rewards import RewardScorer
+from .rollouts import SamplingParams, decode_completions, ordered_groups
+from .rollouts.dynamic import Cost, Scored, blank, distribute
+
+logger = logging.get_logger(__name__)
+
+# Nats between a log-probability as sampled and that of the update, up to which the first stands for the second
+SAMPLING_GAP = 1e-4
+
+
+class CollectingTrainer(TrainerHooks):
+    """The half of `GRPOTrainer` that makes batches: `collect` and its parts, in the order in which it calls them."""
+
+    scorer: RewardScorer
+    reward_names: list[str]
+    reward_weights: Tensor
+    sampling: SamplingParams
+    rollout: Callable[[list[Prompt]], Iterable[Group]]
+    extra_columns: dict[str, list[Any]]
+    completions_log: list[dict[str, Any]]
+    _sampling_is_exact: bool | None
+
+    def collect(self, prompts: list[Prompt]) -> RolloutBatch:
+        """Samples, scores and compares the completions of this rank's prompts: everything an update needs."""
+        groups, rewards_per_func, compared = self._sample_and_score(prompts)
+        batch = self._batch(groups, compared)
+        if not self.args.on_policy:
+            batch.old_per_token_logps = self._old_per_token_logps(batch)
+        self._reference_logps(batch)
+        assert batch.advantages is not None
+        self._log_completions(groups, rewards_per_func, batch.advantages.tolist())
+        return batch
+
+    def collect_informative(self, take: Callable[[int], list[Prompt]]) -> RolloutBatch:
+        """`collect` with dynamic sampling: of as many prompts as it takes, the groups that carry a gradient."""
+        args, step, size = self.args, self.state.global_step, self.args.num_generations
+        rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
+        sampled: list[tuple[list[Group], Tensor]] = []
+        columns: dict[str, list[Any]] = {}
+
+        def sample(count: int) -> list[Scored]:
+            groups, rewards_per_func, compared = self._sample_and_score(take(count))
+            sampled.append((groups, rewards_per_func))
+            for column, values in self.extra_columns.items():
+                columns.setdefault(column, []).extend(values)
+            return [
+                Scored(group, row, step) for group, row in zip(groups, compared.view(-1, size).tolist(), strict=True)
+            ]
+
+        wanted = args.generation_batch_size // size
+        chosen, cost = self.dynamic_sampler.fill(wanted, step, sample, gather_object, world_size)
+        steps = args.steps_per_generation // args.gradient_accumulation_steps
+        if wanted % (steps * world_size):
+            steps = 1  # groups straddle the optimizer steps
+        places = wanted // (steps * world_size)
+        parts = distribute(
+            chosen, steps=steps, per_step=places, rank=rank, world_size=world_size, gather=gather_object
+        )
+        free = Scored(blank(size, self.processing_class.pad_token_id), [math.nan] * size, step)
+        batch_of: list[Scored] = []
+        for part in parts:
+            batch_of += [*part, *repeat(free, places - len(part))]
+
+        batch = self._batch(
+            [scored.group for scored in batch_of], torch.tensor([scored.rewards for scored in batch_of]).flatten()
+        )
+        carried = torch.tensor([scored.born < step for scored in batch_of], device=args.device)
+        if not args.on_policy or self.all_reduce(carried.sum()):
+            batch.old_per_token_logps = self._old_per_token_logps(batch, carried.repeat_interleave(size))
+        self._reference_logps(batch)
+        self._record_cost(cost, wanted)
+        assert batch.advantages is not None
+        advantages = dict(
+            zip(
+                [scored.group.prompt.draw for scored in batch_of],
+                batch.advantages.view(-1, size).tolist(),
+                strict=True,
+            )
+        )
+        groups = [group for part, _ in sampled for group in part]
+        if groups:
+            self.extra_columns = columns
+            of_rows = [x for group in groups for x in advantages.get(group.prompt.draw, [None] * size)]
+            self._log_completions(groups, torch.cat([rewards for _, rewards in sampled]), of_rows)
+        return batch
+
+    def _sample_and_score(self, prompts: list[Prompt]) -> tuple[list[Group], Tensor, Tensor]:
+        """Groups, the rewards of their completions by each function (B, F), and what is compared of them (B,)."""
+        groups = self.sample(prompts)
+        rewards_per_func = self.score(groups, self.metrics)
+        compared, rewards = (
+            AGGREGATIONS[how](rewards_per_func, self.reward_weights, self.args.num_generations)
+            for how in (self.args.multi_objective_aggregation, "sum_then_normalize")
+        )
+        self.metrics.add("rollout/scoring_wait_seconds", self.scorer.wait_seconds)
+        self.metrics.add("scoring/busy_seconds", self.scorer.busy_seconds)
+        record_rollout(self.metrics, groups, rewards_per_func, rewards, self.reward_names)
+        self._remember(groups, rewards)
+        lengths = [len(group.prompt.ids) + len(ids) for group in groups for ids in group.completion_ids]
+        self.num_tokens += int(self.all_reduce(torch.tensor(sum(lengths), device=self.args.device)))
+        return groups, rewards_per_func, compared
+
+    def sample(self, prompts: list[Prompt]) -> list[Group]:
+        """`rollout`, with the groups in the order of the prompts and decoded; refuses an incomplete one. Each group is
+        given to the rewards when it is there."""
+        self.scorer.forget()  # a former rollout that nobody scored
+        bar = tqdm(
+            self._started(self.rollout(prompts)),
+            "rollout",
+            total=len(prompts),
+            leave=False,
+            disable=self.args.disable_tqdm or not self.is_world_process_zero(),
+        )
+        # PeftModel.generate does not pass through the forward that accelerate wraps in autocast
+        try:
+            with self.accelerator.autocast():
+                return ordered_groups(prompts, bar, self.sampling.num_generations)
+        except BaseException:
+            self.scorer.close()
+            raise
+
+    def _started(self, groups: Iterable[Group]) -> Iterator[Group]:
+        """The groups, decoded, and their scoring begun."""
+        for group in groups:
+            group.completions = group.completions or decode_completions(group, self.processing_class)
+            self.scorer.start(group, trainer_state=self.state)
+            yield group
+
+    def score(self, groups: list[Group], metrics: Metrics) -> Tensor:
+        """Rewards of each completion by each function, (B, F); NaN: not applicable. `metrics` gets what they log."""
+        self.extra_columns = {}
+        return self.scorer.score(
+            groups,
+            trainer_state=self.state,
+            log_extra=lambda column, values: self.extra_columns.setdefault(column, []).extend(values),
+            log_metric=metrics.add,
+        )
+
+    def _batch(self, groups: list[Group], compared: Tensor) -> RolloutBatch:
+        """Padded, with advantages, on the policy's device."""
+        batch = RolloutBatch.from_groups(
+            groups,
+            pad_token_id=self.processing_class.pad_token_id,
+            mask_truncated_completions=self.args.mask_truncated_completions,
+        )
+        batch.advantages = group_advantages(
+            compared.to(self.args.device),
+            self.args.num_generations,
+            self.args.scale_rewards,
+            baseline=self.args.advantage_baseline,
+            all_reduce=self.all_reduce,
+        )
+        batch = batch.to(self.args.device)
+        if self.args.sampler_correction and batch.sampling_per_token_logps is None:
+            raise ValueError(
+                f"sampler_correction={self.args.sampler_correction!r} compares with the sampler's log-probabilities, "
+                "and the rollout gave none; set Group.sampling_per_token_logps, or leave the option out."
+            )
+        return batch
+
+    def _sampling_may_be_exact(self, *, own_rollout: bool) -> bool | None:
+        """Whether log-probabilities of sampling stand for the old ones: those of our own engines in fp32, from the
+        distribution that is trained. None: they may, and the first rollout measures whether they do."""
+        candidate = (
+            own_rollout
+            and not self.sampling.truncates
+            and self.args.sampler_correction is None
+            and self.accelerator.mixed_precision == "no"
+            and self.model.dtype == torch.float32
+        )
+        return None if candidate else False
+
+    def _old_per_token_logps(self, batch: RolloutBatch, carried: Tensor | None = None) -> Tensor:
+        """Of the policy as it sampled, or those of sampling where they stand for them (`_sampling_is_exact`); always
+        so in `carried` rows (B,), which a former policy sampled."""
+        sampled = batch.sampling_per_token_logps
+        if sampled is not None and self._sampling_is_exact:
+            return sampled.clone()
+
+        def score(batch: RolloutBatch) -> Tensor:
+            with evaluation_mode(self.model):  # dropout off
+                return per_token_logps(self.model, batch, temperature=self.args.temperature)[0]
+
+        logps = self._in_micro_batches(batch, score)
+        if sampled is not None and carried is not None:
+            logps = torch.where(carried[:, None], sampled, logps)
+        if sampled is None or self._sampling_is_exact is False:
+            return logps
+        far = (sampled - logps).abs().gt(SAMPLING_GAP) & batch.completion_mask.bool()
+        if carried is not None:
+            far &= ~carried[:, None]
+        self._sampling_is_exact = not self.all_reduce(far.sum())  # of all ranks: they run the same passes
+        return self._old_per_token_logps(batch, carried) if self._sampling_is_exact else logps
+
+    def _reference_logps(self, batch: RolloutBatch) -> None:
+        if self.reference is not None:
+            score = partial(self.reference.per_token_logps, temperature=self.args.temperature)
+            batch.ref_per_token_logps = self._in_micro_batches(batch, score)
+
+    @torch.no_grad()
+    def _in_micro_batches(self, batch: RolloutBatch, score: Callable[[RolloutBatch], Tensor]) -> Tensor:
+        """`score` over the micro-batches (and their pieces) of the update, as (B, T)."""
+        size = self.args.per_device_train_batch_size
+        result = torch.zeros_like(batch.completion_ids, dtype=torch.float32)
+        for start in range(0, len(batch), size):
+            micro_batch = batch.rows(slice(start, start + size))
+            for rows in self._pieces(micro_batch):
+                with self.accelerator.autocast():  # as in the update, so that the first ratio and KL are exact
+                    logps = score(micro_batch.rows(rows))
+                result[start + rows.start : start + rows.stop, : logps.shape[1]] = logps.float()
+        return result
+
+    def _pieces(self, micro_batch: RolloutBatch) -> list[slice]:
+        return pieces(micro_batch, self.args.max_tokens_per_microbatch, packed=is_packed(self.model))
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks."""
+        return self.accelerator.reduce(tensor.to(self.args.device), reduction="sum")  # pyright: ignore[reportReturnType]
+
+    def _log_completions(
+        self, groups: list[Group], rewards_per_func: Tensor, advantages: Sequence[float | None]
+    ) -> None:
+        """Keeps the last rollout for the table. No advantage: a group that dynamic sampling dropped or kept back."""
+        if self.args.log_completions:
+            self.completions_log = completion_rows(
+                groups, rewards_per_func, advantages, self.reward_names, self.extra_columns
+            )
+
+    def _remember(self, groups: list[Group], rewards: Tensor) -> None:
+        """Counts a rollout in the prompt memory. rewards (B,): weighted sums."""
+        by_group = rewards.view(len(groups), -1).tolist()
+        self.prompt_memory.update(groups, by_group, self.state.global_step, gather_object)
+        if self.prompt_memory.can_skip:
+            skipped, taken = self.loader.passed_over, len(groups) * self.accelerator.num_processes
+            self.metrics.add("prompt_memory/skipped_ratio", skipped, skipped + taken)
+
+    def _record_cost(self, cost: Cost, wanted: int) -> None:
+        values = asdict(cost)
+        tokens, trained = values.pop("tokens"), values.pop("trained_tokens")
+        for name, value in values.items():
+            self.metrics.add(f"dynamic_sampling/{name}", value)
+        self.metrics.add("dynamic_sampling/tokens_per_trained_token", tokens, trained)
+        if cost.kept < wanted:
+            logger.warning_once(
+                f"Dynamic sampling found {cost.kept} informative groups of {wanted} in {cost.rounds} rounds "
+                "(dynamic_sampling_max_rounds); updates use those there are. See the metrics dynamic_sampling/*."
+            )

@@ -198,6 +198,10 @@ def combination_problems(args: Any) -> list[str]:
             "per_device_train_batch_size and raise gradient_accumulation_steps instead.",
         ),
         (
+            args.save_on_signal and args.save_only_model,
+            "save_on_signal saves what a run needs to go on, which save_only_model leaves out; leave one of them out.",
+        ),
+        (
             args.surrogate == "cispo" and (args.epsilon_high or 0) < 1,
             f"surrogate cispo bounds the ratio itself by epsilon_high, and {args.epsilon_high} would shrink every "
             "token's weight; set epsilon_high to 1 or more (ScaleRL: 5).",

@@ -120,7 +120,7 @@ class ResumableTrainer(Trainer):
             "total_loss": self._total_loss_scalar,
             "last_logged": self._globalstep_last_logged,
             "initial_step": self._initial_global_step,
-            "seconds": self._earlier_seconds + time.time() - self._started,
+            "seconds": self._earlier_seconds + time.time() - self._began,
         }
 
     # ---- Resuming ----
@@ -173,7 +173,7 @@ class ResumableTrainer(Trainer):
 
     def _go_on(self) -> None:
         """At the beginning of training: what transformers has just set to zero, and an evaluation that is due."""
-        self._started = time.time()
+        self._began = time.time()
         if self._resumed is None:
             return
         state, self._resumed = self._resumed, None
@@ -188,7 +188,7 @@ class ResumableTrainer(Trainer):
             # saved anew with what it did to random states and to the best metric; transformers then loads that
             self.control.should_evaluate = self.control.should_save = True
             epoch = self.state.epoch or 0.0
-            self._maybe_log_save_evaluate(self._tr_loss, None, self.model_wrapped, None, epoch, None, self._started)
+            self._maybe_log_save_evaluate(self._tr_loss, None, self.model_wrapped, None, epoch, None, self._began)
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
         if skip_scheduler and self._last_checkpoint:  # eval_on_start: a resumed run has begun before

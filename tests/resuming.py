@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-TIMES = ("runtime", "per_second")
+TIMES = ("runtime", "per_second", "seconds")
 
 
 def history(log_history: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -232,6 +232,9 @@ class GRPOConfig(TrainingArguments):
     replay_rollouts: str | None = _help("Folder of rollouts that log_rollouts wrote: train on them, sample nothing.")
     save_epochs: bool = _help("Write epoch_1/, epoch_2/, ... with weights, config, recipe and script.", True)
     plot_metrics: bool = _help("Redraw training_metrics.png at every log.", True)
+    save_on_signal: bool = _help(
+        "At SIGTERM and Ctrl-C save a checkpoint and exit. Default: unless save_strategy is no or save_only_model is set."
+    )
 
     def __post_init__(self):
         refused, hints = unused(self, TrainingArguments)  # before transformers changes some of them by itself
@@ -254,6 +257,8 @@ class GRPOConfig(TrainingArguments):
             # transformers hands ddp_timeout on to GPU ranks only: CPU ranks would wait half an hour whatever it says
             _set_pg_timeout(timedelta(seconds=self.ddp_timeout))
         problems += self._resolve_objective() + self._resolve_generation_kwargs()
+        if self.save_on_signal is None:
+            self.save_on_signal = self.save_strategy != "no" and not self.save_only_model
         if self.rollout_engine is None:
             self.rollout_engine = "hf_generate" if self.cache_implementation else "native"
         problems += range_problems(self, BATCH_RANGES) or self._resolve_batches()

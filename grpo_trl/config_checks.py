@@ -209,9 +209,13 @@ def combination_problems(args: Any) -> list[str]:
         ),
         (
             args.max_tokens_per_microbatch and strtobool(os.environ.get("ACCELERATE_USE_FSDP", "false")),
-            "max_tokens_per_microbatch cannot be used with FSDP: every piece gathers weights from all ranks, and ranks "
-            "may have different numbers of pieces; lower per_device_train_batch_size and raise "
+            "max_tokens_per_microbatch cannot be used with FSDP: every piece gathers weights from all ranks, and "
+            "ranks may have different numbers of pieces; lower per_device_train_batch_size and raise "
             "gradient_accumulation_steps instead.",
+        ),
+        (
+            args.save_on_signal and args.save_only_model,
+            "save_on_signal saves what a run needs to go on, which save_only_model leaves out; leave one of them out.",
         ),
         (
             args.surrogate == "cispo" and (args.epsilon_high or 0) < 1,

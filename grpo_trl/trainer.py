@@ -247,8 +247,8 @@ class GRPOTrainer(CollectingTrainer):
         if self.args.dynamic_sampling:
             self.metrics.add("dynamic_sampling/skipped_updates", float(self.loader.skips_update))
         if self.loader.skips_update:
-            # no backward: gradients stay None, so neither weights nor the optimizer's moments move; DeepSpeed's engine,
-            # which steps with a backward, does not step
+            # no backward: gradients stay None, so neither weights nor the optimizer's moments move; DeepSpeed's
+            # engine, which steps with a backward, does not step
             return torch.zeros((), device=self.args.device)
         parts = self._pieces(inputs)
         self._share_of_micro_batch = 1 / len(parts)

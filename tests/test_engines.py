@@ -16,7 +16,13 @@ from safetensors.torch import load_file
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
-ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+IN_CI = {("zero3", False), ("fsdp2", True)}
+ENVIRONMENT = {
+    "PYTHONPATH": str(ROOT),
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
 
 # config -> what accelerate says it is, the wrapper of the policy, the stage of ZeRO, the optimizer, and whether a rank
 # holds about half of the weights
@@ -127,7 +133,8 @@ def assert_same(one: dict, two: dict) -> None:
     for kind in ("checkpoint", "weights"):
         assert one[kind].keys() == two[kind].keys()
         for name, weight in one[kind].items():
-            torch.testing.assert_close(two[kind][name], weight, rtol=1e-5, atol=1e-5, msg=functools.partial("{}: {}".format, name))
+            message = functools.partial("{}: {}".format, name)
+            torch.testing.assert_close(two[kind][name], weight, rtol=1e-5, atol=1e-5, msg=message)
 
 
 def assert_engine(config: str, one: dict, two: dict) -> None:
@@ -156,7 +163,7 @@ def builders(config: str) -> list[str]:
 @pytest.mark.parametrize(
     ("config", "lora"),
     [
-        pytest.param(config, lora, marks=pytest.mark.ci if (config, lora) in {("zero3", False), ("fsdp2", True)} else ())
+        pytest.param(config, lora, marks=pytest.mark.ci if (config, lora) in IN_CI else ())
         for config in ENGINES
         for lora in (False, True)
     ],

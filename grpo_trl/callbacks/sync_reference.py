@@ -1,6 +1,7 @@
 """A reference that follows the policy now and then (TR-DPO, arXiv 2404.09656)."""
 
 import contextlib
+from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
@@ -30,11 +31,13 @@ class SyncReferenceCallback(TrainerCallback):
         self.every = every
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        _check_same_parameters(extract_model_from_parallel(model), self.reference_model)
+        policy: Any = extract_model_from_parallel(model)
+        _check_same_parameters(policy, self.reference_model)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step % self.every == 0:
-            mix_into_reference(extract_model_from_parallel(model), self.reference_model, self.mixup)
+            policy: Any = extract_model_from_parallel(model)
+            mix_into_reference(policy, self.reference_model, self.mixup)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from .reference import (
     freeze_adapter,
     load_reference_model,
     make_reference,
+    needs_reference_model,
 )
 from .support import prepare
 
@@ -26,6 +27,7 @@ __all__ = [
     "load_policy",
     "load_reference_model",
     "make_reference",
+    "needs_reference_model",
     "per_token_logps",
     "pieces",
     "prepare",

@@ -10,6 +10,7 @@ from transformers.utils import strtobool
 from trl.trainer.utils import create_model_from_path
 
 from ..config import GRPOConfig, mapping
+from ..placement import is_zero3
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
@@ -88,10 +89,8 @@ def _add_adapter(model: PreTrainedModel | PeftModel, args: GRPOConfig, peft_conf
             "peft_config was passed with a model that already has an adapter. Leave peft_config out to train that "
             "adapter, or merge it first (`model.merge_and_unload()`) and pass the merged model with peft_config."
         )
-    plugin = args.deepspeed_plugin
-    zero3 = plugin is not None and plugin.zero_stage == 3
     # ZeRO-3 gathers with one dtype, so adapters stay in that of the base (huggingface/trl#6089)
-    keep_dtype = zero3 and not is_quantized(model)
+    keep_dtype = is_zero3(args.deepspeed_plugin) and not is_quantized(model)
     peft_model = get_peft_model(model, peft_config, autocast_adapter_dtype=not keep_dtype)
     if is_quantized(model):
         # QLoRA, arXiv 2305.14314, section 3: adapters in bf16. DoRA's magnitudes stay: their updates would round away

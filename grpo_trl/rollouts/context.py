@@ -7,7 +7,7 @@ in place; under FSDP2, whose hooks can neither be removed nor run on a part of t
 import contextlib
 import copy
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -99,7 +99,7 @@ def weights_for_generation(
             yield whole
         return
     if not zero3:
-        yield accelerator.unwrap_model(model)
+        yield cast(PreTrainedModel, accelerator.unwrap_model(model))
         return
     with unwrap_model_for_generation(
         model,  # pyright: ignore[reportArgumentType]
@@ -107,4 +107,4 @@ def weights_for_generation(
         gather_deepspeed3_params=args.ds3_gather_for_generation,
         gradient_checkpointing_kwargs=mapping(args.gradient_checkpointing_kwargs) or None,
     ) as unwrapped:
-        yield unwrapped
+        yield cast(PreTrainedModel, unwrapped)

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.logging import get_logger
+from accelerate.utils import DistributedType
 from datasets import IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import nn
@@ -37,6 +39,7 @@ from .rewards.registry import TRL_NAMES
 from .rewards.rows import RESERVED
 from .rollouts import EVAL_STREAM, SamplingParams, check_engine
 from .rollouts.dynamic import DynamicSampler, Scored
+from .token_limit import TokenLimit
 
 logger = get_logger(__name__)  # of accelerate: speaks on the main process only
 
@@ -182,6 +185,14 @@ def limit(dataset: Any, tokenizer: Any, chat_options: dict[str, Any], args: GRPO
         max_prompt_length=args.max_prompt_length,
         overlong_prompts=args.overlong_prompts,
     )[0]
+
+
+def policy_limit(args: GRPOConfig, accelerator: Accelerator) -> TokenLimit:
+    """Of the policy's passes. Several processes share theirs, and top-entropy tokens are picked from a whole micro-batch:
+    those are not cut when memory runs out."""
+    alone = accelerator.distributed_type == DistributedType.NO
+    fixed = not alone or args.top_entropy_quantile < 1
+    return TokenLimit("the policy's update", args.max_tokens_per_microbatch, fixed=fixed)
 
 
 def dynamic_sampler(args: GRPOConfig, world_size: int) -> DynamicSampler:

@@ -157,7 +157,9 @@ class GRPOConfig(TrainingArguments):
     reward_timeout: float | None = _help(
         "Seconds a Python reward function may take; it then runs in a process of its own."
     )
-    reward_batch_size: int = _help("Completions per forward pass of a reward model.", 8)
+    reward_batch_size: int = _help(
+        "Forward passes of a reward model have at most the tokens of so many of the longest completions.", 8
+    )
     reward_max_length: int | None = _help(
         "Longest input of a reward model in tokens. Default: what its tokenizer says."
     )

@@ -52,7 +52,11 @@ def test_files_are_on_the_disk_before_the_manifest_and_it_before_its_name(tmp_pa
     [
         (lambda made: (made / "state").unlink(), "state is missing", True),
         (lambda made: (made / "state").write_text("tw"), "state has 2 bytes, was written with 3", True),
-        (lambda made: (made / "state").write_text("twi"), "state is corrupt: its content is not what was written", False),
+        (
+            lambda made: (made / "state").write_text("twi"),
+            "state is corrupt: its content is not what was written",
+            False,
+        ),
         (lambda made: (made / "manifest.json").write_text("{"), r"manifest.json is corrupt \(JSONDecodeError", True),
         (lambda made: (made / "manifest.json").write_text("[]"), r"manifest.json is corrupt \(TypeError", True),
         (lambda made: (made / "manifest.json").unlink(), "manifest.json is missing", True),

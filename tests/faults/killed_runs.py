@@ -1,7 +1,7 @@
-"""Runs that are killed at a named point. `Runs` starts a process that has imported everything and forks one child per run.
+"""Runs that are killed at a named point. `Runs` starts a process that imports everything and forks a child per run.
 
-A point is an event, a pattern for its name and which of those that match: `write checkpoint-4/optimizer.pt 1`. The child
-kills itself there by SIGKILL, which no code of it can notice. A file that is being written is left half on the disk.
+A point is an event, a pattern for its name and which of those that match: `write checkpoint-4/optimizer.pt 1`. The
+child kills itself there by SIGKILL, which no code of it can notice. A file that is being written is left half there.
 """
 
 import fnmatch
@@ -31,10 +31,13 @@ class Runs:
             cwd=ROOT, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
 
-    def start(self, output: Path, point: str | None = None) -> int:
-        """Trains, going on from what `output` holds. Returns the exit code; minus the signal for a killed one."""
+    def start(self, output: Path, point: str | None = None, *, plot: bool = False) -> int:
+        """Trains, going on from what `output` holds. Returns the exit code; minus the signal for a killed one.
+
+        plot: draw the metrics, which takes longer than all the rest.
+        """
         assert self.parent.stdin is not None and self.parent.stdout is not None
-        self.parent.stdin.write(json.dumps([str(output), point]) + "\n")
+        self.parent.stdin.write(json.dumps([str(output), point, plot]) + "\n")
         self.parent.stdin.flush()
         return int(self.parent.stdout.readline())
 
@@ -45,19 +48,20 @@ class Runs:
 def serve() -> None:
     """For each line of standard input forks a run and prints its exit code."""
     import matplotlib.pyplot  # noqa: F401  what a run imports, once
+    import torch._dynamo  # noqa: F401
 
     import tests.test_resume  # noqa: F401
 
     replies = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
-        output, point = json.loads(line)
+        output, point, plot = json.loads(line)
         child = os.fork()
         if not child:
             log = os.open(f"{output}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(log, 1)
             os.dup2(log, 2)
             try:
-                train(Path(output), point)
+                train(Path(output), point, plot)
             except BaseException:
                 sys.excepthook(*sys.exc_info())
                 os._exit(1)
@@ -65,7 +69,7 @@ def serve() -> None:
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=replies, flush=True)
 
 
-def train(output: Path, point: str | None) -> None:
+def train(output: Path, point: str | None, plot: bool) -> None:
     """The run: two epochs over a dataset, rollouts that are used twice, a reference that follows the policy, and all
     that is written."""
     import torch
@@ -76,7 +80,7 @@ def train(output: Path, point: str | None) -> None:
 
     run = trainer(
         output, data=dataset(4), max_steps=MAX_STEPS, num_iterations=2, logging_steps=3, save_strategy="steps",
-        save_steps=2, save_total_limit=2, save_epochs=True, plot_metrics=True, log_completions=True, beta=0.1,
+        save_steps=2, save_total_limit=2, save_epochs=True, plot_metrics=plot, log_completions=True, beta=0.1,
         num_completions_to_print=0, sync_ref_model=True, ref_model_sync_steps=2, eval_dataset=dataset(1),
         eval_strategy="steps", eval_steps=4, num_generations_eval=2, lr_scheduler_type="cosine",
     )  # fmt: skip

@@ -102,17 +102,18 @@ def identifier(points):
 def test_a_run_that_was_killed_ends_as_if_it_had_not_been(tmp_path, runs, undisturbed, points):
     output = tmp_path / "run"
     output.mkdir()
+    plot = any("training_metrics" in point for point in points)
     for point in points:
-        assert runs.start(output, point) == -signal.SIGKILL, output.with_suffix(".log").read_text()[-3000:]
+        assert runs.start(output, point, plot=plot) == -signal.SIGKILL, output.with_suffix(".log").read_text()[-3000:]
         assert not (output / "outcome.pt").exists()
-    assert runs.start(output) == 0, output.with_suffix(".log").read_text()[-3000:]
+    assert runs.start(output, plot=plot) == 0, output.with_suffix(".log").read_text()[-3000:]
     expected, expected_files = undisturbed
     outcome, files = results(output)
     assert not differences(expected, outcome)
     assert outcome["steps"] == MAX_STEPS and len(outcome["log"]) > 4
     assert files.keys() == expected_files.keys()
     assert [name for name, content in files.items() if content != expected_files[name]] == []
-    assert (output / "training_metrics.png").stat().st_size > 0
+    assert not plot or (output / "training_metrics.png").stat().st_size > 0
     kept = manifest.checkpoints(output)
     assert [path.name for path in kept] == ["checkpoint-6", "checkpoint-8"] and all(map(manifest.is_complete, kept))
     assert not [path for path in output.iterdir() if path.name.startswith("_") and path.is_dir()]

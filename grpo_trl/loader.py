@@ -261,7 +261,8 @@ class RolloutLoader:
         if changed:
             raise ValueError(
                 "This run cannot continue from the checkpoint, because the position in its data means something else "
-                f"now: {'; '.join(changed)}. {reasons}Restore these values, or start a new run from its weights (model=)."
+                f"now: {'; '.join(changed)}. {reasons}Restore these values, or start a new run from its weights "
+                "(model=)."
             )
 
     def _layout(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from tests.test_two_ranks import CONFIG, ROOT, _environment
 
 
 def launch(output, ranks=2, **options):
-    """Trains in child processes of rank's output `output`; returns the finished process."""
+    """Trains in child processes; returns the finished one, whatever came of it."""
     output.mkdir(exist_ok=True)
     launcher = ["-m", "accelerate.commands.launch", "--config_file", str(CONFIG)] if ranks > 1 else []
     command = [sys.executable, *launcher, "tests/train_on_ranks.py", str(output), str(8 // ranks), json.dumps(options)]
@@ -41,8 +41,8 @@ def trained(tmp_path):
 OPTIONS = {
     "plain": {"sync_ref_model": True, "ref_model_sync_steps": 2, "steps_per_generation": 2},
     "dynamic": {
-        "dynamic_sampling": True, "dynamic_sampling_filter": "tests.train_on_ranks.odd_draws", "max_concurrent_rows": 16,
-        "skip_solved_after": 1, "eval_pass_threshold": 1.5,
+        "dynamic_sampling": True, "dynamic_sampling_filter": "tests.train_on_ranks.odd_draws",
+        "max_concurrent_rows": 16, "skip_solved_after": 1, "eval_pass_threshold": 1.5,
     },
 }  # fmt: skip
 

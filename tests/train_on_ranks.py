@@ -1,6 +1,7 @@
-"""A small real training run, started by `test_two_ranks.py` and others on one rank and on two. Writes what must be equal.
+"""A small real training run, started on one rank and on two. Writes what must be equal.
 
-Two options are no fields of the config: `resume`, a checkpoint, and `kick`, the step after which rank 1 gets a SIGTERM.
+Two options are no fields of the config: `resume`, a checkpoint, and `kick`, the step after which rank 1 gets a
+SIGTERM.
 """
 
 import json

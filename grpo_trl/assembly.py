@@ -23,6 +23,7 @@ from .callbacks import (
     LossNoteCallback,
     MetricsPlotCallback,
     PromptMemoryCallback,
+    RunDoctorCallback,
     SyncReferenceCallback,
 )
 from .config import GRPOConfig, mapping
@@ -377,11 +378,13 @@ def device_map(args: GRPOConfig, name: str) -> DeviceMap:
 def default_callbacks(trainer: Any, reference_model: nn.Module | None) -> list[TrainerCallback]:
     """What a run shows and leaves behind, as configured."""
     args: GRPOConfig = trainer.args
+    weights = dict(zip(trainer.reward_names, trainer.reward_weights.tolist(), strict=True))
     callbacks: list[TrainerCallback] = [
         _EpochOfLoader(trainer),
         DeviceTableCallback(trainer),
         LossNoteCallback(),
         PromptMemoryCallback(trainer),
+        RunDoctorCallback(weights),
     ]
     if args.plot_metrics:
         callbacks.append(MetricsPlotCallback())

@@ -228,6 +228,8 @@ class GRPOConfig(TrainingArguments):
     log_completions: bool = _help("Show sampled completions at every log and save them as parquet.", False)
     num_completions_to_print: int | None = _help("Completions shown per log. Default: all of the last rollout.")
     log_unique_prompts: bool = _help("Log one completion per prompt to trackers.", False)
+    log_rollouts: bool = _help("Write every rollout, with log-probabilities and rewards, as parquet.", False)
+    replay_rollouts: str | None = _help("Folder of rollouts that log_rollouts wrote: train on them, sample nothing.")
     save_epochs: bool = _help("Write epoch_1/, epoch_2/, ... with weights, config, recipe and script.", True)
     plot_metrics: bool = _help("Redraw training_metrics.png at every log.", True)
     save_on_signal: bool = _help(

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import Trainer, get_scheduler
 from transformers.trainer_pt_utils import AcceleratorConfig
+from transformers.utils import strtobool
 
 from .algorithm import SAMPLER_CORRECTIONS
 from .config_types import set_to_default
@@ -189,6 +190,15 @@ def combination_problems(args: Any) -> list[str]:
             "leave them out.",
         ),
         (
+            args.replay_rollouts is not None and args.log_rollouts,
+            "replay_rollouts trains on rollouts that are written already; leave log_rollouts out.",
+        ),
+        (
+            args.replay_rollouts is not None and not os.path.isdir(args.replay_rollouts),
+            f"replay_rollouts={args.replay_rollouts!r} is no folder; give the folder rollouts/ of the output_dir of a "
+            "run with log_rollouts: true.",
+        ),
+        (
             args.cuda_graphs and args.device.type != "cuda",
             f"cuda_graphs=True needs a CUDA device, and this run is on {args.device}; leave it out.",
         ),
@@ -196,6 +206,12 @@ def combination_problems(args: Any) -> list[str]:
             args.max_tokens_per_microbatch and args.deepspeed_plugin is not None,
             "max_tokens_per_microbatch cannot be used with DeepSpeed, whose engine would step with every piece; lower "
             "per_device_train_batch_size and raise gradient_accumulation_steps instead.",
+        ),
+        (
+            args.max_tokens_per_microbatch and strtobool(os.environ.get("ACCELERATE_USE_FSDP", "false")),
+            "max_tokens_per_microbatch cannot be used with FSDP: every piece gathers weights from all ranks, and "
+            "ranks may have different numbers of pieces; lower per_device_train_batch_size and raise "
+            "gradient_accumulation_steps instead.",
         ),
         (
             args.save_on_signal and args.save_only_model,

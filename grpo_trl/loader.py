@@ -159,6 +159,11 @@ class RolloutLoader:
         return self.collections_per_epoch * self.micro_batches_per_collection
 
     @property
+    def collection(self) -> int:
+        """Number of the collection that the next micro-batch is of, over all epochs."""
+        return self.position // self.micro_batches_per_collection
+
+    @property
     def is_fresh(self) -> bool:
         """Whether what was yielded last is of the first optimizer step after its rollout: the policy still is the one
         that sampled it."""

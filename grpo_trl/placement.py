@@ -4,11 +4,15 @@ The policy has one explicit device, `args.device`. A reference or reward model g
 `reward_device` says, as an accelerate device map, so that it can also be split over devices or quantised.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from accelerate import dispatch_model
 from torch import nn
+from transformers import TrainingArguments
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 DeviceMap = dict[str, Any]
 
@@ -77,6 +81,20 @@ def _usable(device: Any, policy_device: torch.device, num_gpus: int, num_local_r
     return chosen
 
 
+@contextlib.contextmanager
+def whole_models(args: TrainingArguments) -> Iterator[None]:
+    """Models that are loaded in this context are whole on each rank, also under ZeRO-3, which would shard them."""
+    if args.deepspeed_plugin is None:
+        yield
+        return
+    # what `from_pretrained` looks at; the context that accelerate has for this leaves it as it is
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(getattr(args, "hf_deepspeed_config", None) or args.deepspeed_plugin.dschf)
+
+
 def place(model: nn.Module, device_map: DeviceMap) -> nn.Module:
     """Moves a loaded model to its devices. A one-device map adds no hooks: the caller moves the inputs."""
     if set(device_map) == {""}:
@@ -103,4 +121,5 @@ def is_zero3(deepspeed_plugin: Any) -> bool:
 
 def freeze(model: nn.Module) -> nn.Module:
     """Evaluation mode, no gradients: for reference and reward models."""
-    return model.eval().requires_grad_(False)
+    model.eval()  # of which a DeepSpeed engine returns nothing
+    return model.requires_grad_(False)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
+from transformers.utils import strtobool
 from trl.trainer.utils import create_model_from_path
 
 from ..config import GRPOConfig, mapping
@@ -72,7 +73,7 @@ def from_pretrained_options(args: GRPOConfig) -> dict[str, Any]:
 def policy_device_map(args: GRPOConfig) -> dict[str, torch.device] | None:
     """One explicit device, where the default of `from_pretrained` wrappers, "auto", may spread the policy over every
     visible GPU (`model_init_kwargs` can still say so). DeepSpeed and FSDP place the weights themselves."""
-    if args.distributed_state is not None and args.distributed_state.distributed_type in ("DEEPSPEED", "FSDP"):
+    if args.deepspeed_plugin is not None or strtobool(os.environ.get("ACCELERATE_USE_FSDP", "false")):
         return None
     return {"": args.device}
 

@@ -54,7 +54,8 @@ class AdapterReference:
     def per_token_logps(self, batch: RolloutBatch, temperature: float) -> Tensor:
         """See `Reference`."""
         model = self.policy()
-        with evaluation_mode(model), use_adapter(self.accelerator.unwrap_model(model), self.adapter):
+        with_adapter: Any = self.accelerator.unwrap_model(model)
+        with evaluation_mode(model), use_adapter(with_adapter, self.adapter):
             return per_token_logps(model, batch, temperature=temperature)[0]
 
 
@@ -72,7 +73,7 @@ def load_reference_model(
     sharded = is_zero3(args.deepspeed_plugin)
     if path is None:
         copied: Any = copy.deepcopy(policy)
-        return copied if sharded else place(copied, device_map)
+        return copied if sharded else place(copied, device_map)  # pyright: ignore[reportReturnType]
     own = mapping(args.ref_model_init_kwargs)
     options: dict[str, Any] = {"device_map": None if sharded else device_map} | from_pretrained_options(args) | own
     return create_model_from_path(path, None, **options)

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from ..config import GRPOConfig, mapping
-from ..placement import DeviceMap
+from ..placement import DeviceMap, whole_models
 from .model import RewardModel, base_model
 from .registry import REWARDS, TRL_NAMES, RewardFunction, resolve_reward
 from .scoring import RewardScorer
@@ -72,12 +72,13 @@ def load_rewards(
     if processing_classes is None or isinstance(processing_classes, PreTrainedTokenizerBase):
         processing_classes = [processing_classes] * len(specs)  # pyright: ignore[reportAssignmentType]
     assert isinstance(processing_classes, Sequence)
-    return [
-        _load_model(spec, tokenizer, args, device_map)
-        if is_reward_model(spec)
-        else resolve_reward(spec, max_completion_length=args.max_completion_length)
-        for spec, tokenizer in zip(specs, processing_classes, strict=True)
-    ]
+    with whole_models(args):
+        return [
+            _load_model(spec, tokenizer, args, device_map)
+            if is_reward_model(spec)
+            else resolve_reward(spec, max_completion_length=args.max_completion_length)
+            for spec, tokenizer in zip(specs, processing_classes, strict=True)
+        ]
 
 
 def is_reward_model(spec: RewardSpec) -> bool:

@@ -7,6 +7,7 @@ import copy
 import math
 import tempfile
 from dataclasses import fields
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -14,8 +15,12 @@ from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from grpo_trl import GRPOConfig, GRPOTrainer
+from grpo_trl import VARIANTS, GRPOConfig, GRPOTrainer
+from grpo_trl.algorithm import LOSS_TYPES
 from grpo_trl.batch import Group, Prompt
+from grpo_trl.config import PARTS
+from grpo_trl.config_checks import CHOICES
+from grpo_trl.refused import UNUSED
 from grpo_trl.rewards import RewardScorer
 from tests.test_trainer import reward_vowels
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -71,8 +76,29 @@ JUNK = [
     *([], [1], [None], [math.nan], ["a"], {"a": 1}, {"": 7}, {"min_new_tokens": "a"}, {"no_repeat_ngram_size": -1}),
     *({"temperature": "hot"}, {"suppress_tokens": "a"}, {"bad_words_ids": 3}, (), b"bytes", 1 + 2j, object),
 ]
-OPTIONS = st.dictionaries(
-    st.sampled_from(NAMES), st.one_of(st.sampled_from(PLAUSIBLE), st.sampled_from(JUNK)), min_size=1, max_size=4
+HINTS = get_type_hints(GRPOConfig)
+
+
+def fitting(name: str) -> list:
+    """Values that fit a field by itself; they may still contradict another's."""
+    if name in (choices := PARTS | CHOICES | {"variant": VARIANTS, "loss_type": LOSS_TYPES}):
+        return list(choices[name])
+    kinds = {bool: [True, False], int: [1, 2, 4, 8], float: [0.1, 0.5, 1.0, 2.0]}
+    options = {HINTS[name], *get_args(HINTS[name])}
+    return next((values for kind, values in kinds.items() if kind in options), [])
+
+
+FITTING = [name for name in NAMES if name not in UNUSED and fitting(name)]
+OPTIONS = st.one_of(
+    st.dictionaries(
+        st.sampled_from(NAMES), st.one_of(st.sampled_from(PLAUSIBLE), st.sampled_from(JUNK)), min_size=1, max_size=4
+    ),
+    *[
+        st.lists(st.sampled_from(FITTING), min_size=1, max_size=most, unique=True).flatmap(
+            lambda names: st.fixed_dictionaries({name: st.sampled_from(fitting(name)) for name in names})
+        )
+        for most in (2, 3)
+    ],
 )
 
 

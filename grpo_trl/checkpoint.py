@@ -30,7 +30,7 @@ NOT_COMPUTED = (
     *("ref_device", "reward_device", "ds3_gather_for_generation", "max_concurrent_rows", "reward_call"),
     *("reward_overlap", "reward_timeout", "reward_batch_size", "num_generations_eval", "eval_temperature"),
     *("eval_max_completion_length", "log_completions", "num_completions_to_print", "log_unique_prompts"),
-    *("save_epochs", "plot_metrics", "save_on_signal"),
+    *("log_rollouts", "save_epochs", "plot_metrics", "save_on_signal"),
 )
 
 

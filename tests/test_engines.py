@@ -125,11 +125,12 @@ def assert_same(one: dict, two: dict) -> None:
     assert one["sampled"] == two["sampled"]
     assert len({str(ids) for groups in one["sampled"].values() for ids in groups}) > len(one["sampled"])
     for first, second in zip(one["log"], two["log"], strict=True):
-        assert first.keys() == second.keys()
-        for name, value in first.items():
+        # DeepSpeed's engine steps inside its backward pass, where nothing can be skipped
+        assert first.keys() - {"nonfinite/skipped_updates"} <= second.keys()
+        for name in first.keys() & second.keys():
             # times differ, and total_flos counts padding, which depends on the rows of a micro-batch
-            if not any(part in name for part in ("runtime", "per_second", "total_flos")):
-                assert second[name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
+            if not any(part in name for part in ("runtime", "seconds", "per_second", "total_flos")):
+                assert second[name] == pytest.approx(first[name], rel=1e-5, abs=1e-5), name
     for kind in ("checkpoint", "weights"):
         assert one[kind].keys() == two[kind].keys()
         for name, weight in one[kind].items():

@@ -103,7 +103,7 @@ def path() -> dict[str, str]:
 
 
 def launch(output: Path, models: Path, config: str | None, changes: dict | None = None, **options) -> None:
-    """Runs `tests/train_on_engine.py` on one process, or on two ranks under a config with `changes` in its sections."""
+    """Runs `tests/train_on_engine.py`: on one process, or on two ranks under a config with `changes` in it."""
     options = {"lora": False, "shard_cpu_ranks": config == "fsdp2"} | options
     worker = [
         "tests/train_on_engine.py",
@@ -118,7 +118,7 @@ def launch(output: Path, models: Path, config: str | None, changes: dict | None 
     settings = yaml.safe_load((ROOT / "accelerate_configs" / f"{config}.yaml").read_text())
     for section, values in (changes or {}).items():
         settings[section] |= values
-    settings["num_processes"] = 2
+    settings["num_processes"] = world_size
     if settings["distributed_type"] != "DEEPSPEED":  # which finds out by itself
         settings["use_cpu"] = True
     (output / "accelerate.yaml").write_text(yaml.safe_dump(settings))

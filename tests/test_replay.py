@@ -140,9 +140,7 @@ def test_another_objective_on_the_same_rollouts(tmp_path):
 
 def test_what_a_replay_lacks_is_said(tmp_path):
     recorded(tmp_path / "a", num_iterations=1, beta=0.0, max_steps=2)
-    with pytest.raises(
-        FileNotFoundError, match=r"000002_rank_0.parquet does not exist: .* collections 0 to 1"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"000002_rank_0.parquet does not exist: .* collections 0 to 1"):
         replayed(tmp_path / "b", tmp_path / "a", num_iterations=1, beta=0.0, max_steps=3)
     with pytest.raises(ValueError, match=r"no log-probabilities of a reference, which beta=0.1 needs") as error:
         replayed(tmp_path / "b", tmp_path / "a", num_iterations=2, beta=0.1, max_steps=2)

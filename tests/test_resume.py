@@ -138,7 +138,12 @@ def test_another_number_of_steps(tmp_path):
 
 
 def test_a_finished_run_is_not_trained_further(tmp_path):
-    options = {"max_steps": 3, "num_iterations": 2, "save_strategy": "steps", "save_steps": 3}  # within the first epoch
+    options = {
+        "max_steps": 3,
+        "num_iterations": 2,
+        "save_strategy": "steps",
+        "save_steps": 3,
+    }  # within the first epoch
     straight = build(tmp_path, **options)
     straight.train()
     expected = outcome(straight)
@@ -200,7 +205,9 @@ def test_another_number_of_ranks_is_refused_with_the_reason(tmp_path):
 def test_rows_read_anew_are_the_same_data(tmp_path):
     """What counts is what the rows say, not the object, its cache or its history."""
     folder = cut(tmp_path)
-    again = Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS]).filter(lambda row: row["prompt"] in PROMPTS[:4])
+    again = Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS]).filter(
+        lambda row: row["prompt"] in PROMPTS[:4]
+    )
     build(tmp_path, num_iterations=2, data=lambda: again).train(resume_from_checkpoint=folder)
 
 

@@ -105,13 +105,8 @@ def path() -> dict[str, str]:
 def launch(output: Path, models: Path, config: str | None, changes: dict | None = None, **options) -> None:
     """Runs `tests/train_on_engine.py`: on one process, or on two ranks under a config with `changes` in it."""
     options = {"lora": False, "shard_cpu_ranks": config == "fsdp2"} | options
-    worker = [
-        "tests/train_on_engine.py",
-        str(output),
-        str(models),
-        "1" if config is None else "2",
-        json.dumps(options),
-    ]
+    world_size = 1 if config is None else 2
+    worker = ["tests/train_on_engine.py", str(output), str(models), str(world_size), json.dumps(options)]
     if config is None:
         execute([sys.executable, *worker], timeout=240)
         return

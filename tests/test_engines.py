@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -85,16 +86,22 @@ def build_op():
 
 
 def execute(*commands: list[str], timeout: float) -> None:
-    """Runs them side by side to their end; fails with what one said if one fails or hangs."""
-    options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    started = [subprocess.Popen(c, env={**os.environ, **path(), **ENVIRONMENT}, **options) for c in commands]
-    try:
-        for process in started:
-            said, _ = process.communicate(timeout=timeout)
-            assert process.returncode == 0, said[-8000:]
-    finally:
-        for process in started:
-            process.kill()
+    """Runs them side by side to their end; fails with what they said if one fails or hangs, and leaves none behind."""
+    environment = {**os.environ, **path(), **ENVIRONMENT}
+    with tempfile.TemporaryFile("w+") as said:
+        started = [
+            subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=subprocess.STDOUT, env=environment)
+            for command in commands
+        ]
+        try:
+            codes = [process.wait(timeout) for process in started]
+        finally:
+            for process in started:
+                process.terminate()  # a launcher takes its ranks with it
+                process.wait(60)
+            said.seek(0)
+            print(said.read()[-8000:])  # shown with a failure
+    assert set(codes) == {0}
 
 
 def path() -> dict[str, str]:

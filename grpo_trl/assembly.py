@@ -34,7 +34,6 @@ from .policy import disable_dropout, freeze_adapter, load_policy, load_reference
 from .prompt_memory import PromptMemory
 from .prompts import check_prompt_dataset, check_template_kwargs, encode_prompt, first_rows, limit_prompts
 from .rewards import check_rewards
-from .rewards.loading import is_reward_model
 from .rewards.registry import TRL_NAMES
 from .rewards.rows import RESERVED
 from .rollouts import EVAL_STREAM, SamplingParams, check_engine
@@ -114,7 +113,7 @@ def problems(
             "leave quantization_config out of ref_model_init_kwargs, or set sync_ref_model=False."
         )
     if is_zero3(args.deepspeed_plugin):
-        found += zero3_problems(args.ref_device, [spec for spec in rewards if isinstance(spec, str)])
+        found += zero3_problems(args.ref_device)
     if isinstance(datasets["train_dataset"], IterableDataset) and args.max_steps <= 0:
         found.append("train_dataset is a stream, whose length is not known; set max_steps.")
     found += _errors_of(
@@ -129,20 +128,14 @@ def problems(
     return found
 
 
-def zero3_problems(ref_device: str | dict | None, rewards: list[str]) -> list[str]:
-    """What cannot be placed under ZeRO-3, where `from_pretrained` shards every model over the ranks."""
-    found = []
-    if ref_device not in (None, "auto", "same"):
-        found.append(
-            f"ref_device={ref_device!r}: under ZeRO-3 the reference is sharded over the ranks like the policy and has "
-            "no device of its own; leave ref_device at auto, or use ZeRO-2."
-        )
-    if models := [spec for spec in rewards if is_reward_model(spec)]:
-        found.append(
-            f"reward model {', '.join(models)}: under ZeRO-3 it would be loaded in shards, which a model on a device "
-            "of its own cannot be; use ZeRO-2, or load it before the GRPOConfig is made and pass the instance."
-        )
-    return found
+def zero3_problems(ref_device: str | dict | None) -> list[str]:
+    """What cannot be placed under ZeRO-3, which shards the reference over the ranks."""
+    if ref_device in (None, "auto", "same"):
+        return []
+    return [
+        f"ref_device={ref_device!r}: under ZeRO-3 the reference is sharded over the ranks like the policy and has "
+        "no device of its own; leave ref_device at auto, or use ZeRO-2."
+    ]
 
 
 def with_overlong_penalty(rewards: list[Any], processing_classes: Any, args: GRPOConfig) -> tuple[list[Any], Any]:

@@ -14,6 +14,7 @@ from transformers.utils import logging
 from . import manifest
 from .config import GRPOConfig
 from .placement import input_device
+from .policy import whole_parameters
 
 logger = logging.get_logger(__name__)
 
@@ -129,14 +130,17 @@ def load_numbers(folder: str, rank: int) -> dict[str, Any]:
     return json.loads(numbers.read_text())
 
 
-def save_reference(folder: str, model: nn.Module) -> None:
-    """Writes a reference that changes during the run (`sync_ref_model`)."""
-    save_model(model, str(Path(folder) / REFERENCE_NAME))
+def save_reference(folder: str, model: nn.Module, *, write: bool) -> None:
+    """Writes a reference that changes during the run (`sync_ref_model`). Every rank calls it, and one writes."""
+    with whole_parameters(model.parameters()):
+        if write:
+            save_model(model, str(Path(folder) / REFERENCE_NAME))
 
 
 def load_reference(folder: str, model: nn.Module) -> None:
     """Restores what `save_reference` wrote."""
-    load_model(model, Path(folder) / REFERENCE_NAME, device=str(input_device(model)))
+    with whole_parameters(model.parameters()):
+        load_model(model, Path(folder) / REFERENCE_NAME, device=str(input_device(model)))
 
 
 def _files(folder: str | Path, rank: int) -> tuple[Path, Path]:

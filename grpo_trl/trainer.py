@@ -45,6 +45,7 @@ from .evaluation import evaluate_sets
 from .loader import IndexedPrompts, RolloutLoader, StreamedPrompts
 from .metrics import Metrics
 from .nonfinite import NonFiniteUpdates
+from .placement import is_zero3
 from .policy import (
     Reference,
     evaluation_mode,
@@ -54,7 +55,7 @@ from .policy import (
 from .prompts import encode_prompt, truncate_prompt
 from .refused import raise_all, uncalled
 from .rewards import RewardScorer, load_rewards
-from .rollouts import is_zero3, make_engine, make_replica, weights_for_generation
+from .rollouts import make_engine, make_replica, weights_for_generation
 
 logger = logging.get_logger(__name__)
 
@@ -183,7 +184,7 @@ class GRPOTrainer(CollectingTrainer):
         self.engine = make_engine(
             args.rollout_engine,
             cast(PreTrainedModel, self.accelerator.unwrap_model(self.model)),
-            sharded=is_zero3(self.accelerator) and not args.ds3_gather_for_generation,
+            sharded=is_zero3(args.deepspeed_plugin) and not args.ds3_gather_for_generation,
             max_concurrent_rows=args.max_concurrent_rows,
             cache_implementation=args.cache_implementation,
             cuda_graphs=args.cuda_graphs,

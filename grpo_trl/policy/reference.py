@@ -1,7 +1,8 @@
 """The reference policy of the KL term: a frozen model, or the policy itself with another adapter (or none)."""
 
+import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
@@ -156,3 +157,15 @@ def make_reference(
             prepare_deepspeed(model, accelerator), passes
         )  # loaded in shards, so it must run as such
     return FrozenReference(model, passes)
+
+
+def whole_parameters(parameters: Iterable[nn.Parameter]) -> contextlib.AbstractContextManager:
+    """Under DeepSpeed ZeRO-3, the context in which parameters are whole on every rank; else one that does nothing.
+    What rank 0 makes of them is scattered again; those that are not sharded stay as they are. All ranks must enter it.
+    """
+    sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not sharded:
+        return contextlib.nullcontext()
+    import deepspeed  # pyright: ignore[reportMissingImports]
+
+    return deepspeed.zero.GatheredParameters(sharded, modifier_rank=0)

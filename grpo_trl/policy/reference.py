@@ -37,8 +37,8 @@ class Reference(Protocol):
 class Passes:
     """How a batch is scored: `rows` at a time, or as many as have no more tokens than the largest `rows` neighbours.
 
-    A limit in tokens that is set takes the place of those; a fixed one keeps whole `rows`. Where rows are padded, those
-    of like length share a pass.
+    A limit in tokens that is set takes the place of those; a fixed one keeps whole `rows`. Where rows are padded,
+    those of like length share a pass.
     """
 
     def __init__(self, rows: int, limit: TokenLimit):

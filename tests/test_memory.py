@@ -112,7 +112,7 @@ def test_optimizer_states(optim, expected):
 
 
 def test_an_optimizer_that_is_not_known_and_a_missing_prompt_length_are_said(run):
-    said = " ".join(Planner(2**30).plan(run(optim="adagrad", max_prompt_length=None)).assumptions)
+    said = " ".join(Planner(2**30).plan(run(optim="ademamix", max_prompt_length=None)).assumptions)
     assert "AdamW" in said and "512 tokens" in said
     assert Planner(2**30).plan(run()).assumptions == []
 

@@ -139,5 +139,5 @@ def load_reference(folder: str, model: nn.Module) -> None:
     load_model(model, Path(folder) / REFERENCE_NAME, device=str(input_device(model)))
 
 
-def _files(folder: str, rank: int) -> tuple[Path, Path]:
+def _files(folder: str | Path, rank: int) -> tuple[Path, Path]:
     return Path(folder) / f"rollout_state_{rank}.json", Path(folder) / f"rollout_buffer_{rank}.safetensors"

@@ -84,8 +84,8 @@ def holds(folder: Path, name: str) -> bool:
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
-    """The folders of checkpoints, oldest first: complete ones by the time of their manifest, others before them by
-    their step."""
+    """The folders of checkpoints, complete or not, oldest first: by the time of their manifest, or where there is none
+    by that of their last change."""
     folders = [path for path in output_dir.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name) and path.is_dir()]
     return sorted(folders, key=lambda path: (_saved_at(path), _step(path)))
 
@@ -147,7 +147,10 @@ def _step(folder: Path) -> int:
 
 
 def _saved_at(folder: Path) -> float:
-    return _read(folder)["saved_at"] if is_complete(folder) else 0.0
+    try:
+        return float(_read(folder)["saved_at"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return folder.stat().st_mtime
 
 
 def _read(folder: Path) -> dict[str, Any]:

@@ -72,10 +72,10 @@ def test_what_is_wrong_is_named(tmp_path, damage, problem, by_size):
 
 def test_the_newest_is_the_one_written_last(tmp_path):
     complete(tmp_path / "checkpoint-4")
-    folder(tmp_path / "checkpoint-9")  # incomplete: the oldest
+    folder(tmp_path / "checkpoint-9")  # incomplete
     complete(tmp_path / "checkpoint-2")  # of a run that went back
     folder(tmp_path / "checkpoint-x")
-    assert [path.name for path in manifest.checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-4", "checkpoint-2"]
+    assert [path.name for path in manifest.checkpoints(tmp_path)] == ["checkpoint-4", "checkpoint-9", "checkpoint-2"]
 
 
 def test_rotation_counts_complete_ones_and_keeps_what_it_is_told(tmp_path):

@@ -109,6 +109,14 @@ def test_a_checkpoint_that_is_written_anew_keeps_the_old_one_until_it_is_complet
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
 
 
+def test_what_a_run_that_died_had_half_deleted_goes(tmp_path):
+    kept, gone = complete(tmp_path / "checkpoint-2"), complete(tmp_path / "checkpoint-1")
+    gone.rename(tmp_path / "_checkpoint-1")
+    (tmp_path / "_checkpoint-1" / "manifest.json").unlink()
+    manifest.recover(tmp_path)
+    assert list(tmp_path.iterdir()) == [kept]
+
+
 def test_an_incomplete_one_makes_room(tmp_path):
     made = folder(tmp_path / "checkpoint-1")
     manifest.set_aside(made)

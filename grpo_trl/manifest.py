@@ -84,8 +84,8 @@ def holds(folder: Path, name: str) -> bool:
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
-    """The folders of checkpoints, oldest first: complete ones by the time of their manifest, others before them by
-    their step."""
+    """The folders of checkpoints, complete or not, oldest first: by the time of their manifest, or where there is none
+    by that of their last change."""
     folders = [path for path in output_dir.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name) and path.is_dir()]
     return sorted(folders, key=lambda path: (_saved_at(path), _step(path)))
 
@@ -101,19 +101,20 @@ def set_aside(folder: Path) -> None:
 
 
 def drop_aside(folder: Path) -> None:
-    """Ends what `set_aside` began."""
-    remove(_aside(folder))
+    """Ends what `set_aside` began. The manifest goes first: a checkpoint that is half deleted is not complete."""
+    (_aside(folder) / NAME).unlink(missing_ok=True)
+    shutil.rmtree(_aside(folder), ignore_errors=True)
 
 
 def recover(output_dir: Path) -> None:
-    """Puts back what `set_aside` kept where the run died before the new checkpoint was complete."""
+    """Puts back what was set aside where the run died before a new checkpoint was complete; deletes the rest of it."""
     for aside in output_dir.glob("_checkpoint-*"):
         folder = aside.with_name(aside.name[1:])
         if is_complete(aside) and not is_complete(folder):
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(aside, folder)
         else:
-            remove(aside)
+            drop_aside(folder)
 
 
 def rotate(output_dir: Path, limit: int | None, keep: list[Path]) -> None:
@@ -131,9 +132,10 @@ def rotate(output_dir: Path, limit: int | None, keep: list[Path]) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Deletes a checkpoint, its manifest first: one that is half deleted is not complete."""
-    (folder / NAME).unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
+    """Deletes a checkpoint, under another name: what is left when the run dies meanwhile is deleted by `recover`."""
+    shutil.rmtree(_aside(folder), ignore_errors=True)
+    os.replace(folder, _aside(folder))
+    drop_aside(folder)
 
 
 def _aside(folder: Path) -> Path:
@@ -147,7 +149,10 @@ def _step(folder: Path) -> int:
 
 
 def _saved_at(folder: Path) -> float:
-    return _read(folder)["saved_at"] if is_complete(folder) else 0.0
+    try:
+        return float(_read(folder)["saved_at"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return folder.stat().st_mtime
 
 
 def _read(folder: Path) -> dict[str, Any]:

@@ -72,10 +72,10 @@ def test_what_is_wrong_is_named(tmp_path, damage, problem, by_size):
 
 def test_the_newest_is_the_one_written_last(tmp_path):
     complete(tmp_path / "checkpoint-4")
-    folder(tmp_path / "checkpoint-9")  # incomplete: the oldest
+    folder(tmp_path / "checkpoint-9")  # incomplete
     complete(tmp_path / "checkpoint-2")  # of a run that went back
     folder(tmp_path / "checkpoint-x")
-    assert [path.name for path in manifest.checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-4", "checkpoint-2"]
+    assert [path.name for path in manifest.checkpoints(tmp_path)] == ["checkpoint-4", "checkpoint-9", "checkpoint-2"]
 
 
 def test_rotation_counts_complete_ones_and_keeps_what_it_is_told(tmp_path):
@@ -107,6 +107,14 @@ def test_a_checkpoint_that_is_written_anew_keeps_the_old_one_until_it_is_complet
     complete(made, state="newer")
     manifest.drop_aside(made)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+def test_what_a_run_that_died_had_half_deleted_goes(tmp_path):
+    kept, gone = complete(tmp_path / "checkpoint-2"), complete(tmp_path / "checkpoint-1")
+    gone.rename(tmp_path / "_checkpoint-1")
+    (tmp_path / "_checkpoint-1" / "manifest.json").unlink()
+    manifest.recover(tmp_path)
+    assert list(tmp_path.iterdir()) == [kept]
 
 
 def test_an_incomplete_one_makes_room(tmp_path):

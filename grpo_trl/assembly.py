@@ -192,7 +192,7 @@ def policy_limit(args: GRPOConfig, accelerator: Accelerator) -> TokenLimit:
     those are not cut when memory runs out."""
     alone = accelerator.distributed_type == DistributedType.NO
     fixed = not alone or args.top_entropy_quantile < 1
-    return TokenLimit("the policy's update", args.max_tokens_per_microbatch, fixed=fixed)
+    return TokenLimit("the policy", args.max_tokens_per_microbatch, fixed=fixed)
 
 
 def dynamic_sampler(args: GRPOConfig, world_size: int) -> DynamicSampler:

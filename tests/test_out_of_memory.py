@@ -69,7 +69,7 @@ def test_an_update_that_ran_out_of_memory_is_the_same_update(tmp_path, caplog, e
     assert_equal(gradients, enough[1])
     for row, expected in zip(numbers(result), numbers(enough[0]), strict=True):
         assert row == pytest.approx(expected, rel=1e-4, abs=1e-5)
-    assert f"Out of memory in the policy's update: its passes have at most {result.policy_limit.tokens} tokens" in (
+    assert f"Out of memory in the policy: its passes have at most {result.policy_limit.tokens} tokens" in (
         " ".join(caplog.messages)
     )
     assert enough[0].policy_limit.tokens is None

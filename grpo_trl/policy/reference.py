@@ -152,7 +152,5 @@ def make_reference(
     if model is None:
         return AdapterReference(policy, accelerator, adapter, passes)
     if zero3:
-        return FrozenReference(
-            prepare_deepspeed(model, accelerator), passes
-        )  # loaded in shards, so it must run as such
+        model = prepare_deepspeed(model, accelerator)  # loaded in shards, so it must run as such
     return FrozenReference(model, passes)

@@ -19,18 +19,19 @@ logger = logging.get_logger(__name__)
 
 REFERENCE_NAME = "reference.safetensors"
 
-# Fields of transformers that change what is computed, and fields of ours that do not, beside those of the layout, which
-# are refused when they differ.
+# Fields of transformers that change what is computed, and fields of ours that do not, beside those of the layout,
+# which are refused when they differ.
 COMPUTED = (
     *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args"),
     *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16", "fp16"),
 )
-NOT_COMPUTED = frozenset(
-    "logging_steps gradient_checkpointing model_init_kwargs reward_model_init_kwargs trust_remote_code ref_device "
-    "reward_device ds3_gather_for_generation max_concurrent_rows reward_call reward_timeout reward_batch_size "
-    "num_generations_eval eval_temperature eval_max_completion_length eval_pass_threshold log_completions "
-    "num_completions_to_print log_unique_prompts save_epochs plot_metrics save_on_signal".split()
-)
+NOT_COMPUTED = {
+    "logging_steps", "gradient_checkpointing", "model_init_kwargs", "reward_model_init_kwargs",
+    "trust_remote_code", "ref_device", "reward_device", "ds3_gather_for_generation", "max_concurrent_rows",
+    "reward_call", "reward_timeout", "reward_batch_size", "num_generations_eval", "eval_temperature",
+    "eval_max_completion_length", "eval_pass_threshold", "log_completions", "num_completions_to_print",
+    "log_unique_prompts", "save_epochs", "plot_metrics", "save_on_signal", "reward_overlap", "log_rollouts",
+}  # fmt: skip
 
 
 # ---- Which folder ----
@@ -138,5 +139,5 @@ def load_reference(folder: str, model: nn.Module) -> None:
     load_model(model, Path(folder) / REFERENCE_NAME, device=str(input_device(model)))
 
 
-def _files(folder: str, rank: int) -> tuple[Path, Path]:
+def _files(folder: str | Path, rank: int) -> tuple[Path, Path]:
     return Path(folder) / f"rollout_state_{rank}.json", Path(folder) / f"rollout_buffer_{rank}.safetensors"

@@ -235,7 +235,7 @@ class GRPOConfig(TrainingArguments):
     save_epochs: bool = _help("Write epoch_1/, epoch_2/, ... with weights, config, recipe and script.", True)
     plot_metrics: bool = _help("Redraw training_metrics.png at every log.", True)
     save_on_signal: bool = _help(
-        "At SIGTERM and Ctrl-C save a checkpoint and exit. Default: unless save_strategy is no or save_only_model is set."
+        "At SIGTERM and Ctrl-C save a checkpoint and exit. Default: unless save_strategy is no, or save_only_model."
     )
 
     def __post_init__(self):

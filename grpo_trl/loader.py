@@ -47,8 +47,8 @@ REASONS = {
 
 
 class PromptSource(Protocol):
-    """Where draws come from. `num_prompts` is the length of an epoch, `fingerprint` tells whether the data are the same;
-    both are None for a stream."""
+    """Where draws come from. `num_prompts` is the length of an epoch, `fingerprint` tells whether the data are the
+    same; both are None for a stream."""
 
     num_prompts: int | None
     fingerprint: str | None
@@ -266,8 +266,8 @@ class RolloutLoader:
         if changed:
             raise ValueError(
                 "This run cannot continue from the checkpoint, because the position in its data means something else "
-                f"now: {'; '.join(changed)}. {' '.join(reasons)}{' ' if reasons else ''}Restore these values, or start "
-                "a new run from its weights (model=)."
+                f"now: {'; '.join(changed)}. {' '.join(reasons)}{' ' if reasons else ''}Restore these values, or "
+                "start a new run from its weights (model=)."
             )
 
     def _layout(self) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Checkpoints that are all or nothing: a folder is one when its manifest, written last, says so.
 
-`manifest.json` lists every other file with its size and SHA-256. Files are flushed to the disk before it is written, so
-what it says holds after a kill and after a power failure alike. Folders only; nothing here knows what the files mean.
+`manifest.json` lists every other file with its size and SHA-256. Files are flushed to the disk before it is written,
+so what it says holds after a kill and after a power failure alike. Nothing here knows what the files mean.
 """
 
 import hashlib

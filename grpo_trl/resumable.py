@@ -212,8 +212,8 @@ class ResumableTrainer(Trainer):
 
 
 class _ResumeCallback(TrainerCallback):
-    """At the last step of an epoch, evaluation and checkpoint wait for the end of the epoch: the checkpoint is one after
-    all that belongs to it. Else a run killed between the two would go on without the epoch's folder and logs."""
+    """At the last step of an epoch, evaluation and checkpoint wait for the end of the epoch: the checkpoint is one
+    after all that belongs to it. Else a run killed between the two would go on without the epoch's folder and logs."""
 
     def __init__(self, trainer: ResumableTrainer):
         self.trainer = trainer

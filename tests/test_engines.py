@@ -39,6 +39,7 @@ UNEVEN = {
     "dynamic_sampling": True,
     "dynamic_sampling_filter": "tests.train_on_engine.uneven",
     "dynamic_sampling_max_rounds": 1,
+    "num_iterations": 1,
     "max_steps": 4,
     "max_concurrent_rows": 4,
 }

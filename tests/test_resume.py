@@ -1,14 +1,12 @@
-"""A run that was cut and resumed is the run: the same weights, optimizer state, random state and logs, to the last bit."""
+"""A run that was cut and resumed is the run: the same weights, optimizer, random state and logs, to the last bit."""
 
 import json
 
 import pytest
-import torch
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import TrainerCallback
 
-from grpo_trl import GRPOTrainer
 from tests.resuming import differences, outcome
 from tests.test_trainer import PROMPTS, dataset, logged, reward_vowels, trained_adapter, trainer
 

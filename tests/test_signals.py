@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C in real runs: a checkpoint is saved, the process is asked to exit, and the resumed run is the run."""
+"""SIGTERM and Ctrl-C in real runs: a checkpoint is saved, the process exits, and the resumed run is the run."""
 
 import os
 import signal

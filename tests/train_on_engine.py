@@ -65,7 +65,7 @@ def main(output: str, models: str, world_size: int, options: dict) -> None:
     defaults = {
         "use_cpu": True, "report_to": "none", "disable_tqdm": True, "max_completion_length": 10, "max_steps": 3,
         "logging_steps": 1, "learning_rate": 1e-2, "lr_scheduler_type": "constant", "beta": 0.1,
-        "gradient_accumulation_steps": 2, "save_steps": 2,
+        "gradient_accumulation_steps": 2, "num_iterations": 2, "save_steps": 2,
         "max_grad_norm": 1e4,  # a norm is logged, and no gradient clipped
         "adam_epsilon": 1e-3,  # of gradients near 0 the usual one makes steps of full size: rounding, magnified
     }  # fmt: skip

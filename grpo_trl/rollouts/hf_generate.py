@@ -149,7 +149,7 @@ def check_positions(config: Any, prompt_length: int, completion_length: int) -> 
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether ZeRO-3 keeps weights in shards that every forward pass has to gather."""
-    return any(hasattr(p, "ds_id") and p.numel() < p.ds_numel for p in model.parameters())
+    return any(p.numel() < getattr(p, "ds_numel", 0) for p in model.parameters())
 
 
 def completion_lengths(ids: Tensor, eos_token_ids: Sequence[int]) -> tuple[Tensor, Tensor]:

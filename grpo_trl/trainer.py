@@ -250,8 +250,8 @@ class GRPOTrainer(CollectingTrainer):
     # ---- Update ----
 
     def training_step(self, model: nn.Module, inputs: RolloutBatch, num_items_in_batch: Any = None) -> Tensor:
-        """Forward and backward of a micro-batch, in pieces of at most `max_tokens_per_microbatch` tokens, and in smaller
-        ones once memory ran out.
+        """Forward and backward of a micro-batch, in pieces of at most `max_tokens_per_microbatch` tokens, and in
+        smaller ones once memory ran out.
 
         The gradients of the pieces add up to the micro-batch's, because token weights are global; ranks exchange them
         with the last.
@@ -270,7 +270,7 @@ class GRPOTrainer(CollectingTrainer):
             return [self._add_gradients(model, micro_batch, num_items_in_batch) for micro_batch in todo][-1]
 
         def restart() -> None:
-            # an error in backward leaves half of a gradient in the sum, so all micro-batches of the step are done again
+            # an error in backward leaves half of a gradient, so all micro-batches of the step are done again
             model.zero_grad()
             self.metrics = self._metrics_before.copy()
             todo[:] = self._accumulated

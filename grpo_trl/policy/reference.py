@@ -34,10 +34,8 @@ class Reference(Protocol):
 
 
 class Passes:
-    """How a batch is scored: `rows` at a time, or as many as have no more tokens than the largest `rows` neighbours.
-
-    A limit in tokens that is set takes the place of those; a fixed one keeps whole `rows`. Where rows are padded, those
-    of like length share a pass.
+    """How a batch is scored: as many rows at a time as have no more tokens than the largest `rows` neighbours, nor
+    than the limit. Where rows are padded, those of like length share a pass. With a fixed limit the neighbours do.
     """
 
     def __init__(self, rows: int, limit: TokenLimit):
@@ -61,11 +59,12 @@ class Passes:
         if self.limit.fixed:
             return neighbours
         packed = is_packed(model)
-        tokens = tokens or max(num_tokens(batch.rows(rows), packed=packed) for rows in neighbours)
+        most = max(num_tokens(batch.rows(rows), packed=packed) for rows in neighbours)
+        most = most if tokens is None else min(most, tokens)
         if packed:
-            return pieces(batch, tokens, packed=True)
+            return pieces(batch, most, packed=True)
         prompts, completions = batch.prompt_mask.sum(1).tolist(), batch.completion_mask.sum(1).tolist()
-        return token_batches(list(zip(prompts, completions, strict=True)), tokens)
+        return token_batches(list(zip(prompts, completions, strict=True)), most)
 
 
 class FrozenReference:

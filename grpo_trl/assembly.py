@@ -181,11 +181,11 @@ def limit(dataset: Any, tokenizer: Any, chat_options: dict[str, Any], args: GRPO
 
 
 def policy_limit(args: GRPOConfig, accelerator: Accelerator) -> TokenLimit:
-    """Of the policy's passes. Several processes share theirs, and top-entropy tokens are picked from a whole
-    micro-batch: those are not cut when memory runs out."""
+    """Of the policy's passes. They are not cut when memory runs out where other processes take part in them, or where
+    tokens are picked from a whole micro-batch."""
     alone = accelerator.distributed_type == DistributedType.NO
     fixed = not alone or args.top_entropy_quantile < 1
-    return TokenLimit("the policy's update", args.max_tokens_per_microbatch, fixed=fixed)
+    return TokenLimit("the policy", args.max_tokens_per_microbatch, fixed=fixed)
 
 
 def dynamic_sampler(args: GRPOConfig, world_size: int) -> DynamicSampler:

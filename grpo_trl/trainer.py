@@ -271,7 +271,7 @@ class GRPOTrainer(CollectingTrainer):
             return [self._add_gradients(model, micro_batch, num_items_in_batch) for micro_batch in todo][-1]
 
         def restart() -> None:
-            # an error in backward leaves half of a gradient in the sum: all micro-batches of the step are done again
+            # an error in backward leaves half of a gradient, so all micro-batches of the step are done again
             model.zero_grad()
             self.metrics = self._metrics_before.copy()
             todo[:] = self._accumulated

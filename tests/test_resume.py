@@ -206,7 +206,9 @@ def test_rows_read_anew_are_the_same_data(tmp_path):
     again = Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS]).filter(
         lambda row: row["prompt"] in PROMPTS[:4]
     )
-    build(tmp_path, num_iterations=2, data=lambda: again).train(resume_from_checkpoint=folder)
+    run = build(tmp_path, num_iterations=2, data=lambda: again)
+    run.train(resume_from_checkpoint=folder)
+    assert run.state.global_step == run.state.max_steps  # it went on
 
 
 def test_other_settings_are_named_and_do_not_stop_the_run(tmp_path, caplog):

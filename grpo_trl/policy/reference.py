@@ -35,10 +35,8 @@ class Reference(Protocol):
 
 
 class Passes:
-    """How a batch is scored: `rows` at a time, or as many as have no more tokens than the largest `rows` neighbours.
-
-    A limit in tokens that is set takes the place of those; a fixed one keeps whole `rows`. Where rows are padded,
-    those of like length share a pass.
+    """How a batch is scored: as many rows at a time as have no more tokens than the largest `rows` neighbours, nor
+    than the limit. Where rows are padded, those of like length share a pass. With a fixed limit the neighbours do.
     """
 
     def __init__(self, rows: int, limit: TokenLimit):
@@ -62,11 +60,12 @@ class Passes:
         if self.limit.fixed:
             return neighbours
         packed = is_packed(model)
-        tokens = tokens or max(num_tokens(batch.rows(rows), packed=packed) for rows in neighbours)
+        most = max(num_tokens(batch.rows(rows), packed=packed) for rows in neighbours)
+        most = most if tokens is None else min(most, tokens)
         if packed:
-            return pieces(batch, tokens, packed=True)
+            return pieces(batch, most, packed=True)
         prompts, completions = batch.prompt_mask.sum(1).tolist(), batch.completion_mask.sum(1).tolist()
-        return token_batches(list(zip(prompts, completions, strict=True)), tokens)
+        return token_batches(list(zip(prompts, completions, strict=True)), most)
 
 
 class FrozenReference:
@@ -153,9 +152,7 @@ def make_reference(
     if model is None:
         return AdapterReference(policy, accelerator, adapter, passes)
     if zero3:
-        return FrozenReference(
-            prepare_deepspeed(model, accelerator), passes
-        )  # loaded in shards, so it must run as such
+        model = prepare_deepspeed(model, accelerator)  # loaded in shards, so it must run as such
     return FrozenReference(model, passes)
 
 

@@ -3,8 +3,8 @@
 python benchmarks/memory_plan.py [--device cuda] [--output benchmarks/results/memory_plan.json]
 
 Each shape trains in a process of its own. On the CPU the peak is that of resident memory (VmHWM of /proc/self/status)
-over what it was before the models were loaded; on CUDA it is the allocator's counter. glibc's malloc keeps freed blocks
-in its heap, and the larger they are the longer it runs, so each shape is measured twice: with a fixed
+over what it was before the models were loaded; on CUDA it is the allocator's counter. glibc's malloc keeps freed
+blocks in its heap, and the larger they are the longer it runs, so each shape is measured twice: with a fixed
 MALLOC_MMAP_THRESHOLD_, where every large tensor is a mapping of its own that goes back when it is freed, and as it is.
 """
 

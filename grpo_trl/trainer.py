@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import gather_object
@@ -42,6 +42,7 @@ from .config import GOVERNED, GRPOConfig, mapping
 from .evaluation import evaluate_sets
 from .loader import IndexedPrompts, RolloutLoader, StreamedPrompts
 from .metrics import Metrics
+from .nonfinite import NonFiniteUpdates
 from .policy import (
     Reference,
     evaluation_mode,
@@ -51,7 +52,7 @@ from .policy import (
 from .prompts import encode_prompt, truncate_prompt
 from .refused import raise_all, uncalled
 from .rewards import RewardScorer, load_rewards
-from .rollouts import make_engine, weights_for_generation
+from .rollouts import is_zero3, make_engine, make_replica, weights_for_generation
 
 logger = logging.get_logger(__name__)
 
@@ -139,8 +140,13 @@ class GRPOTrainer(CollectingTrainer):
         eval_dataset = limit(eval_dataset, processing_class, self.chat_options, args)
 
         policy, reference_model, adapter = load_models(model, args, quantization_config, peft_config)
-        rewards = load_rewards(specs, reward_processing_classes, args, device_map(args, args.reward_device))
-        self.scorer = RewardScorer(rewards, timeout=args.reward_timeout)
+        rewards = load_rewards(specs, reward_processing_classes, args, device_map(args, "reward_device"))
+        self.scorer = RewardScorer(
+            rewards,
+            timeout=args.reward_timeout,
+            per_group=args.reward_call == "group",
+            overlap=args.reward_overlap,
+        )
         self.reward_names = self.scorer.names
         self.reward_weights = torch.tensor(args.reward_weights or [1.0] * len(rewards))
 
@@ -163,9 +169,11 @@ class GRPOTrainer(CollectingTrainer):
         self.reference: Reference | None = None
         if args.beta:
             self.reference = make_reference(reference_model, lambda: self.model, self.accelerator, adapter=adapter)
+        self.replica = make_replica(self.model, self.accelerator)
         self.engine = make_engine(
             args.rollout_engine,
-            self.accelerator.unwrap_model(self.model),
+            cast(PreTrainedModel, self.accelerator.unwrap_model(self.model)),
+            sharded=is_zero3(self.accelerator) and not args.ds3_gather_for_generation,
             max_concurrent_rows=args.max_concurrent_rows,
             cache_implementation=args.cache_implementation,
             cuda_graphs=args.cuda_graphs,
@@ -180,7 +188,8 @@ class GRPOTrainer(CollectingTrainer):
         self.model.add_model_tags(self._tag_names)
         if self.is_world_process_zero():
             logger.warning("Objective: %s", ", ".join(f"{name} {value}" for name, value in args.objective.items()))
-        for callback in default_callbacks(self, reference_model):
+        self.nonfinite_updates = NonFiniteUpdates(self)
+        for callback in (self.nonfinite_updates, *default_callbacks(self, reference_model)):
             self.add_callback(callback)
 
     # ---- Data ----
@@ -194,7 +203,7 @@ class GRPOTrainer(CollectingTrainer):
         self.loader = RolloutLoader(
             prompts(self.train_dataset, seed=seed, shuffle=self.args.shuffle_dataset),
             self.encode,
-            self.collect_informative if self.args.dynamic_sampling else self.collect,
+            self.collector,
             self.args,
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
@@ -223,7 +232,7 @@ class GRPOTrainer(CollectingTrainer):
         truncated) and `terminated`; `loss_masks` (0: the token was not sampled by the policy, tool output say),
         `sampling_per_token_logps` and `completions` (what the rewards read; default: decoded) are optional.
         """
-        with weights_for_generation(self.model_wrapped, self.accelerator, self.args) as model:
+        with weights_for_generation(self.model_wrapped, self.accelerator, self.args, self.replica) as model:
             self.engine.sync_weights(model)
             yield from self.engine.generate(prompts, self.sampling)
 
@@ -237,8 +246,9 @@ class GRPOTrainer(CollectingTrainer):
         """
         if self.args.dynamic_sampling:
             self.metrics.add("dynamic_sampling/skipped_updates", float(self.loader.skips_update))
-        if self.loader.skips_update and not self.is_deepspeed_enabled:
-            # no backward: gradients stay None, so neither weights nor the optimizer's moments move
+        if self.loader.skips_update:
+            # no backward: gradients stay None, so neither weights nor the optimizer's moments move; DeepSpeed's
+            # engine, which steps with a backward, does not step
             return torch.zeros((), device=self.args.device)
         parts = self._pieces(inputs)
         self._share_of_micro_batch = 1 / len(parts)
@@ -248,7 +258,9 @@ class GRPOTrainer(CollectingTrainer):
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
                 piece: Any = inputs.rows(rows)
                 losses.append(super().training_step(model, piece, num_items_in_batch))
-        return torch.stack(losses).sum()
+        loss = torch.stack(losses).sum()
+        self.nonfinite_updates.add_loss(loss)
+        return loss
 
     def compute_loss(
         self, model: nn.Module, inputs: RolloutBatch, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -288,9 +300,15 @@ class GRPOTrainer(CollectingTrainer):
         self.metrics.add_all(metrics)
         mask = inputs.loss_mask.bool()
         self.metrics.add("entropy", torch.where(mask, entropies.detach(), 0).sum(), mask.sum())
-        if inputs.sampling_per_token_logps is not None and self.loader.is_fresh:
-            gap = torch.where(mask, inputs.sampling_per_token_logps - logps.detach(), 0).abs()
-            self.metrics.add("sampling/logp_gap", gap.sum(), mask.sum())
+        if self.loader.is_fresh:
+            before = {
+                "sampling/logp_gap": inputs.sampling_per_token_logps,
+                "importance_ratio/first_step_gap": inputs.old_per_token_logps,
+            }
+            for name, then in before.items():
+                if then is not None:
+                    gap = torch.where(mask, then - logps.detach(), 0).abs()
+                    self.metrics.add(name, gap.sum(), mask.sum())
         return loss
 
     def _gather_values(self, values: Tensor) -> Tensor:
@@ -329,6 +347,8 @@ class GRPOTrainer(CollectingTrainer):
         training = "loss" in logs
         if training:
             logs |= self.metrics.reduce(gather_object) | {"num_tokens": self.num_tokens}
+            if self.is_deepspeed_enabled and self.loader.skips_update:
+                logs["grad_norm"] = 0.0  # the engine still has that of the update before
         super().log(logs, start_time)
         if training and self.args.log_completions:
             rows = gather_object(self.completions_log)

@@ -13,11 +13,14 @@ SOURCE = Path(__file__).resolve().parent.parent / PACKAGE
 # Lowest first. A module may import those of lower layers; units of one layer do not import each other.
 LAYERS = [
     ["algorithm"],
-    ["batch", "placement"],
+    ["batch", "placement", "manifest", "signals", "fingerprint"],
+    ["config_types"],
     ["refused", "config_checks", "generation_kwargs"],
     ["config"],
     ["policy", "rollouts", "rewards", "data", "data_forms", "prompts", "prompt_memory", "metrics"],
-    ["loader", "checkpoint", "callbacks", "evaluation", "model_card"],
+    ["loader", "checkpoint", "disk", "moment", "nonfinite", "callbacks", "evaluation", "model_card"],
+    ["resumable"],
+    ["interruptible"],
     ["assembly", "hooks"],
     ["collection"],
     ["trainer", "memory"],

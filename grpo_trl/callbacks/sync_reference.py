@@ -1,11 +1,13 @@
 """A reference that follows the policy now and then (TR-DPO, arXiv 2404.09656)."""
 
 import contextlib
+from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 
@@ -29,11 +31,13 @@ class SyncReferenceCallback(TrainerCallback):
         self.every = every
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        _check_same_parameters(extract_model_from_parallel(model), self.reference_model)
+        policy: Any = extract_model_from_parallel(model)
+        _check_same_parameters(policy, self.reference_model)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step % self.every == 0:
-            mix_into_reference(extract_model_from_parallel(model), self.reference_model, self.mixup)
+            policy: Any = extract_model_from_parallel(model)
+            mix_into_reference(policy, self.reference_model, self.mixup)
 
 
 @torch.no_grad()
@@ -44,7 +48,8 @@ def mix_into_reference(policy: nn.Module, reference: nn.Module, mixup: float) ->
     gathered = _zero3_gather()
     for target, source in zip(reference.parameters(), policy.parameters(), strict=True):
         with gathered([target, source]):
-            target.data.copy_(target.data.float().lerp_(source.data.to(target.device).float(), mixup))
+            whole = source.data.full_tensor() if isinstance(source.data, DTensor) else source.data  # FSDP2
+            target.data.copy_(target.data.float().lerp_(whole.to(target.device).float(), mixup))
 
 
 def _check_same_parameters(policy: nn.Module, reference: nn.Module) -> None:

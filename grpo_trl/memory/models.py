@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from ..config import GRPOConfig, mapping
@@ -102,7 +102,7 @@ def weights(model: nn.Module, quantization: BitsAndBytesConfig | None = None) ->
     return sizes | {name: buffer.nbytes for name, buffer in model.named_buffers()}
 
 
-def quantized(model: nn.Module) -> dict[str, nn.Parameter]:
+def quantized(model: nn.Module) -> dict[str, Tensor]:
     """The weights that bitsandbytes keeps in 4 or 8 bit: of linear layers, but for head and adapters."""
     inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     head = inner.get_output_embeddings()

@@ -31,7 +31,7 @@ PHASES = {
 
 @dataclass(frozen=True)
 class Run:
-    """What is planned: the policy, the names or paths of the rewards, and the arguments, as `GRPOTrainer` takes them."""
+    """What is planned: the policy, names or paths of the rewards, and the arguments, as `GRPOTrainer` takes them."""
 
     policy: PolicySpec
     rewards: tuple[str, ...]
@@ -118,12 +118,12 @@ class Planner:
         own_pass = not args.on_policy or (args.beta and reference is None)
         passes = [(device, self._scoring(run, policy, "policy"))] if own_pass else []
         if reference is not None:
-            where = device_map(args, args.ref_device)
+            where = device_map(args, "ref_device")
             for name, size in _split(weights(reference), where).items():
                 on(name)["frozen models"] += size
             passes.append((_first(where), self._scoring(run, reference, args.ref_model_name_or_path)))
         for path in filter(is_reward_model, run.rewards):
-            where = mapping(args.reward_model_init_kwargs).get("device_map") or device_map(args, args.reward_device)
+            where = mapping(args.reward_model_init_kwargs).get("device_map") or device_map(args, "reward_device")
             model = reward_model_of(path, args)
             for name, size in _split(weights(model), where).items():
                 on(name)["frozen models"] += size

@@ -13,8 +13,8 @@ from trl.models import prepare_deepspeed
 from trl.trainer.utils import create_model_from_path, use_adapter
 
 from ..batch import RolloutBatch
-from ..config import GRPOConfig
-from ..placement import DeviceMap, freeze, input_device, place
+from ..config import GRPOConfig, mapping
+from ..placement import DeviceMap, freeze, input_device, is_zero3, place
 from .loading import from_pretrained_options
 from .logprobs import per_token_logps
 from .mode import evaluation_mode
@@ -39,7 +39,8 @@ class FrozenReference:
     @torch.no_grad()
     def per_token_logps(self, batch: RolloutBatch, temperature: float) -> Tensor:
         """See `Reference`."""
-        logps, _ = per_token_logps(self.model, batch.to(input_device(self.model)), temperature=temperature)
+        tokens = batch.tokens().to(input_device(self.model))
+        logps, _ = per_token_logps(self.model, tokens, temperature=temperature)
         return logps.to(batch.completion_ids.device)
 
 
@@ -53,7 +54,8 @@ class AdapterReference:
     def per_token_logps(self, batch: RolloutBatch, temperature: float) -> Tensor:
         """See `Reference`."""
         model = self.policy()
-        with evaluation_mode(model), use_adapter(self.accelerator.unwrap_model(model), self.adapter):
+        with_adapter: Any = self.accelerator.unwrap_model(model)
+        with evaluation_mode(model), use_adapter(with_adapter, self.adapter):
             return per_token_logps(model, batch, temperature=temperature)[0]
 
 
@@ -63,15 +65,17 @@ def load_reference_model(
     """The frozen model, or None where there is no KL term or an adapter serves as reference.
 
     `args.ref_model_name_or_path` wins; else the policy's own path is loaded again (straight to its devices), and a
-    policy that was passed as an instance is copied.
+    policy that was passed as an instance is copied. `args.ref_model_init_kwargs` go over the policy's.
     """
     if not needs_reference_model(args, has_adapter=isinstance(policy, PeftModel)):
         return None
     path = args.ref_model_name_or_path or policy_path
+    sharded = is_zero3(args.deepspeed_plugin)
     if path is None:
-        return place(copy.deepcopy(policy), device_map)  # pyright: ignore[reportReturnType]
-    zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
-    options: dict[str, Any] = {"device_map": None if zero3 else device_map} | from_pretrained_options(args)
+        copied: Any = copy.deepcopy(policy)
+        return copied if sharded else place(copied, device_map)  # pyright: ignore[reportReturnType]
+    own = mapping(args.ref_model_init_kwargs)
+    options: dict[str, Any] = {"device_map": None if sharded else device_map} | from_pretrained_options(args) | own
     return create_model_from_path(path, None, **options)
 
 
@@ -101,7 +105,6 @@ def make_reference(
     """From `load_reference_model`'s result: a frozen model, or else the policy with `adapter` (None: switched off)."""
     if model is None:
         return AdapterReference(policy, accelerator, adapter)
-    plugin = accelerator.state.deepspeed_plugin
-    if plugin is not None and plugin.zero_stage == 3:
+    if is_zero3(accelerator.state.deepspeed_plugin):
         return FrozenReference(prepare_deepspeed(model, accelerator))  # loaded in shards, so it must run as such
     return FrozenReference(model)

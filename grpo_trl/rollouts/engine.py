@@ -4,12 +4,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from ..batch import Group, Prompt
 from ..policy.logprobs import is_packed
 from .hf_generate import HFGenerateEngine
 from .native import NativeEngine
 from .sampling import SamplingParams
+
+logger = logging.get_logger(__name__)
 
 
 class RolloutEngine(Protocol):
@@ -36,14 +39,20 @@ class RolloutEngine(Protocol):
 ENGINES: dict[str, type[RolloutEngine]] = {"native": NativeEngine, "hf_generate": HFGenerateEngine}
 
 
-def make_engine(name: str, model: PreTrainedModel, **options: Any) -> RolloutEngine:
-    """The engine called `name`, sampling from `model`; `hf_generate` where the native one cannot run the model.
+def make_engine(name: str, model: PreTrainedModel, *, sharded: bool = False, **options: Any) -> RolloutEngine:
+    """The engine called `name`, sampling from `model`; `hf_generate` where the native one cannot run the model, or its
+    weights stay `sharded` during rollouts.
 
     Raises:
         ValueError: no such engine.
     """
     check_engine(name)
-    if name == "native" and not is_packed(model):  # `policy.prepare` says why
+    if name == "native" and sharded:
+        logger.warning(
+            "Completions are sampled by model.generate, which gathers the weights at every token: "
+            "ds3_gather_for_generation=False leaves them in shards."
+        )
+    if name == "native" and (sharded or not is_packed(model)):  # `policy.prepare` says why
         name = "hf_generate"
     return ENGINES[name](model, **options)
 

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.logging import get_logger
+from accelerate.utils import DistributedType
 from datasets import IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import nn
@@ -32,11 +34,11 @@ from .policy import disable_dropout, freeze_adapter, load_policy, load_reference
 from .prompt_memory import PromptMemory
 from .prompts import check_prompt_dataset, check_template_kwargs, encode_prompt, first_rows, limit_prompts
 from .rewards import check_rewards
-from .rewards.loading import is_reward_model
 from .rewards.registry import TRL_NAMES
 from .rewards.rows import RESERVED
 from .rollouts import EVAL_STREAM, SamplingParams, check_engine
 from .rollouts.dynamic import DynamicSampler, Scored
+from .token_limit import TokenLimit
 
 logger = get_logger(__name__)  # of accelerate: speaks on the main process only
 
@@ -111,7 +113,7 @@ def problems(
             "leave quantization_config out of ref_model_init_kwargs, or set sync_ref_model=False."
         )
     if is_zero3(args.deepspeed_plugin):
-        found += zero3_problems(args.ref_device, [spec for spec in rewards if isinstance(spec, str)])
+        found += zero3_problems(args.ref_device)
     if isinstance(datasets["train_dataset"], IterableDataset) and args.max_steps <= 0:
         found.append("train_dataset is a stream, whose length is not known; set max_steps.")
     found += _errors_of(
@@ -126,20 +128,14 @@ def problems(
     return found
 
 
-def zero3_problems(ref_device: str | dict | None, rewards: list[str]) -> list[str]:
-    """What cannot be placed under ZeRO-3, where `from_pretrained` shards every model over the ranks."""
-    found = []
-    if ref_device not in (None, "auto", "same"):
-        found.append(
-            f"ref_device={ref_device!r}: under ZeRO-3 the reference is sharded over the ranks like the policy and has "
-            "no device of its own; leave ref_device at auto, or use ZeRO-2."
-        )
-    if models := [spec for spec in rewards if is_reward_model(spec)]:
-        found.append(
-            f"reward model {', '.join(models)}: under ZeRO-3 it would be loaded in shards, which a model on a device "
-            "of its own cannot be; use ZeRO-2, or load it before the GRPOConfig is made and pass the instance."
-        )
-    return found
+def zero3_problems(ref_device: str | dict | None) -> list[str]:
+    """What cannot be placed under ZeRO-3, which shards the reference over the ranks."""
+    if ref_device in (None, "auto", "same"):
+        return []
+    return [
+        f"ref_device={ref_device!r}: under ZeRO-3 the reference is sharded over the ranks like the policy and has "
+        "no device of its own; leave ref_device at auto, or use ZeRO-2."
+    ]
 
 
 def with_overlong_penalty(rewards: list[Any], processing_classes: Any, args: GRPOConfig) -> tuple[list[Any], Any]:
@@ -182,6 +178,14 @@ def limit(dataset: Any, tokenizer: Any, chat_options: dict[str, Any], args: GRPO
         max_prompt_length=args.max_prompt_length,
         overlong_prompts=args.overlong_prompts,
     )[0]
+
+
+def policy_limit(args: GRPOConfig, accelerator: Accelerator) -> TokenLimit:
+    """Of the policy's passes. Several processes share theirs, and top-entropy tokens are picked from a whole
+    micro-batch: those are not cut when memory runs out."""
+    alone = accelerator.distributed_type == DistributedType.NO
+    fixed = not alone or args.top_entropy_quantile < 1
+    return TokenLimit("the policy's update", args.max_tokens_per_microbatch, fixed=fixed)
 
 
 def dynamic_sampler(args: GRPOConfig, world_size: int) -> DynamicSampler:

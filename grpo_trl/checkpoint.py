@@ -14,24 +14,25 @@ from transformers.utils import logging
 from . import manifest
 from .config import GRPOConfig
 from .placement import input_device
+from .policy import whole_parameters
 
 logger = logging.get_logger(__name__)
 
 REFERENCE_NAME = "reference.safetensors"
 
-# Fields of transformers that change what is computed, and fields of ours that do not, beside those of the layout,
-# which are refused when they differ.
+# Fields of transformers that change what is computed, and fields of ours that do not. Those of the loader's layout are
+# refused when they differ.
 COMPUTED = (
     *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args"),
     *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16", "fp16"),
 )
-NOT_COMPUTED = {
-    "logging_steps", "gradient_checkpointing", "model_init_kwargs", "reward_model_init_kwargs",
-    "trust_remote_code", "ref_device", "reward_device", "ds3_gather_for_generation", "max_concurrent_rows",
-    "reward_call", "reward_timeout", "reward_batch_size", "num_generations_eval", "eval_temperature",
-    "eval_max_completion_length", "eval_pass_threshold", "log_completions", "num_completions_to_print",
-    "log_unique_prompts", "save_epochs", "plot_metrics", "save_on_signal", "reward_overlap", "log_rollouts",
-}  # fmt: skip
+NOT_COMPUTED = (
+    *("logging_steps", "gradient_checkpointing", "model_init_kwargs", "reward_model_init_kwargs", "trust_remote_code"),
+    *("ref_device", "reward_device", "ds3_gather_for_generation", "max_concurrent_rows", "reward_call"),
+    *("reward_overlap", "reward_timeout", "reward_batch_size", "num_generations_eval", "eval_temperature"),
+    *("eval_max_completion_length", "log_completions", "num_completions_to_print", "log_unique_prompts"),
+    *("log_rollouts", "save_epochs", "plot_metrics", "save_on_signal"),
+)
 
 
 # ---- Which folder ----
@@ -84,7 +85,7 @@ def _obstacles(folder: Path) -> list[str]:
 def config_values(args: GRPOConfig) -> dict[str, Any]:
     """The settings that change what is computed, as JSON holds them."""
     values = args.to_dict()
-    names = sorted({*COMPUTED, *GRPOConfig.__annotations__} - NOT_COMPUTED)
+    names = sorted({*COMPUTED, *GRPOConfig.__annotations__}.difference(NOT_COMPUTED))
     return json.loads(json.dumps({name: values[name] for name in names if name in values}, default=str))
 
 
@@ -129,14 +130,17 @@ def load_numbers(folder: str, rank: int) -> dict[str, Any]:
     return json.loads(numbers.read_text())
 
 
-def save_reference(folder: str, model: nn.Module) -> None:
-    """Writes a reference that changes during the run (`sync_ref_model`)."""
-    save_model(model, str(Path(folder) / REFERENCE_NAME))
+def save_reference(folder: str, model: nn.Module, *, write: bool) -> None:
+    """Writes a reference that changes during the run (`sync_ref_model`). Every rank calls it, and one writes."""
+    with whole_parameters(model.parameters()):
+        if write:
+            save_model(model, str(Path(folder) / REFERENCE_NAME))
 
 
 def load_reference(folder: str, model: nn.Module) -> None:
     """Restores what `save_reference` wrote."""
-    load_model(model, Path(folder) / REFERENCE_NAME, device=str(input_device(model)))
+    with whole_parameters(model.parameters()):
+        load_model(model, Path(folder) / REFERENCE_NAME, device=str(input_device(model)))
 
 
 def _files(folder: str | Path, rank: int) -> tuple[Path, Path]:

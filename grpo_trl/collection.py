@@ -24,6 +24,7 @@ from .refused import raise_all
 from .rewards import RewardScorer
 from .rollouts import SamplingParams, decode_completions, dump, ordered_groups
 from .rollouts.dynamic import Cost, Scored, blank, distribute
+from .token_limit import TokenLimit
 
 logger = logging.get_logger(__name__)
 
@@ -42,6 +43,7 @@ class CollectingTrainer(TrainerHooks):
     extra_columns: dict[str, list[Any]]
     completions_log: list[dict[str, Any]]
     collected: list[Group]  # of the latest batch, its groups
+    policy_limit: TokenLimit  # of the update's passes, and of those before it that must equal them
     _sampling_is_exact: bool | None
 
     @property
@@ -261,11 +263,7 @@ class CollectingTrainer(TrainerHooks):
         if sampled is not None and self._sampling_is_exact:
             return sampled.clone()
 
-        def score(batch: RolloutBatch) -> Tensor:
-            with evaluation_mode(self.model):  # dropout off
-                return per_token_logps(self.model, batch, temperature=self.args.temperature)[0]
-
-        logps = self._in_micro_batches(batch, score)
+        logps = self._policy_logps(batch)
         if sampled is not None and carried is not None:
             logps = torch.where(carried[:, None], sampled, logps)
         if sampled is None or self._sampling_is_exact is False:
@@ -278,24 +276,34 @@ class CollectingTrainer(TrainerHooks):
 
     def _reference_logps(self, batch: RolloutBatch) -> None:
         if self.reference is not None:
-            score = partial(self.reference.per_token_logps, temperature=self.args.temperature)
-            batch.ref_per_token_logps = self._in_micro_batches(batch, score)
+            with self.accelerator.autocast():  # as in the update, so that the first KL is that of equal weights
+                batch.ref_per_token_logps = self.reference.per_token_logps(batch, self.args.temperature)
 
     @torch.no_grad()
-    def _in_micro_batches(self, batch: RolloutBatch, score: Callable[[RolloutBatch], Tensor]) -> Tensor:
-        """`score` over the micro-batches (and their pieces) of the update, as (B, T)."""
+    def _policy_logps(self, batch: RolloutBatch) -> Tensor:
+        """(B, T) of the policy, in the micro-batches (and their pieces) of the update."""
         size = self.args.per_device_train_batch_size
-        result = torch.zeros_like(batch.completion_ids, dtype=torch.float32)
-        for start in range(0, len(batch), size):
-            micro_batch = batch.rows(slice(start, start + size))
-            for rows in self._pieces(micro_batch):
-                with self.accelerator.autocast():  # as in the update, so that the first ratio and KL are exact
-                    logps = score(micro_batch.rows(rows))
-                result[start + rows.start : start + rows.stop, : logps.shape[1]] = logps.float()
-        return result
+        micro_batches = [batch.rows(slice(start, start + size)) for start in range(0, len(batch), size)]
 
-    def _pieces(self, micro_batch: RolloutBatch) -> list[slice]:
-        return pieces(micro_batch, self.args.max_tokens_per_microbatch, packed=is_packed(self.model))
+        def score() -> Tensor:
+            result = torch.zeros_like(batch.completion_ids, dtype=torch.float32)
+            for number, micro_batch in enumerate(micro_batches):
+                for rows in self._pieces(micro_batch, self.policy_limit.tokens):
+                    # autocast as in the update, so that the first ratio is exact; dropout off
+                    with self.accelerator.autocast(), evaluation_mode(self.model):
+                        part = micro_batch.rows(rows)
+                        logps = per_token_logps(self.model, part, temperature=self.args.temperature)[0]
+                    start = number * size
+                    result[start + rows.start : start + rows.stop, : logps.shape[1]] = logps.float()
+            return result
+
+        return self.policy_limit.run(score, partial(self._all_pieces, micro_batches))
+
+    def _pieces(self, micro_batch: RolloutBatch, tokens: int | None) -> list[slice]:
+        return pieces(micro_batch, tokens, packed=is_packed(self.model))
+
+    def _all_pieces(self, micro_batches: list[RolloutBatch], tokens: int | None) -> list[list[slice]]:
+        return [self._pieces(micro_batch, tokens) for micro_batch in micro_batches]
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum over ranks."""

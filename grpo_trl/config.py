@@ -157,7 +157,9 @@ class GRPOConfig(TrainingArguments):
     reward_timeout: float | None = _help(
         "Seconds a Python reward function may take; it then runs in a process of its own."
     )
-    reward_batch_size: int = _help("Completions per forward pass of a reward model.", 8)
+    reward_batch_size: int = _help(
+        "Forward passes of a reward model have at most the tokens of so many of the longest completions.", 8
+    )
     reward_max_length: int | None = _help(
         "Longest input of a reward model in tokens. Default: what its tokenizer says."
     )
@@ -233,7 +235,8 @@ class GRPOConfig(TrainingArguments):
     save_epochs: bool = _help("Write epoch_1/, epoch_2/, ... with weights, config, recipe and script.", True)
     plot_metrics: bool = _help("Redraw training_metrics.png at every log.", True)
     save_on_signal: bool = _help(
-        "At SIGTERM and Ctrl-C save a checkpoint and exit. Default: unless save_strategy is no, or save_only_model."
+        "At SIGTERM and Ctrl-C save a checkpoint and exit. Default: true, unless save_strategy is no or "
+        "save_only_model is set."
     )
 
     def __post_init__(self):

@@ -1,4 +1,4 @@
-"""A Trainer that SIGTERM and Ctrl-C stop without loss: it goes back to the last boundary of two steps and saves."""
+"""A Trainer that SIGTERM and Ctrl-C stop without loss: it goes back to the boundary between two steps and saves."""
 
 from signal import SIGTERM
 from typing import Any

@@ -262,12 +262,12 @@ class RolloutLoader:
         position means something else here."""
         now = self._layout()
         changed = [f"{name}: {then[name]} then, {now[name]} now" for name in now if then[name] != now[name]]
-        reasons = [reason for name, reason in REASONS.items() if then[name] != now[name]]
+        reasons = "".join(f"{reason} " for name, reason in REASONS.items() if then[name] != now[name])
         if changed:
             raise ValueError(
                 "This run cannot continue from the checkpoint, because the position in its data means something else "
-                f"now: {'; '.join(changed)}. {' '.join(reasons)}{' ' if reasons else ''}Restore these values, or "
-                "start a new run from its weights (model=)."
+                f"now: {'; '.join(changed)}. {reasons}Restore these values, or start a new run from its weights "
+                "(model=)."
             )
 
     def _layout(self) -> dict[str, Any]:

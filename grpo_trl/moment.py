@@ -19,8 +19,8 @@ ATTRIBUTES = ("num_tokens", "completions_log", "current_flos", "_sampling_is_exa
 
 @dataclass
 class Moment:
-    """What a step changes before its update, as it was at the boundary: references and small copies, no
-    synchronisation with the device. Weights and optimizer change in the update only."""
+    """What a step changes before its update, as it was at the boundary: references and small copies, without
+    synchronising with the device. Weights and optimizer change in the update only."""
 
     loader: dict[str, Any]
     metrics: Metrics

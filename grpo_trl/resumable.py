@@ -100,8 +100,8 @@ class ResumableTrainer(Trainer):
         checkpoint.save(output_dir, self.accelerator.process_index, self._state())
         if self.args.should_save:  # every rank has the same
             write_parquet(self.prompt_memory.table(), Path(output_dir) / PROMPT_MEMORY_NAME)
-            if self.args.sync_ref_model:
-                checkpoint.save_reference(output_dir, self._synced_reference)
+        if self.args.sync_ref_model:
+            checkpoint.save_reference(output_dir, self._synced_reference, write=self.args.should_save)
 
     def _state(self) -> dict[str, Any]:
         """What this rank needs to go on, beyond transformers' own files. Tensors under ["loader"]["buffer"]."""
@@ -212,8 +212,8 @@ class ResumableTrainer(Trainer):
 
 
 class _ResumeCallback(TrainerCallback):
-    """At the last step of an epoch, evaluation and checkpoint wait for the end of the epoch: the checkpoint is one
-    after all that belongs to it. Else a run killed between the two would go on without the epoch's folder and logs."""
+    """At the last step of an epoch, evaluation and checkpoint wait for the end of the epoch: else a run killed between
+    the two would go on without the epoch's folder and logs."""
 
     def __init__(self, trainer: ResumableTrainer):
         self.trainer = trainer

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -29,6 +30,7 @@ from .assembly import (
     load_models,
     load_tokenizer,
     named_datasets,
+    policy_limit,
     problems,
     prompt_memory,
     prompt_problems,
@@ -43,6 +45,7 @@ from .evaluation import evaluate_sets
 from .loader import IndexedPrompts, RolloutLoader, StreamedPrompts
 from .metrics import Metrics
 from .nonfinite import NonFiniteUpdates
+from .placement import is_zero3
 from .policy import (
     Reference,
     evaluation_mode,
@@ -52,7 +55,7 @@ from .policy import (
 from .prompts import encode_prompt, truncate_prompt
 from .refused import raise_all, uncalled
 from .rewards import RewardScorer, load_rewards
-from .rollouts import is_zero3, make_engine, make_replica, weights_for_generation
+from .rollouts import make_engine, make_replica, weights_for_generation
 
 logger = logging.get_logger(__name__)
 
@@ -168,12 +171,20 @@ class GRPOTrainer(CollectingTrainer):
         )
         self.reference: Reference | None = None
         if args.beta:
-            self.reference = make_reference(reference_model, lambda: self.model, self.accelerator, adapter=adapter)
+            self.reference = make_reference(
+                reference_model,
+                lambda: self.model,
+                self.accelerator,
+                adapter=adapter,
+                rows_per_pass=args.per_device_train_batch_size,
+                max_tokens=args.max_tokens_per_microbatch,
+            )
+        self.policy_limit = policy_limit(args, self.accelerator)
         self.replica = make_replica(self.model, self.accelerator)
         self.engine = make_engine(
             args.rollout_engine,
             cast(PreTrainedModel, self.accelerator.unwrap_model(self.model)),
-            sharded=is_zero3(self.accelerator) and not args.ds3_gather_for_generation,
+            sharded=is_zero3(args.deepspeed_plugin) and not args.ds3_gather_for_generation,
             max_concurrent_rows=args.max_concurrent_rows,
             cache_implementation=args.cache_implementation,
             cuda_graphs=args.cuda_graphs,
@@ -198,6 +209,7 @@ class GRPOTrainer(CollectingTrainer):
         """Prompts in, micro-batches out; transformers sees micro-batches only."""
         prompts = StreamedPrompts if isinstance(self.train_dataset, IterableDataset) else IndexedPrompts
         self.metrics, self.num_tokens = Metrics(), 0
+        self._accumulated: list[RolloutBatch] = []
         self.prompt_memory = prompt_memory(self.args)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         self.loader = RolloutLoader(
@@ -239,28 +251,50 @@ class GRPOTrainer(CollectingTrainer):
     # ---- Update ----
 
     def training_step(self, model: nn.Module, inputs: RolloutBatch, num_items_in_batch: Any = None) -> Tensor:
-        """Forward and backward of a micro-batch, in pieces of at most `max_tokens_per_microbatch` tokens.
+        """Forward and backward of a micro-batch, in pieces of at most `max_tokens_per_microbatch` tokens, and in
+        smaller ones once memory ran out.
 
         The gradients of the pieces add up to the micro-batch's, because token weights are global; ranks exchange them
         with the last.
         """
-        if self.args.dynamic_sampling:
-            self.metrics.add("dynamic_sampling/skipped_updates", float(self.loader.skips_update))
         if self.loader.skips_update:
+            self.metrics.add("dynamic_sampling/skipped_updates", 1.0)
             # no backward: gradients stay None, so neither weights nor the optimizer's moments move; DeepSpeed's
             # engine, which steps with a backward, does not step
             return torch.zeros((), device=self.args.device)
-        parts = self._pieces(inputs)
+        if not self._accumulated:
+            self._metrics_before = self.metrics.copy()
+        self._accumulated.append(inputs)
+        todo = [inputs]
+
+        def add_gradients() -> Tensor:
+            return [self._add_gradients(model, micro_batch, num_items_in_batch) for micro_batch in todo][-1]
+
+        def restart() -> None:
+            # an error in backward leaves half of a gradient in the sum: all micro-batches of the step are done again
+            model.zero_grad()
+            self.metrics = self._metrics_before.copy()
+            todo[:] = self._accumulated
+
+        loss = self.policy_limit.run(add_gradients, partial(self._all_pieces, self._accumulated), restart)
+        if self.accelerator.sync_gradients:
+            self._accumulated = []
+        self.nonfinite_updates.add_loss(loss)
+        return loss
+
+    def _add_gradients(self, model: nn.Module, micro_batch: RolloutBatch, num_items_in_batch: Any) -> Tensor:
+        """Adds those of a micro-batch, piece by piece; its loss."""
+        if self.args.dynamic_sampling:
+            self.metrics.add("dynamic_sampling/skipped_updates", 0.0)
+        parts = self._pieces(micro_batch, self.policy_limit.tokens)
         self._share_of_micro_batch = 1 / len(parts)
         losses = []
         for rows in parts:
-            last = rows.stop == len(inputs)
+            last = rows.stop == len(micro_batch)
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                piece: Any = inputs.rows(rows)
+                piece: Any = micro_batch.rows(rows)
                 losses.append(super().training_step(model, piece, num_items_in_batch))
-        loss = torch.stack(losses).sum()
-        self.nonfinite_updates.add_loss(loss)
-        return loss
+        return torch.stack(losses).sum()
 
     def compute_loss(
         self, model: nn.Module, inputs: RolloutBatch, return_outputs: bool = False, num_items_in_batch: Any = None

@@ -1,7 +1,5 @@
 """The memory plan: exact where bytes are known, and the same code as the run where they are counted."""
 
-import json
-
 import pytest
 import torch
 import yaml
@@ -114,7 +112,7 @@ def test_optimizer_states(optim, expected):
 
 
 def test_an_optimizer_that_is_not_known_and_a_missing_prompt_length_are_said(run):
-    said = " ".join(Planner(2**30).plan(run(optim="lomo", max_prompt_length=None)).assumptions)
+    said = " ".join(Planner(2**30).plan(run(optim="ademamix", max_prompt_length=None)).assumptions)
     assert "AdamW" in said and "512 tokens" in said
     assert Planner(2**30).plan(run()).assumptions == []
 
@@ -285,12 +283,3 @@ def test_command_refuses(recipe, capsys, options, message):
 
 def test_table_has_a_column_for_each_device(run):
     assert [column.header for column in plan_table(Planner(2**30).plan(run())).columns] == ["", "cpu"]
-
-
-def test_comparison_that_is_committed_is_within_15_percent():
-    from tests.conftest import ROOT
-
-    rows = json.loads((ROOT / "benchmarks" / "results" / "memory_plan.json").read_text())["measurements"]
-    assert set(rows) == {"full", "lora", "reward_model"}
-    for row in rows.values():
-        assert row["planned"] >= 2**30 and 0.85 <= row["planned"] / row["measured"] <= 1.15

@@ -1,4 +1,4 @@
-"""A run that was cut and resumed is the run: the same weights, optimizer, random state and logs, to the last bit."""
+"""A run that was cut and resumed is the run: weights, optimizer state, random state and logs, to the last bit."""
 
 import json
 

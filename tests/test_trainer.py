@@ -391,7 +391,7 @@ def test_a_checkpoint_without_rollout_state_is_named(tmp_path):
     run.train()
     for path in (tmp_path / "checkpoint-2").glob("rollout_*"):
         path.unlink()
-    with pytest.raises(FileNotFoundError, match=r"rollout_state_0\.json is missing"):
+    with pytest.raises(ValueError, match=r"rollout_state_0\.json is missing"):
         trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 

@@ -75,7 +75,7 @@ def main(output: str, models: str, world_size: int, options: dict) -> None:
         train_dataset=Dataset.from_dict({"prompt": [f"question {i}" * (1 + i % 3) for i in range(12)]}),
         peft_config=peft_config,
     )  # fmt: skip
-    trainer.train()
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model(f"{output}/final")
     rank = trainer.accelerator.process_index
     Path(output, f"rank_{rank}.json").write_text(json.dumps(facts(trainer) | {"sampled": trainer.sampled}))

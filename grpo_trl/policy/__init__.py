@@ -12,6 +12,7 @@ from .reference import (
     load_reference_model,
     make_reference,
     needs_reference_model,
+    whole_parameters,
 )
 from .support import prepare
 
@@ -31,4 +32,5 @@ __all__ = [
     "per_token_logps",
     "pieces",
     "prepare",
+    "whole_parameters",
 ]

@@ -1,11 +1,13 @@
 """The reference policy of the KL term: a frozen model, or the policy itself with another adapter (or none)."""
 
+import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -15,9 +17,11 @@ from trl.trainer.utils import create_model_from_path, use_adapter
 from ..batch import RolloutBatch
 from ..config import GRPOConfig, mapping
 from ..placement import DeviceMap, freeze, input_device, is_zero3, place
+from ..token_limit import TokenLimit, token_batches
 from .loading import from_pretrained_options
-from .logprobs import per_token_logps
+from .logprobs import is_packed, per_token_logps
 from .mode import evaluation_mode
+from .packing import num_tokens, pieces
 
 REFERENCE_ADAPTER = "frozen_reference"
 
@@ -30,25 +34,60 @@ class Reference(Protocol):
         ...
 
 
+class Passes:
+    """How a batch is scored: `rows` at a time, or as many as have no more tokens than the largest `rows` neighbours.
+
+    A limit in tokens that is set takes the place of those; a fixed one keeps whole `rows`. Where rows are padded,
+    those of like length share a pass.
+    """
+
+    def __init__(self, rows: int, limit: TokenLimit):
+        self.rows, self.limit = rows, limit
+
+    def per_token_logps(self, model: nn.Module, batch: RolloutBatch, temperature: float) -> Tensor:
+        """(B, T) fp32 on the batch's device, which is the model's."""
+
+        def score() -> Tensor:
+            result = torch.zeros_like(batch.completion_ids, dtype=torch.float32)
+            for rows in self.cut(model, batch, self.limit.tokens):
+                logps, _ = per_token_logps(model, batch.rows(rows), temperature=temperature)
+                result[rows, : logps.shape[1]] = logps
+            return result
+
+        return self.limit.run(score, lambda tokens: self.cut(model, batch, tokens))
+
+    def cut(self, model: nn.Module, batch: RolloutBatch, tokens: int | None) -> list[slice] | list[list[int]]:
+        """The rows of each pass."""
+        neighbours = [slice(start, start + self.rows) for start in range(0, len(batch), self.rows)]
+        if self.limit.fixed:
+            return neighbours
+        packed = is_packed(model)
+        tokens = tokens or max(num_tokens(batch.rows(rows), packed=packed) for rows in neighbours)
+        if packed:
+            return pieces(batch, tokens, packed=True)
+        prompts, completions = batch.prompt_mask.sum(1).tolist(), batch.completion_mask.sum(1).tolist()
+        return token_batches(list(zip(prompts, completions, strict=True)), tokens)
+
+
 class FrozenReference:
     """A model of its own, on its own device. Only token ids go there and (B, T) log-probabilities come back."""
 
-    def __init__(self, model: nn.Module):
-        self.model = freeze(model)
+    def __init__(self, model: nn.Module, passes: Passes):
+        self.model, self.passes = freeze(model), passes
 
     @torch.no_grad()
     def per_token_logps(self, batch: RolloutBatch, temperature: float) -> Tensor:
         """See `Reference`."""
         tokens = batch.tokens().to(input_device(self.model))
-        logps, _ = per_token_logps(self.model, tokens, temperature=temperature)
+        logps = self.passes.per_token_logps(self.model, tokens, temperature)
         return logps.to(batch.completion_ids.device)
 
 
 class AdapterReference:
     """The policy with its adapter switched off (None), or with a frozen adapter: no second model in memory."""
 
-    def __init__(self, policy: Callable[[], nn.Module], accelerator: Accelerator, adapter: str | None):
-        self.policy, self.accelerator, self.adapter = policy, accelerator, adapter
+    def __init__(self, policy: Callable[[], nn.Module], accelerator: Accelerator, adapter: str | None, passes: Passes):
+        self.policy, self.accelerator, self.adapter, self.passes = policy, accelerator, adapter, passes
 
     @torch.no_grad()
     def per_token_logps(self, batch: RolloutBatch, temperature: float) -> Tensor:
@@ -56,7 +95,7 @@ class AdapterReference:
         model = self.policy()
         with_adapter: Any = self.accelerator.unwrap_model(model)
         with evaluation_mode(model), use_adapter(with_adapter, self.adapter):
-            return per_token_logps(model, batch, temperature=temperature)[0]
+            return self.passes.per_token_logps(model, batch, temperature)
 
 
 def load_reference_model(
@@ -101,10 +140,32 @@ def make_reference(
     accelerator: Accelerator,
     *,
     adapter: str | None = None,
+    rows_per_pass: int,
+    max_tokens: int | None = None,
 ) -> Reference:
-    """From `load_reference_model`'s result: a frozen model, or else the policy with `adapter` (None: switched off)."""
+    """From `load_reference_model`'s result: a frozen model, or else the policy with `adapter` (None: switched off).
+
+    `rows_per_pass` and `max_tokens` size the passes; see `Passes`.
+    """
+    zero3 = is_zero3(accelerator.state.deepspeed_plugin)
+    sharded = zero3 or (model is None and accelerator.distributed_type == DistributedType.FSDP)
+    passes = Passes(rows_per_pass, TokenLimit("the reference", max_tokens, fixed=sharded))
     if model is None:
-        return AdapterReference(policy, accelerator, adapter)
-    if is_zero3(accelerator.state.deepspeed_plugin):
-        return FrozenReference(prepare_deepspeed(model, accelerator))  # loaded in shards, so it must run as such
-    return FrozenReference(model)
+        return AdapterReference(policy, accelerator, adapter, passes)
+    if zero3:
+        return FrozenReference(
+            prepare_deepspeed(model, accelerator), passes
+        )  # loaded in shards, so it must run as such
+    return FrozenReference(model, passes)
+
+
+def whole_parameters(parameters: Iterable[nn.Parameter]) -> contextlib.AbstractContextManager:
+    """Under DeepSpeed ZeRO-3, the context in which parameters are whole on every rank; else one that does nothing.
+    What rank 0 makes of them is scattered again; those that are not sharded stay as they are. All ranks must enter it.
+    """
+    sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not sharded:
+        return contextlib.nullcontext()
+    import deepspeed  # pyright: ignore[reportMissingImports]
+
+    return deepspeed.zero.GatheredParameters(sharded, modifier_rank=0)

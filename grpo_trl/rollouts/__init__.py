@@ -1,6 +1,6 @@
 """How completions are sampled."""
 
-from .context import Replica, is_zero3, make_replica, weights_for_generation
+from .context import Replica, make_replica, weights_for_generation
 from .engine import ENGINES, RolloutEngine, check_engine, make_engine
 from .groups import decode_completions, ordered_groups
 from .sampling import EVAL_STREAM, SamplingParams
@@ -13,7 +13,6 @@ __all__ = [
     "SamplingParams",
     "check_engine",
     "decode_completions",
-    "is_zero3",
     "make_engine",
     "make_replica",
     "ordered_groups",

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from trl.models import unwrap_model_for_generation
 
 from ..config import GRPOConfig, mapping
+from ..placement import is_zero3
 
 
 class Replica:
@@ -72,12 +73,6 @@ def make_replica(policy: nn.Module, accelerator: Accelerator) -> Replica | None:
     return Replica(policy, accelerator.device)
 
 
-def is_zero3(accelerator: Accelerator) -> bool:
-    """Whether DeepSpeed keeps the weights in shards."""
-    plugin: Any = accelerator.state.deepspeed_plugin
-    return plugin is not None and plugin.zero_stage == 3
-
-
 @contextlib.contextmanager
 def weights_for_generation(
     model: nn.Module, accelerator: Accelerator, args: GRPOConfig, replica: Replica | None = None
@@ -88,7 +83,7 @@ def weights_for_generation(
     Raises:
         RuntimeError: an engine shards when training begins, and it has not begun.
     """
-    zero3 = is_zero3(accelerator)
+    zero3 = is_zero3(accelerator.state.deepspeed_plugin)
     if (zero3 and not hasattr(model, "optimizer")) or (replica is not None and not isinstance(model, FSDPModule)):
         raise RuntimeError(
             "ZeRO-3 and FSDP2 shard the policy when train() begins, and nothing can be sampled before: use "

@@ -56,7 +56,7 @@ def accelerator():
 
 
 def make(model, policy, adapter=None):
-    return make_reference(model, lambda: policy, accelerator(), adapter=adapter)
+    return make_reference(model, lambda: policy, accelerator(), adapter=adapter, rows_per_pass=4)
 
 
 def lora_model(trained: bool, **options):

@@ -27,7 +27,7 @@ from rich.table import Table
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3ForSequenceClassification
 
 from grpo_trl import GRPOConfig
-from grpo_trl.memory import Planner, PolicySpec, Run
+from grpo_trl.memory import PolicySpec, Run, plan_run
 
 TOLERANCE = 0.15
 MAPPED = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_ARENA_MAX": "1"}
@@ -128,7 +128,7 @@ def compare(name: str, device: str) -> dict[str, Any]:
     """Plan and measurements of a shape."""
     with tempfile.TemporaryDirectory() as folder:
         save_models(SHAPES[name], Path(folder))
-        plan = Planner().plan(run_of(SHAPES[name], Path(folder), device))
+        plan = plan_run(run_of(SHAPES[name], Path(folder), device))
         (planned,) = plan.devices.values()
         row: dict[str, Any] = {"planned": planned.peak, "phases": planned.phases, "items": dict(planned.items)}
         row["measured"] = measure(name, folder, device, MAPPED)

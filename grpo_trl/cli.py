@@ -295,13 +295,13 @@ def _changed(arguments: Any) -> dict[str, Any]:
 
 def plan(argv: Sequence[str]) -> None:
     """Shows the memory that a recipe will take, from configurations alone. Ends with code 1 if it does not fit."""
-    from .memory import Planner, PolicySpec, Run, advice_text, best_change, parse_size, plan_table
+    from .memory import PolicySpec, Run, advice_lines, parse_size, plan_run, plan_table, ranked_changes
 
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own.add_argument("--memory")
     options, rest = own.parse_known_args(argv)
     try:
-        planner = Planner(None if options.memory is None else parse_size(options.memory))
+        memory = None if options.memory is None else parse_size(options.memory)
         script_args, args, model_args = parse_recipe(rest, "grpo-trl plan")
         check_path(model_args.model_name_or_path)
         args.model_init_kwargs = _model_init_kwargs(args, model_args)
@@ -309,8 +309,8 @@ def plan(argv: Sequence[str]) -> None:
             str(model_args.model_name_or_path), get_quantization_config(model_args), get_peft_config(model_args)
         )
         run = Run(spec, tuple(script_args.rewards), args)
-        planned = planner.plan(run)
-        advice = best_change(run, planned, planner)
+        planned = plan_run(run, memory)
+        ranked = ranked_changes(run, planned, memory)
     except (ValueError, OSError, yaml.YAMLError) as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from error
@@ -318,7 +318,8 @@ def plan(argv: Sequence[str]) -> None:
     console.print(plan_table(planned))
     for assumption in planned.assumptions:
         console.print(f"Assumed: {assumption}.", soft_wrap=True)
-    console.print(advice_text(planned, advice), soft_wrap=True)
+    for line in advice_lines(planned, ranked):
+        console.print(line, soft_wrap=True)
     if not planned.fits:
         raise SystemExit(1)
 

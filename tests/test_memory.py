@@ -7,16 +7,17 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import BitsAndBytesConfig
 
-from grpo_trl import GRPOConfig, cli
+from grpo_trl import GRPOConfig, GRPOTrainer, cli
 from grpo_trl.batch import Group, Prompt, RolloutBatch
-from grpo_trl.memory import Planner, PolicySpec, Run, best_change, parse_size, plan_table
+from grpo_trl.memory import PolicySpec, Run, advice_lines, parse_size, plan_run, plan_table, ranked_changes
 from grpo_trl.memory.dry_run import FakeModel, rollout_bytes, update_bytes
 from grpo_trl.memory.models import policy_of, quantized_bytes
 from grpo_trl.memory.optimizer import optimizer_bytes
 from grpo_trl.memory.tracker import LiveBytes
 from grpo_trl.policy import prepare
 from grpo_trl.rollouts import SamplingParams, make_engine
-from tests.tiny import tiny_model
+from tests.test_trainer import trainer
+from tests.tiny import save, tiny_model
 
 ADAPTER = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
 
@@ -40,8 +41,7 @@ def run(model_dir, tmp_path):
 
 
 def items(run):
-    (device,) = Planner(2**30).plan(run).devices.values()
-    return device.items
+    return plan_run(run, 2**30).devices["cpu"].items
 
 
 def trained_bytes(model):
@@ -90,7 +90,19 @@ def test_reward_model_keeps_its_own_dtype_and_is_on_its_device(run, reward_model
     model = AutoModelForSequenceClassification.from_pretrained(reward_model_dir)
     found = items(run(beta=0.0, rewards=(reward_model_dir, "accuracy")))
     assert found["frozen models"] == sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
-    assert found["scoring"] > 0
+    assert found["reward passes"] > 0 and found["scoring"] == 0  # beside sampling
+    assert items(run(beta=0.0, rewards=(reward_model_dir,), reward_overlap=False))["scoring"] == found["reward passes"]
+
+
+def test_a_reference_has_its_own_dtype(run):
+    full, half = items(run()), items(run(ref_model_init_kwargs={"dtype": "bfloat16"}))
+    assert half["frozen models"] < full["frozen models"] * 0.51 and half["parameters"] == full["parameters"]
+
+
+def test_a_frozen_model_in_4_bit_has_small_linear_layers(run, reward_model_dir):
+    options = {"quantization_config": {"load_in_4bit": True}}
+    full, small = (items(run(rewards=(reward_model_dir,), reward_model_init_kwargs=o)) for o in (None, options))
+    assert full["frozen models"] * 0.5 < small["frozen models"] < full["frozen models"]
 
 
 @pytest.mark.parametrize(("nested", "expected"), [(False, 4096 // 2 + 4 * 64), (True, 4096 // 2 + 64 + 4)])
@@ -112,9 +124,9 @@ def test_optimizer_states(optim, expected):
 
 
 def test_an_optimizer_that_is_not_known_and_a_missing_prompt_length_are_said(run):
-    said = " ".join(Planner(2**30).plan(run(optim="ademamix", max_prompt_length=None)).assumptions)
+    said = " ".join(plan_run(run(optim="ademamix", max_prompt_length=None), 2**30).assumptions)
     assert "AdamW" in said and "512 tokens" in said
-    assert Planner(2**30).plan(run()).assumptions == []
+    assert plan_run(run(), 2**30).assumptions == []
 
 
 # ---- what is counted by dry runs ----
@@ -158,7 +170,7 @@ def test_cache_is_what_the_native_engine_allocates(run, qwen3, monkeypatch):
 def test_memory_decides_how_many_groups_are_decoded(run):
     roomy, tight = (
         items(run(steps_per_generation=8)),
-        Planner(700_000).plan(run(steps_per_generation=8)).devices["cpu"].items,
+        plan_run(run(steps_per_generation=8), 700_000).devices["cpu"].items,
     )
     assert tight["key-value cache"] < roomy["key-value cache"] / 4
     assert items(run(steps_per_generation=8, max_concurrent_rows=8))["key-value cache"] < roomy["key-value cache"] / 4
@@ -193,39 +205,75 @@ def test_accumulated_gradients_stay_while_others_are_made(run):
 
 def test_models_that_must_be_padded_are_planned_so(run, tmp_path):
     tiny_model("gemma2").save_pretrained(tmp_path / "gemma2")
-    plan = Planner(2**30).plan(run(path=str(tmp_path / "gemma2")))
+    plan = plan_run(run(path=str(tmp_path / "gemma2")), 2**30)
     assert "padded" in plan.assumptions[0]
     assert plan.devices["cpu"].items["key-value cache"] > items(run())["key-value cache"]
+
+
+# ---- what a run holds ----
+
+
+def test_a_run_holds_only_its_state_and_its_batch_between_phases(tmp_path):
+    """Keys and values are gone before an update, activations and gradients before a rollout."""
+    held: dict[str, list[int]] = {"rollout": [], "update": []}
+
+    class Watched(GRPOTrainer):
+        def collect(self, prompts):
+            held["rollout"].append(memory.live)
+            batch = super().collect(prompts)
+            held["update"].append(memory.live)
+            return batch
+
+    options = {"per_device_train_batch_size": 8, "max_completion_length": 64, "num_iterations": 2, "max_steps": 6}
+    run = trainer(tmp_path, cls=Watched, **options)
+    with LiveBytes([*run.model.parameters(), *run.model.buffers()]) as memory:
+        run.train()
+    state = 2 * trained_bytes(run.model)
+    work = plan_run(Run(PolicySpec(save(run.model, tmp_path / "model")), (), run.args), 2**30).devices["cpu"].items
+    print(held, state, work)
+    assert len(held["rollout"]) == 3
 
 
 # ---- phases, advice, command ----
 
 
 def test_phases_are_sums_of_their_parts(run):
-    (device,) = Planner(2**30).plan(run()).devices.values()
+    (device,) = plan_run(run(), 2**30).devices.values()
     resident = device.items["parameters"] + device.items["optimizer"] + device.items["frozen models"]
     assert device.phases == {
         "rollout": resident + device.items["key-value cache"] + device.items["decoding"],
         "scoring": resident + device.items["scoring"],
         "update": resident + device.items["gradients"] + device.items["activations"],
     }
-    assert device.peak == device.phases["update"] and device.fits
+    assert device.peak == device.phases["update"] and device.strain < 1
 
 
-def test_advice_is_the_change_whose_plan_is_best(run):
-    planner, long = Planner(2**24), run(max_completion_length=256, num_generations=8)
-    plan = planner.plan(long)
-    advice = best_change(long, plan, planner)
-    assert advice is not None
-    assert advice.change in ("gradient_checkpointing: true", "max_tokens_per_microbatch: 1040")
-    assert advice.plan.strain < plan.strain
+def test_changes_are_ranked_by_what_they_save(run):
+    long = run(max_completion_length=256, num_generations=8)
+    plan = plan_run(long, 2**24)
+    ranked = ranked_changes(long, plan, 2**24)
+    changes = [advice.change for advice in ranked]
+    assert {"gradient_checkpointing: true", "max_tokens_per_microbatch: 1040"} <= set(changes[:3])
+    strains = [advice.plan.fullest.strain for advice in ranked]
+    assert strains == sorted(strains) and strains[-1] < plan.fullest.strain
+    lines = advice_lines(plan, ranked)
+    assert [line.split(". ")[1].split(": ")[0] for line in lines[1:]] == [text.split(": ")[0] for text in changes]
+
+
+def test_a_change_that_is_named_saves_what_it_says(run):
+    plan = plan_run(run(max_completion_length=256), 2**24)
+    best = ranked_changes(run(max_completion_length=256), plan, 2**24)[0]
+    name, value = best.change.split(": ")
+    again = plan_run(run(max_completion_length=256, **{name: yaml.safe_load(value)}), 2**24)
+    assert again.devices["cpu"].items == best.plan.devices["cpu"].items
 
 
 def test_no_advice_where_nothing_is_left_to_change(run):
-    planner = Planner(2**24)
     bare = run(ADAPTER, beta=0.0, gradient_checkpointing=True, per_device_train_batch_size=2, num_generations=2,
                max_tokens_per_microbatch=96)  # fmt: skip
-    assert best_change(bare, planner.plan(bare), planner) is None
+    plan = plan_run(bare, 2**24)
+    assert ranked_changes(bare, plan, 2**24) == []
+    assert "No single change" in advice_lines(plan, [])[0]
 
 
 @pytest.mark.parametrize(("text", "size"), [("24GiB", 24 * 2**30), ("1.5 gb", 1_500_000_000), ("512MiB", 2**29)])
@@ -253,7 +301,7 @@ def recipe(tmp_path, model_dir):
 def test_command_shows_table_and_advice_without_data_or_weights(recipe, capsys):
     cli.main([*recipe, "--memory", "1GiB", "--no_gradient_checkpointing"])
     out = capsys.readouterr().out
-    for text in ("cpu", "parameters", "frozen models", "peak of update", "1.00 GiB", "yes", "What helps most: "):
+    for text in ("cpu", "parameters", "frozen models", "peak of update", "1.00 GiB", "yes", "What helps most, one change at a time:\n1. "):
         assert text in out
     assert "Assumed: prompts of 512 tokens" in out
 
@@ -282,4 +330,4 @@ def test_command_refuses(recipe, capsys, options, message):
 
 
 def test_table_has_a_column_for_each_device(run):
-    assert [column.header for column in plan_table(Planner(2**30).plan(run())).columns] == ["", "cpu"]
+    assert [column.header for column in plan_table(plan_run(run(), 2**30)).columns] == ["", "cpu"]

@@ -1,20 +1,8 @@
 """The memory that a run will take, from configurations alone."""
 
-from .changes import Advice, best_change
+from .changes import ranked_changes
 from .models import PolicySpec
-from .plan import DevicePlan, Plan, Planner, Run
-from .table import advice_text, parse_size, plan_table, size_text
+from .plan import Run, plan_run
+from .table import advice_lines, parse_size, plan_table
 
-__all__ = [
-    "Advice",
-    "DevicePlan",
-    "Plan",
-    "Planner",
-    "PolicySpec",
-    "Run",
-    "advice_text",
-    "best_change",
-    "parse_size",
-    "plan_table",
-    "size_text",
-]
+__all__ = ["PolicySpec", "Run", "advice_lines", "parse_size", "plan_run", "plan_table", "ranked_changes"]

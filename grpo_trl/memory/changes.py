@@ -1,4 +1,4 @@
-"""Single changes of a recipe that save memory, and the one that saves most."""
+"""Single changes of a recipe that save memory, ranked by how much."""
 
 import copy
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from typing import Any
 
 from peft import LoraConfig
 
-from .plan import Plan, Planner, Run
+from .plan import Plan, Run, plan_run
 
 
 @dataclass(frozen=True)
@@ -18,19 +18,22 @@ class Advice:
     plan: Plan
 
 
-def best_change(run: Run, plan: Plan, planner: Planner) -> Advice | None:
-    """The change with which the device that is fullest is least full; None where none helps."""
-    changed = [(text, run_with) for suggest in CHANGES if (found := suggest(run)) for text, run_with in [found]]
-    advice = [Advice(text, planner.plan(run_with)) for text, run_with in changed]
-    best = min(advice, key=lambda a: a.plan.strain, default=None)
-    return best if best is not None and best.plan.strain < plan.strain else None
+def ranked_changes(run: Run, plan: Plan, memory: int | None = None) -> list[Advice]:
+    """The changes with which the fullest device is less full than in `plan`, the best first.
+
+    `memory`: as for `plan_run`.
+    """
+    suggested = [suggestion for suggest in CHANGES if (suggestion := suggest(run)) is not None]
+    advice = [Advice(change, plan_run(changed, memory)) for change, changed in suggested]
+    helpful = [each for each in advice if each.plan.fullest.strain < plan.fullest.strain]
+    return sorted(helpful, key=lambda each: each.plan.fullest.strain)
 
 
 Suggestion = tuple[str, Run] | None
 
 
 def _checkpointing(run: Run) -> Suggestion:
-    return None if run.args.gradient_checkpointing else _set(run, gradient_checkpointing=True)
+    return None if run.args.gradient_checkpointing else _set(run, "gradient_checkpointing", True)
 
 
 def _smaller_pieces(run: Run) -> Suggestion:
@@ -40,7 +43,7 @@ def _smaller_pieces(run: Run) -> Suggestion:
     whole += -(-args.per_device_train_batch_size // args.num_generations) * run.prompt_length
     now = min(args.max_tokens_per_microbatch or whole, whole)
     half = max(now // 2, run.prompt_length + args.max_completion_length)
-    return _set(run, max_tokens_per_microbatch=half) if half < now else None
+    return _set(run, "max_tokens_per_microbatch", half) if half < now else None
 
 
 def _fewer_rows(run: Run) -> Suggestion:
@@ -49,7 +52,7 @@ def _fewer_rows(run: Run) -> Suggestion:
     most = args.per_device_train_batch_size * args.steps_per_generation
     now = min(args.max_concurrent_rows or most, most)
     half = max(now // 2, args.num_generations)
-    return _set(run, max_concurrent_rows=half) if half < now else None
+    return _set(run, "max_concurrent_rows", half) if half < now else None
 
 
 def _lora(run: Run) -> Suggestion:
@@ -61,7 +64,7 @@ def _lora(run: Run) -> Suggestion:
 
 
 def _on_cpu(name: str) -> Callable[[Run], Suggestion]:
-    return lambda run: _set(run, **{name: "cpu"}) if run.args.device.type != "cpu" else None
+    return lambda run: _set(run, name, "cpu") if run.args.device.type != "cpu" else None
 
 
 CHANGES: tuple[Callable[[Run], Suggestion], ...] = (
@@ -74,9 +77,8 @@ CHANGES: tuple[Callable[[Run], Suggestion], ...] = (
 )
 
 
-def _set(run: Run, **values: Any) -> tuple[str, Run]:
+def _set(run: Run, name: str, value: Any) -> tuple[str, Run]:
     """One field of the arguments, as a recipe would have it."""
     args = copy.copy(run.args)
-    for name, value in values.items():
-        setattr(args, name, value)
-    return ", ".join(f"{n}: {str(v).lower()}" for n, v in values.items()), replace(run, args=args)
+    setattr(args, name, value)
+    return f"{name}: {str(value).lower()}", replace(run, args=args)

@@ -61,18 +61,28 @@ def reference_of(policy: Any, spec: PolicySpec, args: GRPOConfig) -> Any | None:
     if not needs_reference_model(args, has_adapter=isinstance(policy, PeftModel)):
         return None
     with META:
-        model = _from_config(
-            AutoModelForCausalLM, args.ref_model_name_or_path or spec.path, from_pretrained_options(args)
-        )
+        model = _from_config(AutoModelForCausalLM, args.ref_model_name_or_path or spec.path, reference_options(args))
     prepare(model)
-    return model
+    return model.requires_grad_(False)
+
+
+def reference_options(args: GRPOConfig) -> dict[str, Any]:
+    """What `from_pretrained` of the reference gets, as in `load_reference_model`."""
+    return from_pretrained_options(args) | mapping(args.ref_model_init_kwargs)
+
+
+def quantization_of(options: dict[str, Any]) -> BitsAndBytesConfig | None:
+    """That of arguments of `from_pretrained`, which may have it as a mapping."""
+    config = options.get("quantization_config")
+    return BitsAndBytesConfig.from_dict(config) if isinstance(config, dict) else config
 
 
 def reward_model_of(path: str, args: GRPOConfig) -> Any:
     """A reward model, in its own dtype unless `reward_model_init_kwargs` name one."""
     options = {"dtype": "auto", "trust_remote_code": args.trust_remote_code} | mapping(args.reward_model_init_kwargs)
     with META:
-        return _from_config(AutoModelForSequenceClassification, base_model(path), options, num_labels=1)
+        model = _from_config(AutoModelForSequenceClassification, base_model(path), options, num_labels=1)
+    return model.requires_grad_(False)
 
 
 def _from_config(auto_class: Any, path: str, options: dict[str, Any], **changes: Any) -> Any:

@@ -1,7 +1,7 @@
 """The memory that a run will take, by device and phase, before anything is loaded."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,8 +14,18 @@ from ..placement import DeviceMap
 from ..policy import causal_lm, is_packed
 from ..rewards.loading import is_reward_model
 from ..rollouts.native.engine import LOW_PRECISION_ON, key_value_bytes
-from . import dry_run
-from .models import PolicySpec, policy_of, quantized, reference_of, reward_model_of, unique_parameters, weights
+from .dry_run import FakeModel, generate_bytes, reward_bytes, rollout_bytes, scoring_bytes, update_bytes
+from .models import (
+    PolicySpec,
+    policy_of,
+    quantization_of,
+    quantized,
+    reference_of,
+    reference_options,
+    reward_model_of,
+    unique_parameters,
+    weights,
+)
 from .optimizer import is_known, optimizer_bytes, step_bytes
 
 ASSUMED_PROMPT = 512  # tokens, where max_prompt_length does not say
@@ -23,7 +33,7 @@ ASSUMED_PROMPT = 512  # tokens, where max_prompt_length does not say
 # What is in memory throughout, and in each phase besides
 RESIDENT = ("parameters", "optimizer", "frozen models", "kept cache")
 PHASES = {
-    "rollout": ("key-value cache", "16-bit copies", "decoding"),
+    "rollout": ("key-value cache", "16-bit copies", "decoding", "reward passes"),
     "scoring": ("scoring",),
     "update": ("gradients", "activations"),
 }
@@ -62,9 +72,9 @@ class DevicePlan:
         return max(self.phases.values())
 
     @property
-    def fits(self) -> bool:
-        """Whether the peak is within what there is."""
-        return self.peak <= self.available
+    def strain(self) -> float:
+        """The peak as a part of what there is; above 1 it does not fit."""
+        return self.peak / max(1, self.available)
 
 
 @dataclass
@@ -76,164 +86,125 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether every device has room."""
-        return all(device.fits for device in self.devices.values())
+        """Whether every device has room for its peak."""
+        return self.fullest.strain <= 1
 
     @property
-    def strain(self) -> float:
-        """Peak over available, of the device where it is highest."""
-        return max(device.peak / max(1, device.available) for device in self.devices.values())
+    def fullest(self) -> DevicePlan:
+        """The device whose peak is the largest part of what there is."""
+        return max(self.devices.values(), key=lambda device: device.strain)
 
 
-class Planner:
-    """Makes plans. What was run dry for one is not run again for another that differs elsewhere.
+def plan_run(run: Run, memory: int | None = None) -> Plan:
+    """The plan of one rank, whose policy is whole on `args.device`.
 
     Args:
         memory: bytes of each device; default: what is free on it now.
+
+    Raises:
+        ValueError, OSError: models, devices or a combination that the trainer would refuse too.
     """
+    args, device = run.args, str(run.args.device)
+    devices: dict[str, DevicePlan] = {}
 
-    def __init__(self, memory: int | None = None):
-        self.memory = memory
-        self._runs: dict[Any, Any] = {}
+    def on(name: str) -> Counter[str]:
+        if name not in devices:
+            devices[name] = DevicePlan(_free(name) if memory is None else memory)
+        return devices[name].items
 
-    def plan(self, run: Run) -> Plan:
-        """Of one rank, whose policy is whole on `args.device`.
+    policy, own = policy_of(run.policy, args), on(device)
+    trained = [p for p in unique_parameters(policy).values() if p.requires_grad]
+    own["parameters"] = sum(weights(policy, run.policy.quantization_config).values())
+    own["gradients"] = sum(p.nbytes for p in trained)
+    own["optimizer"] = optimizer_bytes(args.optim, trained)
+    fake = FakeModel(policy)
+    reference = reference_of(policy, run.policy, args)
+    if not args.on_policy or (args.beta and reference is None):
+        own["scoring"] = scoring_bytes(fake, args, run.prompt_length)
 
-        Raises:
-            ValueError, OSError: models, devices or a combination that the trainer would refuse too.
-        """
-        args, device = run.args, str(run.args.device)
-        devices: dict[str, DevicePlan] = {}
+    for frozen in _frozen_models(run, reference):
+        for name, size in _split(weights(frozen.model, frozen.quantization), frozen.where).items():
+            on(name)["frozen models"] += size
+        items = on(_first(frozen.where))  # its passes are counted where they begin; they come one after the other
+        items[frozen.phase] = max(items[frozen.phase], frozen.pass_bytes(FakeModel(frozen.model)))
 
-        def on(name: str) -> Counter[str]:
-            return devices.setdefault(name, DevicePlan(self.available(name))).items
+    update = update_bytes(fake, args, run.prompt_length) + _dequantized(policy, run)
+    own["activations"] = max(update - own["gradients"], step_bytes(args.optim, trained, args.device.type))
+    _add_rollout(run, fake, devices[device])
+    return Plan(devices, _assumptions(run, policy))
 
-        policy = policy_of(run.policy, args)
-        sizes = weights(policy, run.policy.quantization_config)
-        trained = [p for p in unique_parameters(policy).values() if p.requires_grad]
-        on(device)["parameters"] = sum(sizes.values())
-        on(device)["gradients"] = sum(p.nbytes for p in trained)
-        on(device)["optimizer"] = optimizer_bytes(args.optim, trained)
-        reference = reference_of(policy, run.policy, args)
-        own_pass = not args.on_policy or (args.beta and reference is None)
-        passes = [(device, self._scoring(run, policy, "policy"))] if own_pass else []
-        if reference is not None:
-            where = device_map(args, "ref_device")
-            for name, size in _split(weights(reference), where).items():
-                on(name)["frozen models"] += size
-            passes.append((_first(where), self._scoring(run, reference, args.ref_model_name_or_path)))
-        for path in filter(is_reward_model, run.rewards):
-            where = mapping(args.reward_model_init_kwargs).get("device_map") or device_map(args, "reward_device")
-            model = reward_model_of(path, args)
-            for name, size in _split(weights(model), where).items():
-                on(name)["frozen models"] += size
-            passes.append((_first(where), self._reward(run, model, path)))
-        for name, size in passes:  # one after the other
-            on(name)["scoring"] = max(on(name)["scoring"], size)
-        update = self._update(run, policy) + _dequantized(policy, run)
-        gradients = on(device)["gradients"]
-        on(device)["activations"] = max(update - gradients, step_bytes(args.optim, trained, args.device.type))
-        self._rollout(run, policy, devices[device])
-        return Plan(devices, self._assumptions(run, policy))
 
-    def available(self, device: str) -> int:
-        """Bytes of a device."""
-        if self.memory is not None:
-            return self.memory
-        return torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else virtual_memory().available
+def _free(device: str) -> int:
+    return torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else virtual_memory().available
 
-    def _once(self, key: Any, run: Run, names: tuple[str, ...], compute: Callable[[], Any]) -> Any:
-        """The result of a dry run that depends on the models of `key` and on these arguments."""
-        policy, args = run.policy, run.args
-        key = key, policy.path, id(policy.peft_config), *(getattr(args, name) for name in (*names, *EVERY_RUN))
-        if key not in self._runs:
-            self._runs[key] = compute()
-        return self._runs[key]
 
-    def _update(self, run: Run, policy: Any) -> int:
-        names = ("gradient_checkpointing", *STREAM)
-        return self._once(
-            "update", run, names, lambda: dry_run.update_bytes(dry_run.FakeModel(policy), run.args, run.prompt_length)
+@dataclass
+class _Frozen:
+    """A frozen model, where it is, the item that its passes are in, and their peak given the model on fake tensors."""
+
+    model: Any
+    quantization: Any
+    where: DeviceMap | Any
+    phase: str
+    pass_bytes: Callable[[FakeModel], int]
+
+
+def _frozen_models(run: Run, reference: Any | None) -> Iterator[_Frozen]:
+    args = run.args
+    if reference is not None:
+        options = reference_options(args)
+        where = options.get("device_map") or device_map(args, "ref_device")
+        yield _Frozen(
+            reference, quantization_of(options), where, "scoring", lambda fake: scoring_bytes(fake, args, run.prompt_length)
         )
+    phase = "reward passes" if args.reward_overlap else "scoring"
+    for path in filter(is_reward_model, run.rewards):
+        options = mapping(args.reward_model_init_kwargs)
+        where = options.get("device_map") or device_map(args, "reward_device")
+        model = reward_model_of(path, args)
+        size = _reward_pass(run, model)
+        yield _Frozen(model, quantization_of(options), where, phase, lambda fake, size=size: reward_bytes(fake, *size))
 
-    def _scoring(self, run: Run, model: Any, name: Any) -> int:
-        return self._once(
-            ("scoring", name),
-            run,
-            STREAM,
-            lambda: dry_run.scoring_bytes(dry_run.FakeModel(model), run.args, run.prompt_length),
-        )
 
-    def _reward(self, run: Run, model: Any, path: str) -> int:
-        args, config = run.args, model.config.get_text_config()
-        longest = getattr(config, "max_position_embeddings", None) or run.prompt_length + args.max_completion_length
-        length = min(args.reward_max_length or longest, longest, run.prompt_length + args.max_completion_length)
-        rows = min(args.reward_batch_size, args.per_device_train_batch_size * args.steps_per_generation)
-        return self._once(
-            ("reward", path, rows, length),
-            run,
-            (),
-            lambda: dry_run.reward_bytes(dry_run.FakeModel(model), rows, length),
-        )
+def _reward_pass(run: Run, model: Any) -> tuple[int, int]:
+    """The rows of a reward model's largest pass, and their tokens."""
+    args, length = run.args, run.prompt_length + run.args.max_completion_length
+    limits = (args.reward_max_length, getattr(model.config.get_text_config(), "max_position_embeddings", None))
+    rows = min(args.reward_batch_size, args.per_device_train_batch_size * args.steps_per_generation)
+    return rows, min(length, *(limit for limit in limits if limit))
 
-    def _rollout(self, run: Run, policy: Any, device: DevicePlan) -> None:
-        args, model = run.args, causal_lm(policy)
-        on_device = args.device.type
-        copies = args.bf16 or args.fp16
-        if copies and on_device in LOW_PRECISION_ON and is_packed(policy):
-            linear = [m.weight for m in model.modules() if type(m) is torch.nn.Linear]
-            device.items["16-bit copies"] = sum(2 * w.numel() for w in linear if w.dtype == torch.float32)
-        prompts = args.per_device_train_batch_size * args.steps_per_generation // args.num_generations
-        native = args.rollout_engine == "native" and is_packed(policy)
-        group = key_value_bytes(model, run.prompt_length + args.num_generations * args.max_completion_length)
+
+def _add_rollout(run: Run, fake: FakeModel, device: DevicePlan) -> None:
+    args, model, packed = run.args, causal_lm(fake.model), is_packed(fake.model)
+    on_device = args.device.type
+    if (args.bf16 or args.fp16) and on_device in LOW_PRECISION_ON and packed:
+        linear = [m.weight for m in model.modules() if type(m) is torch.nn.Linear]
+        device.items["16-bit copies"] = sum(2 * w.numel() for w in linear if w.dtype == torch.float32)
+    native = args.rollout_engine == "native" and packed
+    groups = prompts = args.per_device_train_batch_size * args.steps_per_generation // args.num_generations
+    if args.max_concurrent_rows:
+        groups = args.max_concurrent_rows // args.num_generations
+    elif native:
+        tokens = run.prompt_length + args.num_generations * args.max_completion_length
         free = device.available - sum(device.items[name] for name in RESIDENT)
-        groups = free // 2 // group if native else prompts
-        if args.max_concurrent_rows:
-            groups = args.max_concurrent_rows // args.num_generations
-        groups = max(1, min(prompts, groups))
-        measure = dry_run.rollout_bytes if native else dry_run.generate_bytes
-        names = ("rollout_engine", "top_p", "top_k", "min_p")
-        cache, work = self._once(
-            ("rollout", groups),
-            run,
-            names,
-            lambda: measure(dry_run.FakeModel(policy), args, run.prompt_length, groups),
-        )
-        kept = native and args.cuda_graphs and on_device == "cuda"
-        device.items["kept cache" if kept else "key-value cache"] = cache
-        device.items["decoding"] = work
-
-    def _assumptions(self, run: Run, policy: Any) -> list[str]:
-        args = run.args
-        sharded = args.distributed_state is not None and args.distributed_state.distributed_type in (
-            "DEEPSPEED",
-            "FSDP",
-        )
-        said = {
-            f"prompts of {ASSUMED_PROMPT} tokens: max_prompt_length is not set": args.max_prompt_length is None,
-            f"for optim={args.optim} the memory of AdamW": not is_known(args.optim),
-            "a whole policy on each rank, though DeepSpeed or FSDP may shard it": sharded,
-            "padded rows: this model cannot be run on streams of groups": not is_packed(policy),
-        }
-        return [text for text, applies in said.items() if applies]
+        groups = free // 2 // key_value_bytes(model, tokens)
+    measure = rollout_bytes if native else generate_bytes
+    cache, work = measure(fake, args, run.prompt_length, max(1, min(prompts, groups)))
+    kept = native and args.cuda_graphs and on_device == "cuda"
+    device.items["kept cache" if kept else "key-value cache"] = cache
+    device.items["decoding"] = work
 
 
-# Arguments on which the dry runs depend: all, and those on the tokens of a micro-batch
-EVERY_RUN = (
-    "bf16",
-    "fp16",
-    "temperature",
-    "num_generations",
-    "max_prompt_length",
-    "max_completion_length",
-)
-STREAM = (
-    "per_device_train_batch_size",
-    "steps_per_generation",
-    "gradient_accumulation_steps",
-    "max_tokens_per_microbatch",
-    "entropy_coef",
-)
+def _assumptions(run: Run, policy: Any) -> list[str]:
+    args = run.args
+    sharded = args.distributed_state is not None and args.distributed_state.distributed_type in ("DEEPSPEED", "FSDP")
+    said = {
+        f"prompts of {ASSUMED_PROMPT} tokens: max_prompt_length is not set": args.max_prompt_length is None,
+        f"for optim={args.optim} the memory of AdamW": not is_known(args.optim),
+        "a whole policy on each rank, though DeepSpeed or FSDP may shard it": sharded,
+        "padded rows: this model cannot be run on streams of groups": not is_packed(policy),
+    }
+    return [text for text, applies in said.items() if applies]
 
 
 def _split(sizes: dict[str, int], where: DeviceMap | Any) -> dict[str, int]:

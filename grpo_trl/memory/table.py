@@ -1,6 +1,7 @@
 """A plan as a table, and sizes as text."""
 
 import re
+from collections.abc import Sequence
 
 from rich.table import Table
 
@@ -42,14 +43,16 @@ def plan_table(plan: Plan) -> Table:
         table.add_row(f"peak of {phase}", *(size_text(device.phases[phase]) for device in devices))
     table.add_section()
     table.add_row("available", *(size_text(device.available) for device in devices))
-    table.add_row("fits", *("yes" if device.fits else "no" for device in devices))
+    table.add_row("fits", *("yes" if device.strain <= 1 else "no" for device in devices))
     return table
 
 
-def advice_text(plan: Plan, advice: Advice | None) -> str:
-    """Which change helps most, and by how much on the device that is fullest."""
-    if advice is None:
-        return "No single change that is tried here (docs/memory.md) lowers the highest peak."
-    name, device = max(plan.devices.items(), key=lambda item: item[1].peak / max(1, item[1].available))
-    then = advice.plan.devices[name].peak if name in advice.plan.devices else 0
-    return f"What helps most: {advice.change} ({name}: {size_text(then)} instead of {size_text(device.peak)})"
+def advice_lines(plan: Plan, ranked: Sequence[Advice]) -> list[str]:
+    """The changes, the best first, each with the peak of the fullest device with it."""
+    if not ranked:
+        return ["No single change that is tried here (docs/memory.md) lowers the highest peak."]
+    before = size_text(plan.fullest.peak)
+    return ["What helps most, one change at a time:"] + [
+        f"{rank}. {advice.change}: {size_text(advice.plan.fullest.peak)} instead of {before}"
+        for rank, advice in enumerate(ranked, 1)
+    ]

@@ -301,7 +301,15 @@ def recipe(tmp_path, model_dir):
 def test_command_shows_table_and_advice_without_data_or_weights(recipe, capsys):
     cli.main([*recipe, "--memory", "1GiB", "--no_gradient_checkpointing"])
     out = capsys.readouterr().out
-    for text in ("cpu", "parameters", "frozen models", "peak of update", "1.00 GiB", "yes", "What helps most, one change at a time:\n1. "):
+    for text in (
+        "cpu",
+        "parameters",
+        "frozen models",
+        "peak of update",
+        "1.00 GiB",
+        "yes",
+        "What helps most, one change at a time:\n1. ",
+    ):
         assert text in out
     assert "Assumed: prompts of 512 tokens" in out
 

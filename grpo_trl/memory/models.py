@@ -71,8 +71,8 @@ def reference_options(args: GRPOConfig) -> dict[str, Any]:
     return from_pretrained_options(args) | mapping(args.ref_model_init_kwargs)
 
 
-def quantization_of(options: dict[str, Any]) -> BitsAndBytesConfig | None:
-    """That of arguments of `from_pretrained`, which may have it as a mapping."""
+def quantization_of(options: dict[str, Any]) -> Any:
+    """The BitsAndBytesConfig in arguments of `from_pretrained`, which may have it as a mapping; None: there is none."""
     config = options.get("quantization_config")
     return BitsAndBytesConfig.from_dict(config) if isinstance(config, dict) else config
 

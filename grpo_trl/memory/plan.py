@@ -155,7 +155,11 @@ def _frozen_models(run: Run, reference: Any | None) -> Iterator[_Frozen]:
         options = reference_options(args)
         where = options.get("device_map") or device_map(args, "ref_device")
         yield _Frozen(
-            reference, quantization_of(options), where, "scoring", lambda fake: scoring_bytes(fake, args, run.prompt_length)
+            reference,
+            quantization_of(options),
+            where,
+            "scoring",
+            lambda fake: scoring_bytes(fake, args, run.prompt_length),
         )
     phase = "reward passes" if args.reward_overlap else "scoring"
     for path in filter(is_reward_model, run.rewards):

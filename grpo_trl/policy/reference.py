@@ -151,9 +151,8 @@ def make_reference(
     passes = Passes(rows_per_pass, TokenLimit("the reference", max_tokens, fixed=sharded))
     if model is None:
         return AdapterReference(policy, accelerator, adapter, passes)
-    if zero3:
-        model = prepare_deepspeed(model, accelerator)  # loaded in shards, so it must run as such
-    return FrozenReference(model, passes)
+    # what was loaded in shards must run as such
+    return FrozenReference(prepare_deepspeed(model, accelerator) if zero3 else model, passes)
 
 
 def whole_parameters(parameters: Iterable[nn.Parameter]) -> contextlib.AbstractContextManager:

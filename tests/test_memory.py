@@ -17,7 +17,7 @@ from grpo_trl.memory.tracker import LiveBytes
 from grpo_trl.policy import prepare
 from grpo_trl.rollouts import SamplingParams, make_engine
 from tests.test_trainer import trainer
-from tests.tiny import save, tiny_model
+from tests.tiny import tiny_model
 
 ADAPTER = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
 
@@ -88,10 +88,11 @@ def test_reward_model_keeps_its_own_dtype_and_is_on_its_device(run, reward_model
     from transformers import AutoModelForSequenceClassification
 
     model = AutoModelForSequenceClassification.from_pretrained(reward_model_dir)
-    found = items(run(beta=0.0, rewards=(reward_model_dir, "accuracy")))
+    found = items(run(beta=0.0, num_iterations=1, rewards=(reward_model_dir, "accuracy")))
     assert found["frozen models"] == sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
     assert found["reward passes"] > 0 and found["scoring"] == 0  # beside sampling
-    assert items(run(beta=0.0, rewards=(reward_model_dir,), reward_overlap=False))["scoring"] == found["reward passes"]
+    after = items(run(beta=0.0, num_iterations=1, rewards=(reward_model_dir,), reward_overlap=False))
+    assert after["scoring"] == found["reward passes"]
 
 
 def test_a_reference_has_its_own_dtype(run):
@@ -213,7 +214,7 @@ def test_models_that_must_be_padded_are_planned_so(run, tmp_path):
 # ---- what a run holds ----
 
 
-def test_a_run_holds_only_its_state_and_its_batch_between_phases(tmp_path):
+def test_a_run_holds_only_its_state_and_its_batch_between_phases(run, tmp_path):
     """Keys and values are gone before an update, activations and gradients before a rollout."""
     held: dict[str, list[int]] = {"rollout": [], "update": []}
 
@@ -225,13 +226,15 @@ def test_a_run_holds_only_its_state_and_its_batch_between_phases(tmp_path):
             return batch
 
     options = {"per_device_train_batch_size": 8, "max_completion_length": 64, "num_iterations": 2, "max_steps": 6}
-    run = trainer(tmp_path, cls=Watched, **options)
-    with LiveBytes([*run.model.parameters(), *run.model.buffers()]) as memory:
-        run.train()
-    state = 2 * trained_bytes(run.model)
-    work = plan_run(Run(PolicySpec(save(run.model, tmp_path / "model")), (), run.args), 2**30).devices["cpu"].items
-    print(held, state, work)
-    assert len(held["rollout"]) == 3
+    training = trainer(tmp_path, cls=Watched, **options)
+    with LiveBytes([*training.model.parameters(), *training.model.buffers()]) as memory:
+        training.train()
+    planned, moments = items(run()), 2 * trained_bytes(training.model)
+    (first, *later), (batch, *new_batches) = held["rollout"], held["update"]
+    assert first < planned["gradients"] / 10 and batch < planned["key-value cache"]
+    for before, after in zip(later, new_batches, strict=True):
+        assert moments < before < moments + 1.2 * batch < moments + planned["gradients"] + batch / 2
+        assert after - before < planned["key-value cache"] / 2  # the new batch takes the place of the old one
 
 
 # ---- phases, advice, command ----

@@ -72,6 +72,5 @@ def test_nothing_as_large_as_hidden_states_or_logits_crosses(results):
     assert max(c["num_bytes"] for c in results["two"]["crossings"]) < 2 * 8 * tokens  # hidden states: 4 * 32 * tokens
 
 
-@pytest.mark.parametrize("mistake", ["LeavesIdsBehind", "LeavesResultBehind"])
-def test_a_mix_of_devices_is_caught(results, mistake):
-    assert results[mistake].endswith("mixes vgpu:0, vgpu:1")
+def test_a_mix_of_devices_is_caught(results):
+    assert results["LeavesIdsBehind"].endswith("mixes vgpu:0, vgpu:1")

@@ -72,7 +72,7 @@ def reference_options(args: GRPOConfig) -> dict[str, Any]:
 
 
 def quantization_of(options: dict[str, Any]) -> Any:
-    """The BitsAndBytesConfig in arguments of `from_pretrained`, which may have it as a mapping; None: there is none."""
+    """The BitsAndBytesConfig in arguments of `from_pretrained`, which may have it as a mapping; or None."""
     config = options.get("quantization_config")
     return BitsAndBytesConfig.from_dict(config) if isinstance(config, dict) else config
 

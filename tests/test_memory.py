@@ -1,5 +1,7 @@
 """The memory plan: exact where bytes are known, and the same code as the run where they are counted."""
 
+import json
+
 import pytest
 import torch
 import yaml
@@ -16,6 +18,7 @@ from grpo_trl.memory.optimizer import optimizer_bytes
 from grpo_trl.memory.tracker import LiveBytes
 from grpo_trl.policy import prepare
 from grpo_trl.rollouts import SamplingParams, make_engine
+from tests.conftest import ROOT
 from tests.test_trainer import trainer
 from tests.tiny import tiny_model
 
@@ -342,3 +345,10 @@ def test_command_refuses(recipe, capsys, options, message):
 
 def test_table_has_a_column_for_each_device(run):
     assert [column.header for column in plan_table(plan_run(run(), 2**30)).columns] == ["", "cpu"]
+
+
+def test_comparison_that_is_committed_is_within_15_percent():
+    rows = json.loads((ROOT / "benchmarks" / "results" / "memory_plan.json").read_text())["measurements"]
+    assert set(rows) == {"full", "lora", "reward_model"}
+    for row in rows.values():
+        assert row["planned"] >= 2**30 and 0.85 <= row["planned"] / row["measured"] <= 1.15

@@ -15,6 +15,7 @@ from peft import LoraConfig
 from rich.console import Console
 
 import grpo_trl.policy.attention
+import grpo_trl.selfcheck.trial
 from grpo_trl import GRPOTrainer
 from grpo_trl.policy.attention import GroupLayout
 from grpo_trl.rollouts import ENGINES
@@ -88,7 +89,7 @@ def test_a_good_set_up_is_ready_and_stays_as_it_was(tmp_path, peft, options):
         {"variant": "gspo", "num_iterations": 1, "num_generations": 2, "temperature": 0.7},
         {"variant": "top_entropy", "beta": 0.1, "num_generations": 3, "per_device_train_batch_size": 3},
         {"rollout_engine": "hf_generate", "disable_dropout": False, "eval_strategy": "no"},
-        {"gradient_accumulation_steps": 4, "steps_per_generation": 8, "log_rollouts": True, "top_p": 0.95},
+        {"gradient_accumulation_steps": 4, "steps_per_generation": 8, "log_rollouts": True},
     ],
 )
 def test_other_recipes_are_ready(tmp_path, options):
@@ -118,6 +119,12 @@ def test_a_reference_that_is_another_model_need_not_agree(tmp_path):
     assert "another model" in results[REFERENCE].detail and "KL 0 " not in results[REFERENCE].detail
 
 
+def test_truncated_sampling_is_something_to_look_at(tmp_path):
+    results, _ = run_checks(build(tmp_path, top_k=5))
+    assert failing(results) == set() and list(looks(results)) == [SAMPLER]
+    assert "set top_p: 1, top_k: 0" in results[SAMPLER].remedy
+
+
 # ---- Sabotage: each makes its row fail, and no other ----
 
 
@@ -138,7 +145,6 @@ def test_a_second_bos(tmp_path):
     ("declared", "tokenizers", "said"),
     [
         ([*ENDS, 9999], "<|im_end|>", "ids [9999] are not among the model's 263 tokens"),
-        (ENDS[1:], "<|im_end|>", "leaves the template's end of turn out"),
         (ENDS[1:], "<|endoftext|>", "The template's end of turn <|im_end|> (3) does not end a completion"),
     ],
 )
@@ -247,7 +253,7 @@ def reward_one(completions, **kwargs):
 @pytest.mark.parametrize(
     ("rewards", "said"),
     [
-        (reward_that_raises, "RuntimeError: Reward 'reward_that_raises'"),
+        (reward_that_raises, "Reward function 'reward_that_raises' failed on row 0: KeyError: 'answer_column'"),
         (reward_of_nothing, "every reward gave None for every completion"),
     ],
 )
@@ -262,13 +268,18 @@ def test_rewards_that_cannot_be_used(tmp_path, rewards, said):
     [
         (reward_one, {}, "All completions have the same sum"),
         ([reward_vowels, reward_one], {}, "Reward_one gave all completions the same"),
-        (reward_vowels, {"max_completion_length": 4}, "All completions were cut at 4 tokens (max_completion_length)"),
-        (reward_vowels, {"max_completion_length": 99}, "cut at 64 tokens (the length of this test)"),
+        (reward_vowels, {"max_completion_length": 2}, "All completions were cut at 2 tokens (max_completion_length)"),
+        (
+            reward_vowels,
+            {"max_completion_length": 9},
+            "All completions were cut at 3 tokens (the length of this test)",
+        ),
     ],
 )
-def test_rewards_to_look_at(tmp_path, rewards, options, said):
-    ends = options and {"model": model_that_ends(eos=IM_END)}
-    results, trial = run_checks(build(tmp_path, rewards=rewards, **(ends or {}), **options))
+def test_rewards_to_look_at(tmp_path, monkeypatch, rewards, options, said):
+    monkeypatch.setattr(grpo_trl.selfcheck.trial, "MAX_TOKENS", 3 if options else 64)
+    model = model_that_ends(eos=IM_END) if options else None
+    results, _ = run_checks(build(tmp_path, model, rewards=rewards, **options))
     lines, ready = verdict(results)
     assert ready and list(looks(results)) == [REWARDS], results
     assert said in results[REWARDS].remedy and lines[-1] == "ready"
@@ -328,7 +339,9 @@ def test_the_arguments_of_the_run_stay_as_they_are(tmp_path):
 def recipe(tmp_path):
     """A recipe with local model and data; and the folder of a model whose generation config does not end a turn."""
     good = save(model_that_ends(), tiny_tokenizer(), tmp_path / "good")
-    bad = save(model_that_ends(eos=[ENDOFTEXT]), tiny_tokenizer(), tmp_path / "bad")
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = "<|endoftext|>"
+    bad = save(model_that_ends(eos=ENDOFTEXT), tokenizer, tmp_path / "bad")
     rows = [{"question": text, "answer": "1"} for text in QUESTIONS]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "own.py").write_text(
@@ -344,7 +357,12 @@ def recipe(tmp_path):
 
 
 def check(folder, *argv):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "COLUMNS": "160",
+    }
     command = [sys.executable, "-m", "grpo_trl.cli", "check", "--config", "recipe.yaml", *argv]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
 

@@ -329,8 +329,8 @@ def plan(argv: Sequence[str]) -> None:
 
 
 def check(argv: Sequence[str]) -> None:
-    """Tries a recipe's model, data and rewards on a few completions; trains nothing and keeps nothing. Ends with code 1
-    if there is something to fix."""
+    """Tries a recipe's model, data and rewards on a few completions; trains nothing and keeps nothing. Ends with code
+    1 if there is something to fix."""
     from .selfcheck import check_table, reward_table, run_checks, shortened, verdict
 
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -341,11 +341,10 @@ def check(argv: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         try:
             script_args, args, model_args = parse_recipe(rest, "grpo-trl check")
-            trainer = make_trainer(script_args, shortened(args, folder), model_args)
+            results, trial = run_checks(make_trainer(script_args, shortened(args, folder), model_args))
         except (ValueError, OSError, yaml.YAMLError) as error:
             print(error, file=sys.stderr)
             raise SystemExit(2) from error
-        results, trial = run_checks(trainer)
     console = Console(highlight=False)
     console.print(check_table(results))
     if results["rewards"].passed:

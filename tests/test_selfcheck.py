@@ -1,6 +1,7 @@
 """The self-test: a set-up that is well, and one sabotage for each row."""
 
 import dataclasses
+import io
 import json
 import os
 import subprocess
@@ -89,6 +90,7 @@ def test_a_good_set_up_is_ready_and_stays_as_it_was(tmp_path, peft, options):
         {"variant": "gspo", "num_iterations": 1, "num_generations": 2, "temperature": 0.7},
         {"variant": "top_entropy", "beta": 0.1, "num_generations": 3, "per_device_train_batch_size": 3},
         {"rollout_engine": "hf_generate", "disable_dropout": False, "eval_strategy": "no"},
+        {"data": CHATS.to_iterable_dataset(), "skip_solved_after": 1},
         {"gradient_accumulation_steps": 4, "steps_per_generation": 8, "log_rollouts": True},
     ],
 )
@@ -272,7 +274,7 @@ def test_rewards_that_cannot_be_used(tmp_path, rewards, said):
         (
             reward_vowels,
             {"max_completion_length": 9},
-            "All completions were cut at 3 tokens (the length of this test)",
+            "completions were cut at 3 tokens (the length of this test)",
         ),
     ],
 )
@@ -291,7 +293,7 @@ def test_the_table_of_completions(tmp_path):
 
     run = build(tmp_path, rewards=[reward_vowels, half], reward_weights=[1.0, 2.0])
     results, trial = run_checks(run)
-    console = Console(width=200, record=True, file=open(os.devnull, "w"))
+    console = Console(width=200, record=True, file=io.StringIO())
     console.print(check_table(results))
     console.print(reward_table(trial))
     text = console.export_text()
@@ -357,14 +359,9 @@ def recipe(tmp_path):
 
 
 def check(folder, *argv):
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "COLUMNS": "160",
-    }
+    own = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
     command = [sys.executable, "-m", "grpo_trl.cli", "check", "--config", "recipe.yaml", *argv]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=folder, env=os.environ | own, capture_output=True, text=True, timeout=120)
 
 
 def contents(folder):

@@ -1,10 +1,10 @@
 """The checks, as rows of `CHECKS`: a name, and a function of the `Trial`. docs/diagnosis.md says what each means."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 
 from ..algorithm import KL_ESTIMATORS
@@ -15,8 +15,8 @@ from ..policy import FrozenReference, causal_lm, evaluation_mode, is_packed, per
 from .ends import end_of_turn, token_names
 from .trial import Trial
 
-# Relative difference of two gradients: in fp32 the order of sums makes some 1e-6, in 16 bit each operation rounds by up
-# to 2^-9; denominators that hang on the split make tenths.
+# Relative difference of two gradients: in fp32 the order of sums makes some 1e-6, in 16 bit each operation rounds by
+# up to 2^-9; denominators that hang on the split make tenths.
 GRADIENT_GAP, GRADIENT_GAP_16_BIT = 1e-4, 5e-2
 SHOWN = 400  # characters of the prompt's beginning, and of its end
 
@@ -43,9 +43,7 @@ def result_of(check: Check, trial: Trial) -> Result:
     try:
         return check.test(trial)
     except Exception as error:
-        return Result(
-            False, f"{type(error).__name__}: {error}", "Put right what the error says; a run would end in it."
-        )
+        return Result(False, f"{type(error).__name__}: {error}", "Put right what the error says: a run would meet it.")
 
 
 def template(trial: Trial) -> Result:
@@ -173,7 +171,7 @@ def _same_passes(trial: Trial) -> bool:
     """Whether reference and policy do the same arithmetic, sum for sum."""
     policy, made = trial.trainer.model, trial.trainer.reference
     adapters = policy.peft_config.values() if isinstance(policy, PeftModel) else ()
-    plain = all(adapter.peft_type == "LORA" and not adapter.use_dora for adapter in adapters)
+    plain = all(isinstance(adapter, LoraConfig) and not adapter.use_dora for adapter in adapters)
     models: list[nn.Module] = [policy, made.model] if isinstance(made, FrozenReference) else [policy]
     together = len({input_device(model) for model in models}) == 1
     return plain and together and all(map(is_packed, models))
@@ -187,11 +185,12 @@ def accumulation(trial: Trial) -> Result:
     whole, parts = trial.gradient(1), trial.gradient(4)
     norm = _norm(whole)
     if not 0 < norm < torch.inf:
-        remedy = "No finite gradient reaches the trained weights: look for an adapter that is merged or not active, "
-        return Result(
-            False, f"gradient norm {norm:.3g}", remedy + "and for NaN in the model (its dtype, its weights)."
+        remedy = (
+            "No finite gradient reaches the trained weights: look for an adapter that is merged or not active, and for "
+            "NaN in the model (its dtype, its weights)."
         )
-    gap = _norm([b - a for a, b in zip(whole, parts, strict=True)]) / norm
+        return Result(False, f"gradient norm {norm:.3g}", remedy)
+    gap = _norm(b - a for a, b in zip(whole, parts, strict=True)) / norm
     limit = GRADIENT_GAP if trial.exact else GRADIENT_GAP_16_BIT
     detail = f"1 micro-batch against 4: relative difference {gap:.2g}, at most {limit:g}; gradient norm {norm:.3g}"
     remedy = (
@@ -201,8 +200,9 @@ def accumulation(trial: Trial) -> Result:
     return Result(gap <= limit, detail, "" if gap <= limit else remedy)
 
 
-def _norm(gradient: list[Tensor]) -> float:
-    return float(torch.stack([part.double().square().sum() for part in gradient]).sum().sqrt())
+def _norm(gradient: Iterable[Tensor]) -> float:
+    norms = [torch.linalg.vector_norm(part, dtype=torch.float32) for part in gradient]
+    return float(torch.linalg.vector_norm(torch.stack(norms)))
 
 
 def rewards(trial: Trial) -> Result:

@@ -9,8 +9,8 @@ ANSWER = "grpo-trl-answer"  # no template has this text
 
 
 def end_of_turn(tokenizer: Any, prompt: Prompt, template_kwargs: dict[str, Any]) -> tuple[list[int], str]:
-    """Its id and whose it is: the chat template's, where the prompt goes through one that ends an answer with a special
-    token; else the tokenizer's, which may have none."""
+    """Its id and whose it is: the chat template's, where the prompt goes through one that ends an answer with a
+    special token; else the tokenizer's, which may have none."""
     messages = prompt.example["prompt"]
     if isinstance(messages, list):
         kwargs = template_kwargs | (prompt.example.get("chat_template_kwargs") or {})

@@ -40,7 +40,7 @@ def reward_table(trial: Trial) -> Table:
 
 
 def verdict(results: Mapping[str, Result]) -> tuple[list[str], bool]:
-    """A line for each row that is not plainly ok, then "ready" or how many there are to fix; and whether it is ready."""
+    """A line for each row that is not plainly ok, then "ready" or how many there are to fix; and whether it is."""
     failed = {name: result for name, result in results.items() if not result.passed}
     looks = {name: result for name, result in results.items() if result.passed and result.remedy}
     lines = [f"Fix {name}: {result.remedy}" for name, result in failed.items()]

@@ -186,8 +186,8 @@ def accumulation(trial: Trial) -> Result:
     norm = _norm(whole)
     if not 0 < norm < torch.inf:
         remedy = (
-            "No finite gradient reaches the trained weights: look for an adapter that is merged or not active, and for "
-            "NaN in the model (its dtype, its weights)."
+            "No finite gradient reaches the trained weights: look for an adapter that is merged or not active, and "
+            "for NaN in the model (its dtype, its weights)."
         )
         return Result(False, f"gradient norm {norm:.3g}", remedy)
     gap = _norm(b - a for a, b in zip(whole, parts, strict=True)) / norm

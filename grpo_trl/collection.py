@@ -6,7 +6,7 @@ from dataclasses import asdict
 from functools import partial
 from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import gather_object
@@ -185,7 +185,8 @@ class CollectingTrainer(TrainerHooks):
         record_rollout(self.metrics, groups, rewards_per_func, rewards, reward_names)
         lengths = [len(group.prompt.ids) + len(ids) for group in groups for ids in group.completion_ids]
         # of each rank; the update waits for the one that has most
-        tokens = self.accelerator.gather(torch.tensor([float(sum(lengths))], device=self.args.device))
+        mine = torch.tensor([float(sum(lengths))], device=self.args.device)
+        tokens = cast(Tensor, self.accelerator.gather(mine))
         self.num_tokens += int(tokens.sum())
         if len(tokens) > 1 and tokens.any():
             self.metrics.add("rollout/token_imbalance", float(tokens.max() / tokens.mean()))

@@ -10,6 +10,7 @@ import random
 import resource
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -73,6 +74,7 @@ class Load:
     completion_len: int = 128  # longest completion, in tokens
     raggedness: float = 0.625  # share of the longest completion that is missing on average; 0: all are that long
     mu: int = 1  # num_iterations
+    micro_batches: int = 1  # gradient_accumulation_steps: a rollout's completions are trained on in so many parts
     device: str = "cpu"
     dtype: str = "float32"  # of the weights of policy and reference
     steps: int = 2  # timed rounds (a rollout and its mu updates), after one to warm up
@@ -109,6 +111,7 @@ def parser(description: str, output: str, *, loads: str = "a") -> argparse.Argum
     add("--completion-len", type=int, help="longest completion, in tokens")
     add("--raggedness", type=float, help="share of the longest completion that is missing on average")
     add("--mu", type=int, help="num_iterations")
+    add("--micro-batches", type=int, help="gradient_accumulation_steps, in which a rollout is trained on")
     add("--device", choices=["cpu", "cuda"])
     add("--dtype", choices=["float32", "bfloat16"], help="of the weights")
     add("--steps", type=int, help="timed rounds, after one to warm up")
@@ -196,7 +199,8 @@ def save_model(load: Load, folder: str) -> None:
 def trainer_options(load: Load, seed: int) -> dict[str, Any]:
     """Arguments of either side's GRPOConfig: ours takes TRL's names."""
     return {
-        "per_device_train_batch_size": load.prompts * load.group,
+        "per_device_train_batch_size": load.prompts * load.group // load.micro_batches,
+        "gradient_accumulation_steps": load.micro_batches,
         "num_generations": load.group,
         "num_iterations": load.mu,
         "max_steps": (load.steps + 1) * load.mu,
@@ -214,6 +218,43 @@ def trainer_options(load: Load, seed: int) -> dict[str, Any]:
         "disable_tqdm": True,
         **OBJECTIVE,
     }
+
+
+def our_options(load: Load) -> dict[str, Any]:
+    """Arguments of our GRPOConfig besides: no files that TRL does not write, and decoding steps captured on CUDA."""
+    return {"plot_metrics": False, "save_epochs": False, "cuda_graphs": load.device == "cuda"}
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second that a CUDA device moves in a copy, each byte read and written."""
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / _seconds(lambda: target.copy_(source))
+
+
+def matrix_rate() -> float:
+    """FLOP per second of a CUDA device in a product of bf16 matrices."""
+    size = 8192
+    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return 2 * size**3 / _seconds(lambda: a @ b)
+
+
+def _seconds(call: Callable[[], Any], repeats: int = 10) -> float:
+    for _ in range(3):
+        call()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / repeats
+
+
+def body_parameters(shape: dict[str, int]) -> int:
+    """Weights of the layers' products, embeddings and head left out."""
+    hidden, heads = shape["hidden_size"], shape["num_attention_heads"]
+    attention = hidden * shape["head_dim"] * (2 * heads + 2 * (heads // 2))  # q, o; k, v of half as many heads
+    return shape["num_hidden_layers"] * (attention + 3 * hidden * 3 * hidden)
 
 
 def peak_memory(device: str) -> float:

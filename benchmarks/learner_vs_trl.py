@@ -14,14 +14,18 @@ from typing import Any
 import torch
 from common import (
     HELD_EQUAL,
+    SHAPES,
     Load,
     alternate,
+    body_parameters,
     build_prompts,
     check_same_work,
     describe,
     eos_ids,
     loads_of,
+    matrix_rate,
     module_of,
+    our_options,
     parser,
     peak_memory,
     ratios,
@@ -114,12 +118,13 @@ def our_trainer(module: Any, folder: str, args: Any, dataset: Dataset, clock: Cl
     return Given(folder, reward, args, dataset, callbacks=[clock])
 
 
-SIDES = {"trl": (trl_trainer, {}), "grpo_trl": (our_trainer, {"plot_metrics": False, "save_epochs": False})}
+SIDES = {"trl": trl_trainer, "grpo_trl": our_trainer}
 
 
 def measure(load: Load, folder: str, seed: int, side: str) -> dict[str, float]:
     """Trains one side."""
-    module, clock, (make, extras) = module_of(side), Clock(load), SIDES[side]
+    module, clock = module_of(side), Clock(load)
+    extras = our_options(load) if side == "grpo_trl" else {}
     options = trainer_options(load, seed) | {
         "logging_strategy": "steps",
         "logging_steps": 1,
@@ -128,16 +133,26 @@ def measure(load: Load, folder: str, seed: int, side: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as output_dir:
         args = module.GRPOConfig(output_dir, **options, **extras)
         dataset = Dataset.from_dict({"prompt": build_prompts(load, load.steps + 1)})
-        trainer = make(module, folder, args, dataset, clock)
+        trainer = SIDES[side](module, folder, args, dataset, clock)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     return clock.figures() | {"peak_memory_mib": peak_memory(load.device)}
+
+
+def useful_flop(load: Load, tokens: float) -> float:
+    """Of a round with so many completion tokens, each prompt once: forward and backward of the policy, forward of the
+    reference and of the old log-probabilities where they are needed; products of weights only, attention left out."""
+    shape = SHAPES[load.shape]
+    passes = 6 * load.mu + 2 + 2 * (load.mu > 1)  # FLOP for each weight and token
+    stream = tokens + load.prompts * (sum(load.prompt_len) / 2 - 1)
+    return passes * (body_parameters(shape) * stream + shape["vocab_size"] * shape["hidden_size"] * tokens)
 
 
 def main() -> None:
     options = parser(__doc__ or "", "learner_vs_trl.json", loads="a,b,c,d").parse_args()
     held_equal = (*HELD_EQUAL, "completions and rewards, so also the loss of every update")
     results = {}
+    rate = matrix_rate() if options.device == "cuda" else None
     for name, load in loads_of(options).items():
         rows = alternate(measure, load, list(SIDES), options.repeats)
         check_same_work(rows, "tokens", 0.0)
@@ -145,6 +160,17 @@ def main() -> None:
         found = ratios(rows, "grpo_trl", "trl", RATIOS)
         show(f"({name}) {load}", found)
         results[name] = {"load": describe(load), "ratios": found, "measurements": rows}
+        if rate is not None:
+            shares = {
+                side: median(
+                    useful_flop(load, row["tokens"] / (load.steps + 1)) / row["seconds"] / rate
+                    for row in rows
+                    if row["side"] == side
+                )
+                for side in SIDES
+            }
+            results[name] |= {"matrix_flop_per_second": rate, "share_of_matrix_rate": shares}
+            print(f"useful share of {rate / 1e12:.0f} TFLOP/s: {shares}")
         report(options, {"loads": results}, held_equal)
 
 

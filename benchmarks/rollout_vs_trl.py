@@ -17,11 +17,14 @@ from common import (
     SHAPES,
     Load,
     alternate,
+    body_parameters,
     build_prompts,
     check_same_work,
+    copy_bandwidth,
     describe,
     loads_of,
     module_of,
+    our_options,
     parser,
     peak_memory,
     ratios,
@@ -40,7 +43,7 @@ HELD_EQUAL = (
 SIDES = {
     "generate": ("trl", {}),
     "continuous_batching": ("trl", {"use_transformers_continuous_batching": True}),
-    "native": ("grpo_trl", {"plot_metrics": False, "save_epochs": False}),
+    "native": ("grpo_trl", {}),
 }
 RATIOS = ("tokens_per_second", "seconds", "peak_memory_mib")
 
@@ -65,6 +68,7 @@ def measure(load: Load, folder: str, seed: int, side: str) -> dict[str, float]:
     module = module_of(package)
     prompts = build_prompts(load, load.steps + 1)
     with tempfile.TemporaryDirectory() as output_dir:
+        extras = our_options(load) if package == "grpo_trl" else extras
         args = module.GRPOConfig(output_dir, **trainer_options(load, seed) | {"beta": 0.0} | extras)
         dataset = Dataset.from_dict({"prompt": prompts})
         trainer = module.GRPOTrainer(folder, lambda completions, **kwargs: [0.0] * len(completions), args, dataset)
@@ -88,28 +92,12 @@ def _now(load: Load) -> float:
     return time.perf_counter()
 
 
-def copy_bandwidth() -> float:
-    """Bytes per second that the device reads in a copy, each byte read and written."""
-    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    target.copy_(source)
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(10):
-        target.copy_(source)
-    torch.cuda.synchronize()
-    return 20 * source.numel() / (time.perf_counter() - start)
-
-
 def floor_seconds(load: Load, mean_length: float, bandwidth: float) -> float:
     """A rollout at the memory's speed, 16-bit weights and keys: weights once per decoding step, keys and values of
     each prompt once for its group and of each completion's past, until the longest completion ends."""
     shape, prompt = SHAPES[load.shape], sum(load.prompt_len) / 2
-    hidden, layers, size = shape["hidden_size"], shape["num_hidden_layers"], shape["head_dim"]
-    heads = shape["num_attention_heads"]
-    attention = hidden * size * (heads * 2 + heads)  # q, o; k, v of half as many heads
-    weights = layers * (attention + 3 * hidden * 3 * hidden) + shape["vocab_size"] * hidden
-    token = 2 * layers * (heads // 2) * size  # keys and values
+    weights = body_parameters(shape) + shape["vocab_size"] * shape["hidden_size"]
+    token = shape["num_hidden_layers"] * shape["num_attention_heads"] * shape["head_dim"]  # keys and values
     rows = load.prompts * load.group
     past = rows * mean_length * mean_length / 2 + load.prompts * prompt * load.completion_len
     return 2 * (weights * load.completion_len + token * past) / bandwidth

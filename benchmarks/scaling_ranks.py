@@ -22,11 +22,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from common import Load, build_prompts, describe, loads_of, parser, report, save_model, trainer_options
+from common import (
+    Load,
+    build_prompts,
+    describe,
+    loads_of,
+    our_options,
+    parser,
+    report,
+    save_model,
+    trainer_options,
+)
 from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
-from step_vs_trl import EXTRAS_OFF, Clock
+from step_vs_trl import Clock
 from transformers import PrinterCallback, TrainerCallback
 
 ROOT = Path(__file__).parent.parent
@@ -113,7 +123,7 @@ def work(load: Load, folder: str, output: Path) -> None:
     torch.set_num_threads(1)
     clock = Clock(load.mu, load.device)
     with tempfile.TemporaryDirectory() as output_dir:
-        args = GRPOConfig(output_dir, **trainer_options(load, seed=0), **EXTRAS_OFF["grpo_trl"])
+        args = GRPOConfig(output_dir, **trainer_options(load, seed=0), **our_options(load))
         dataset = Dataset.from_dict({"prompt": build_prompts(load, (load.steps + 1) * args.world_size)})
         trainer = GRPOTrainer(folder, clock.reward, args, dataset, callbacks=[clock])
         trainer.remove_callback(PrinterCallback)

@@ -1,7 +1,7 @@
 """The whole GRPO step, side by side with TRL: rollout, rewards, reference and updates on the same load.
 
     python benchmarks/step_vs_trl.py --load a,b,c,d --repeats 3
-    python benchmarks/step_vs_trl.py --load a --device cuda --shape qwen3-0.6b --completion-len 1024
+    python benchmarks/step_vs_trl.py --load a --device cuda --shape qwen3-0.6b --completion-len 1024 --micro-batches 8
 
 Read the ratios; `benchmarks/README.md` says how.
 """
@@ -20,6 +20,7 @@ from common import (
     describe,
     loads_of,
     module_of,
+    our_options,
     parser,
     peak_memory,
     ratios,
@@ -33,7 +34,6 @@ from transformers import PrinterCallback, TrainerCallback
 
 # a side is a module with GRPOTrainer and GRPOConfig -> that trainer's method which samples a rollout, prompts to text
 SIDES = {"trl": "_generate", "grpo_trl": "sample"}
-EXTRAS_OFF = {"trl": {}, "grpo_trl": {"plot_metrics": False, "save_epochs": False}}  # files of one side only
 RATIOS = ("tokens_per_second", "rollout_seconds", "rest_seconds", "mean_completion_length", "peak_memory_mib")
 
 
@@ -95,8 +95,9 @@ class Clock(TrainerCallback):
 def measure(load: Load, folder: str, seed: int, side: str) -> dict[str, float]:
     """Trains one side."""
     module, clock = module_of(side), Clock(load.mu, load.device)
+    extras = our_options(load) if side == "grpo_trl" else {}
     with tempfile.TemporaryDirectory() as output_dir:
-        args = module.GRPOConfig(output_dir, **trainer_options(load, seed), **EXTRAS_OFF[side])
+        args = module.GRPOConfig(output_dir, **trainer_options(load, seed), **extras)
         dataset = Dataset.from_dict({"prompt": build_prompts(load, load.steps + 1)})
         trainer = module.GRPOTrainer(folder, clock.reward, args, dataset, callbacks=[clock])
         trainer.remove_callback(PrinterCallback)

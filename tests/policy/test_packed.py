@@ -55,7 +55,7 @@ def evaluate(model, batch, temperature=0.7):
     model.zero_grad()
     logps, entropies = per_token_logps(model, batch, temperature=temperature, with_entropy=True)
     mask = batch.completion_mask.bool()
-    weights = torch.linspace(-1, 1, int(mask.sum()))
+    weights = torch.linspace(-1, 1, int(mask.sum()), device=logps.device)
     (logps[mask] * weights).sum().backward()
     gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     return logps[mask].detach(), entropies[mask], gradient

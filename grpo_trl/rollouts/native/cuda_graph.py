@@ -5,6 +5,8 @@ fixed places (`cache`), and is captured for few sizes (`bucket`).
 """
 
 from collections.abc import Callable, Iterable
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,13 +27,19 @@ def bucket(shape: Shape, most: Shape) -> Shape:
     return most._replace(rows=min(rows, most.rows), groups=min(groups, most.groups), length=min(length, most.length))
 
 
+@cache
+def memory_pool() -> Any:
+    """Where all graphs keep what a step computes in between: none of it is read after the step."""
+    return torch.cuda.graph_pool_handle()
+
+
 def capture(step: Replay) -> Replay:
     """`step` as a graph; it is recorded, not run."""
     graph = torch.cuda.CUDAGraph()
     # thread_local: reward models may run in other threads meanwhile. Autocast's cache of cast weights would tie the
     # graph to copies that are freed with it
     with (
-        torch.cuda.graph(graph, capture_error_mode="thread_local"),
+        torch.cuda.graph(graph, pool=memory_pool(), capture_error_mode="thread_local"),
         torch.autocast("cuda", enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False),
     ):
         step()

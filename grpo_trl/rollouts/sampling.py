@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
@@ -22,6 +23,7 @@ from transformers import (
 )
 
 TRAIN_STREAM, EVAL_STREAM = 0, 1
+BLOCK = 128  # of tokens, whose probabilities are summed up first
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,11 @@ class SamplingParams:
         (huggingface/trl#6789)."""
         others = self.generation_kwargs.keys() - {"use_cache", "cache_implementation"}  # min_new_tokens and the like
         return self.top_p < 1 or self.top_k > 0 or bool(self.min_p) or bool(others) or bool(self.history_processors)
+
+    @property
+    def of_a_step(self) -> tuple[Any, ...]:
+        """What a decoding step without history depends on: two rollouts that agree in it can share a captured one."""
+        return self.temperature, self.top_p, self.top_k, self.min_p, self.eos_token_ids
 
     @property
     def history_processors(self) -> LogitsProcessorList:
@@ -92,15 +99,27 @@ def sample(scores: Tensor, u: Tensor, *, greedy: bool = False) -> tuple[Tensor, 
         infinity) the log-probability is NaN and the token any: raising here would wait for the device at each token.
     """
     probs = scores.softmax(-1)
-    if greedy:
-        tokens = scores.argmax(-1, keepdim=True)
-    else:
-        # fp64: CUDA's parallel sum rounds neighbours differently, and in fp32 (2^-24, the grain of u) that would give
-        # excluded tokens a height. right=True skips tokens without one; the total is that of the sum itself, not 1
-        cdf = probs.cumsum(-1, dtype=torch.float64)
-        tokens = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)
-        tokens = tokens.clamp(max=scores.shape[-1] - 1)  # a NaN is below no number
+    tokens = scores.argmax(-1, keepdim=True) if greedy else inverse_cdf(probs, u)
     return tokens[:, 0], probs.gather(1, tokens)[:, 0].log()
+
+
+def inverse_cdf(probs: Tensor, u: Tensor) -> Tensor:
+    """probs (B, V) fp32, u (B,) in [0, 1) -> (B, 1): the token at which the running sum of probabilities passes u
+    times their total.
+
+    First among the sums of blocks of tokens, then within one: a running sum over a whole vocabulary is the slowest
+    part of a decoding step on CUDA. Sums are in fp64: parallel ones round neighbours differently, and in fp32 (2^-24,
+    the grain of u) that would give excluded tokens a height. right=True skips what has none.
+    """
+    blocks = pad(probs, (0, -probs.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    ends = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    target = u[:, None] * ends[:, -1:]  # of the sum itself, which is not 1
+    block = torch.searchsorted(ends, target, right=True).clamp(max=ends.shape[-1] - 1)  # a NaN is below no number
+    end, start = ends.gather(-1, block), pad(ends, (1, 0)).gather(-1, block)
+    within = blocks.gather(1, block[..., None].expand(-1, -1, BLOCK))[:, 0].cumsum(-1, dtype=torch.float64)
+    share = ((target - start) / (end - start)).clamp(max=1 - 2**-52)  # below 1, so that the last sum passes it
+    place = torch.searchsorted(within, share * within[:, -1:], right=True)
+    return (block * BLOCK + place).clamp(max=probs.shape[-1] - 1)
 
 
 class TokenSampler:

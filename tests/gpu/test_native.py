@@ -11,6 +11,7 @@ from grpo_trl.batch import RolloutBatch
 from grpo_trl.policy import per_token_logps
 from grpo_trl.rollouts.hf_generate import HFGenerateEngine
 from grpo_trl.rollouts.native import NativeEngine
+from tests.policy.test_packed import KINDS as KINDS_OF_THE_LEARNER
 from tests.policy.test_packed import lora
 from tests.rollouts.test_native import EVERYTHING, PROMPTS, SAMPLING, assert_same, prepared, rollout
 from tests.tiny import PAD, tiny_model
@@ -122,6 +123,34 @@ def test_captured_steps_follow_16_bit_copies(autocast):
     first = [[ids[0] for ids in groups[draw].completion_ids] for groups in (before, after, plain) for draw in plain]
     third = len(plain)
     assert first[third : 2 * third] == first[2 * third :] != first[:third]
+
+
+def test_each_way_of_sampling_has_its_own_graphs():
+    model = prepared(build())
+    engine = NativeEngine(model, cuda_graphs=True)
+    others = [SAMPLING, replace(SAMPLING, temperature=0.0), replace(SAMPLING, eos_token_ids=(2,), seed=3)]
+    for _ in range(2):
+        for sampling in others:
+            assert_same(rollout(engine, sampling=sampling), rollout(NativeEngine(model), sampling=sampling))
+
+
+def test_adapters_that_are_switched_off_are_off_in_graphs():
+    model = prepared(lora(build()))
+    engine = NativeEngine(model, cuda_graphs=True)
+    on = [rollout(engine) for _ in range(2)][-1]
+    with model.disable_adapter():
+        for _ in range(2):
+            assert_same(rollout(engine), rollout(HFGenerateEngine(model)))
+    assert_same(rollout(engine), on)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt2", "phi3"])
+def test_models_that_are_decoded_by_their_own_layers(kind):
+    """Captured where they can be (experts may wait for the device), right either way."""
+    model = prepared(tiny_model(kind, **KINDS_OF_THE_LEARNER[kind]).to(DEVICE))
+    engine = NativeEngine(model, cuda_graphs=True)
+    for _ in range(3):
+        assert_same(rollout(engine), rollout(HFGenerateEngine(model)))
 
 
 def test_parameters_that_are_replaced_are_captured_anew():

@@ -1,5 +1,6 @@
 """The native engine samples what `hf_generate` samples, whatever runs beside it."""
 
+import logging
 from collections import Counter
 from dataclasses import replace
 
@@ -280,7 +281,7 @@ def test_looking_late_at_who_has_ended(qwen3, check_every, rows, monkeypatch):
 def graphed_engine(model, captured, **options):
     """An engine that replays steps by running them again, with the sizes that they were captured with."""
     result = NativeEngine(model, **options)
-    result.graphs = GraphedSteps(capture=lambda step: captured.append(step) or step)
+    result.graphs = GraphedSteps(lambda: lambda step: captured.append(step) or step)
     return result
 
 
@@ -292,7 +293,7 @@ def test_captured_steps(qwen3, rows, monkeypatch):
     ours = graphed_engine(qwen3, captured, max_concurrent_rows=rows)
     assert_same(rollout(ours), expected)
     # later rollouts of the same size capture at most what the first has only warmed up
-    shapes = set(ours.graphs.graphs)
+    shapes = {shape for shape, _ in ours.graphs.graphs}
     assert {shape.rows for shape in shapes} <= {1, 2, 4, 8, 16, 24} and {shape.length for shape in shapes} == {12}
     assert_same(rollout(ours), expected)
     number = len(captured)
@@ -314,6 +315,39 @@ def test_graphs_outlive_an_update_in_place_but_not_a_move(qwen3):
     qwen3.lm_head.weight = torch.nn.Parameter(qwen3.lm_head.weight.clone())
     assert_same(rollout(ours), rollout(NativeEngine(qwen3)))
     assert ours.graphs.graphs is not graphs
+
+
+def test_each_way_of_sampling_has_its_own_graphs(qwen3):
+    """An evaluation between two rollouts, say: the same sizes, another temperature and other EOS tokens."""
+    captured = []
+    ours = graphed_engine(prepared(qwen3), captured)
+    others = [SAMPLING, replace(SAMPLING, temperature=0.0), replace(SAMPLING, eos_token_ids=(IM_END,), seed=3)]
+    for _ in range(3):
+        for sampling in others:
+            assert_same(rollout(ours, sampling=sampling), rollout(NativeEngine(qwen3), sampling=sampling))
+    assert captured
+
+
+def test_adapters_that_are_switched_off_are_off_in_graphs():
+    model = prepared(lora(build("qwen3")))
+    ours = graphed_engine(model, [])
+    for _ in range(2):
+        rollout(ours)
+    with model.disable_adapter():
+        assert_same(rollout(ours), rollout(NativeEngine(model)))
+    assert_same(rollout(ours), rollout(NativeEngine(model)))
+
+
+def test_a_step_that_cannot_be_captured_is_run(qwen3, caplog):
+    def fail(step):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    ours = NativeEngine(prepared(qwen3))
+    ours.graphs = GraphedSteps(lambda: fail)
+    with caplog.at_level(logging.WARNING, "grpo_trl"):
+        for _ in range(2):
+            assert_same(rollout(ours), rollout(NativeEngine(qwen3)))
+    assert caplog.text.count("not captured: operation not permitted") == 1
 
 
 def test_the_memory_of_graphs_grows_and_is_kept(qwen3):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ...policy.attention import GroupLayout, flash_cpu
+from . import kernels
 from .cache import Cache
 
 
@@ -85,6 +86,20 @@ class RowsLayout:
         tokens = torch.cat([query[:, :, 0], key[:, :, 0], value[:, :, 0]], dim=1)
         out = self.attend_to(module.layer_idx, tokens, key.shape[1], scaling)
         return out.view(len(out), 1, *query.shape[1::2])
+
+    def attend_projected(
+        self,
+        layer_idx: int,
+        projected: list[Tensor],
+        cos: Tensor,
+        sin: Tensor,
+        norms: tuple[Tensor, Tensor, float] | None,
+        scaling: float,
+    ) -> Tensor:
+        """What a layer projects, before norm and rotation (n, heads D) -> (n, H D), by kernels; see there."""
+        layer, ages = self.cache.layers[layer_idx], self.ages
+        query = kernels.turn_and_store(projected, cos, sin, norms, layer.own, ages)
+        return kernels.attend(query, layer.prompts, layer.own, self.grid, self.shape.groups, ages, scaling)
 
     def attend_to(self, layer_idx: int, tokens: Tensor, kv_heads: int, scaling: float) -> Tensor:
         """Queries, keys and values side by side (n, H + 2 Hk, D) -> (n, H D)."""

@@ -4,14 +4,16 @@ A graph replays kernels on the addresses that it was captured with. So a step mu
 fixed places (`cache`), and is captured for few sizes (`bucket`).
 """
 
-from collections.abc import Callable, Iterable
-from functools import cache
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
 from .attention import Shape
+
+logger = logging.get_logger(__name__)
 
 LENGTHS = 128
 
@@ -27,48 +29,57 @@ def bucket(shape: Shape, most: Shape) -> Shape:
     return most._replace(rows=min(rows, most.rows), groups=min(groups, most.groups), length=min(length, most.length))
 
 
-@cache
-def memory_pool() -> Any:
-    """Where all graphs keep what a step computes in between: none of it is read after the step."""
-    return torch.cuda.graph_pool_handle()
+class Capture:
+    """Makes graphs of steps, which are recorded and not run. What a step computes in between is read by nobody after
+    it, so all graphs keep it in the same memory."""
 
+    def __init__(self):
+        self.pool: Any = None  # of the first graph; it ends with the last
 
-def capture(step: Replay) -> Replay:
-    """`step` as a graph; it is recorded, not run."""
-    graph = torch.cuda.CUDAGraph()
-    # thread_local: reward models may run in other threads meanwhile. Autocast's cache of cast weights would tie the
-    # graph to copies that are freed with it
-    with (
-        torch.cuda.graph(graph, pool=memory_pool(), capture_error_mode="thread_local"),
-        torch.autocast("cuda", enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False),
-    ):
-        step()
-    return graph.replay
+    def __call__(self, step: Replay) -> Replay:
+        """Raises RuntimeError when the step does something that a graph cannot hold, as waiting for the device."""
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: reward models may run in other threads meanwhile. Autocast's cache of cast weights would tie
+        # the graph to copies that are freed with it
+        with (
+            torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"),
+            torch.autocast("cuda", enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False),
+        ):
+            step()
+        self.pool = self.pool or graph.pool()
+        return graph.replay
 
 
 class GraphedSteps:
     """Runs steps, from the second time of a shape on as a graph. The first time, as it is, is the warm-up of kernels
     and libraries that capture asks for."""
 
-    def __init__(self, capture: Callable[[Replay], Replay] = capture):
-        self.capture = capture
-        self.graphs: dict[Shape, Replay | None] = {}
-        self.addresses: list[int] = []
+    def __init__(self, new_capture: Callable[[], Callable[[Replay], Replay]] = Capture):
+        self.new_capture = new_capture
+        self.capture = new_capture()
+        self.graphs: dict[Any, Replay | None] = {}
+        self.made_for: Any = None
+        self.possible = True
 
-    def sync(self, tensors: Iterable[Tensor]) -> None:
+    def sync(self, tensors: Iterable[Tensor], modes: Any = None) -> None:
         """Forgets all graphs when what steps read or write is elsewhere than before: parameters that were replaced
-        (an update in place does not move them), or the memory of the rollout."""
-        addresses = [tensor.data_ptr() for tensor in tensors]
-        if addresses != self.addresses:
-            self.graphs, self.addresses = {}, addresses
+        (an update in place does not move them), or the memory of the rollout; or when other modules run (`modes`)."""
+        made_for = [tensor.data_ptr() for tensor in tensors], modes
+        if made_for != self.made_for:
+            self.graphs, self.made_for, self.capture = {}, made_for, self.new_capture()
 
-    def run(self, step: Step, shape: Shape) -> None:
-        """One step."""
-        if shape not in self.graphs:
-            self.graphs[shape] = None
+    def run(self, step: Step, shape: Shape, sampling: Hashable = None) -> None:
+        """One step; `sampling` is what it depends on besides its sizes."""
+        key = shape, sampling
+        if not self.possible or key not in self.graphs:
+            self.graphs[key] = None
             step(shape)
             return
-        replay = self.graphs[shape]
+        replay = self.graphs[key]
         if replay is None:
-            replay = self.graphs[shape] = self.capture(lambda: step(shape))
+            try:
+                replay = self.graphs[key] = self.capture(lambda: step(shape))
+            except RuntimeError as error:  # nothing has been run
+                logger.warning(f"Decoding steps of this model are not captured: {error}".splitlines()[0])
+                self.possible, replay = False, lambda: step(shape)
         replay()

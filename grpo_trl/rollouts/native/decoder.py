@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from ...policy.attention import no_mask
 from ...policy.head import finish_logits, to_logits
+from . import kernels
 from .attention import RowsLayout
 
 logger = logging.get_logger(__name__)
@@ -80,9 +81,10 @@ class Decoder:
         cos, sin = (x[:, 0, None] for x in self.rotary(hidden[:, None], positions[:, None]))  # (n, 1, D)
         half = sin.shape[-1] // 2
         sin = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
+        delta = None  # what is to be added to `hidden`: norms do it
         for layer in self.layers:
-            hidden = layer(hidden, cos, sin, layout)
-        return finish_logits(self.model, self.head(self.norm(hidden)).contiguous())
+            hidden, delta = layer(hidden, delta, cos, sin, layout)
+        return finish_logits(self.model, self.head(self.norm(hidden, delta)[1]).contiguous())
 
 
 class _Layer:
@@ -95,19 +97,31 @@ class _Layer:
         self.kv_heads = attention.k_proj.out_features // attention.head_dim
         self.out, self.mlp = _linear(attention.o_proj), _mlp(layer.mlp)
 
-    def __call__(self, hidden: Tensor, cos: Tensor, sin: Tensor, layout: RowsLayout) -> Tensor:
-        """hidden (n, d); cos, sin (n, 1, D), sin with the signs of the rotation."""
+    def __call__(
+        self, hidden: Tensor, delta: Tensor | None, cos: Tensor, sin: Tensor, layout: RowsLayout
+    ) -> tuple[Tensor, Tensor]:
+        """hidden (n, d), and what is to be added to it; cos, sin (n, 1, D), sin with the signs of the rotation."""
+        hidden, x = self.before_attention(hidden, delta)
+        projected = [project(x) for project in self.projections]
+        attend = self._attend_by_kernels if kernels.fits(x, cos.shape[-1]) else self._attend
+        hidden, x = self.before_mlp(hidden, self.out(attend(projected, cos, sin, layout)))
+        return hidden, self.mlp(x)
+
+    def _attend_by_kernels(self, projected: list[Tensor], cos: Tensor, sin: Tensor, layout: RowsLayout) -> Tensor:
+        attention = self.attention
+        norms = None
+        if hasattr(attention, "q_norm"):
+            norms = (attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.variance_epsilon)
+        return layout.attend_projected(attention.layer_idx, projected, cos[:, 0], sin[:, 0], norms, attention.scaling)
+
+    def _attend(self, projected: list[Tensor], cos: Tensor, sin: Tensor, layout: RowsLayout) -> Tensor:
         size = self.attention.head_dim
-        x = self.before_attention(hidden)
-        tokens = torch.cat([project(x) for project in self.projections], dim=-1).view(len(x), -1, size)
+        tokens = torch.cat(projected, dim=-1).view(len(cos), -1, size)
         turned = tokens[:, : -self.kv_heads]  # queries and keys, H + Hk heads; values are not turned
         # x cos + rotate_half(x) sin: rolling by half swaps the halves, `sin` brings the sign of the first
         normed = self._normed(turned)
         torch.addcmul(normed * cos, normed.roll(size // 2, dims=-1), sin, out=turned)
-        hidden = hidden + self.out(
-            layout.attend_to(self.attention.layer_idx, tokens, self.kv_heads, self.attention.scaling)
-        )
-        return hidden + self.mlp(self.before_mlp(hidden))
+        return layout.attend_to(self.attention.layer_idx, tokens, self.kv_heads, self.attention.scaling)
 
     def _normed(self, tokens: Tensor) -> Tensor:
         """Queries and keys (n, H + Hk, D) behind their norms, if the model has any."""
@@ -140,14 +154,20 @@ def _linear(module: Any) -> Callable[[Tensor], Tensor]:
     return apply
 
 
-def _norm(module: Any) -> Callable[[Tensor], Tensor]:
-    """An RMS norm in few operations; another norm as it is."""
-    if not _is_rms_norm(module):
-        return module
+def _norm(module: Any) -> Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]:
+    """A residual: hidden (n, d) and what is added to it -> the sum, and its norm. An RMS norm in few operations;
+    another as it is."""
 
-    def apply(x: Tensor) -> Tensor:
-        weight = module.weight
-        return rms_norm(x, weight, module.variance_epsilon) if x.dtype == weight.dtype else module(x)
+    def apply(hidden: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+        if _is_rms_norm(module) and kernels.fits(hidden):
+            device = hidden.device.type
+            autocast = torch.is_autocast_enabled(device)
+            dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
+            return kernels.add_and_norm(hidden, delta, module.weight, module.variance_epsilon, dtype)
+        hidden = hidden if delta is None else hidden + delta
+        if _is_rms_norm(module) and hidden.dtype == module.weight.dtype:
+            return hidden, rms_norm(hidden, module.weight, module.variance_epsilon)
+        return hidden, module(hidden)
 
     return apply
 

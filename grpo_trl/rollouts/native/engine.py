@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from psutil import virtual_memory
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -229,7 +230,7 @@ class Rollout:
         state.ages[rows], state.ended[rows] = 0, False
         self._accept(rows, logits.repeat_interleave(size, dim=0))
         if self.graphs is not None:  # the first prompts have allocated the last of the memory
-            self.graphs.sync([*self.model.parameters(), *self.memory.tensors()])
+            self.graphs.sync([*self.model.parameters(), *self.memory.tensors()], adapter_state(self.model))
 
     def decode(self) -> None:
         """One more token for every row."""
@@ -242,7 +243,7 @@ class Rollout:
         if self.graphs is None:
             self._step(shape)
         else:
-            self.graphs.run(self._step, bucket(shape, self.memory.most))
+            self.graphs.run(self._step, bucket(shape, self.memory.most), self.sampling.of_a_step)
         self.step += 1
 
     def _step(self, shape: Shape) -> None:
@@ -290,7 +291,7 @@ class Rollout:
         state.tokens[rows].scatter_(1, ages, tokens[:, None])
         state.logps[rows].scatter_(1, ages, logps[:, None])
         state.last[rows] = tokens
-        state.ended[rows] |= torch.isin(tokens, self.eos)
+        state.ended[rows] |= (tokens[:, None] == self.eos).any(dim=1)  # `isin` waits for the device
 
     def _histories(self, rows: slice) -> Iterator[tuple[Tensor, Tensor]]:
         """The tokens so far of the rows of each group, which are equally many; see `TokenSampler`."""
@@ -304,6 +305,12 @@ class Rollout:
 
     def _age_of_oldest(self) -> int:
         return max((self.step - row.born for row in self.rows), default=0)
+
+
+def adapter_state(model: Any) -> list[tuple[bool, list[str]]]:
+    """Of each layer with adapters: whether they are off, and which are on."""
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    return [(layer.disable_adapters, list(layer.active_adapters)) for layer in layers]
 
 
 def groups_that_fit(model: Any, tokens: int) -> int:

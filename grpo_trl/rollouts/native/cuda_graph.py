@@ -58,6 +58,7 @@ class GraphedSteps:
         self.new_capture = new_capture
         self.capture = new_capture()
         self.graphs: dict[Any, Replay | None] = {}
+        self.captured: list[Step] = []  # kept alive: graphs keep addresses of what steps read, not the tensors
         self.made_for: Any = None
         self.possible = True
 
@@ -66,7 +67,7 @@ class GraphedSteps:
         (an update in place does not move them), or the memory of the rollout; or when other modules run (`modes`)."""
         made_for = [tensor.data_ptr() for tensor in tensors], modes
         if made_for != self.made_for:
-            self.graphs, self.made_for, self.capture = {}, made_for, self.new_capture()
+            self.graphs, self.captured, self.made_for, self.capture = {}, [], made_for, self.new_capture()
 
     def run(self, step: Step, shape: Shape, sampling: Hashable = None) -> None:
         """One step; `sampling` is what it depends on besides its sizes."""
@@ -79,6 +80,7 @@ class GraphedSteps:
         if replay is None:
             try:
                 replay = self.graphs[key] = self.capture(lambda: step(shape))
+                self.captured.append(step)
             except RuntimeError as error:  # nothing has been run
                 logger.warning(f"Decoding steps of this model are not captured: {error}".splitlines()[0])
                 self.possible, replay = False, lambda: step(shape)

@@ -4,24 +4,26 @@ On a few rows a GPU takes longer to begin an operation than to run it. Each kern
 transformers do, or less often. Sizes of heads are powers of two from 16 on (`fits`).
 """
 
+import importlib
 import importlib.util
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING or importlib.util.find_spec("triton") is not None:
-    import triton
-    import triton.language as tl
+triton: Any
+tl: Any
+if importlib.util.find_spec("triton") is not None:
+    triton, tl = (importlib.import_module(name) for name in ("triton", "triton.language"))
 else:  # CPU builds of torch come without it
-    from types import SimpleNamespace
+    triton, tl = SimpleNamespace(jit=lambda kernel: kernel), SimpleNamespace(constexpr=Any)
 
-    triton: Any = SimpleNamespace(jit=lambda function: function)
-    tl: Any = SimpleNamespace(constexpr=Any)
-
-BLOCK = 64  # keys that are read at a time
-LINES = 64  # at most, queries that share the keys of a prompt in one program
+# So many bytes of keys are read at a time, and of values (at most 64): with those that are already on their way, this
+# fits into the shared memory of every GPU since 2020
+BLOCK_BYTES = 16384
+LINES = 32  # at most, queries that share the keys of a prompt in one program
 
 
 @cache
@@ -84,18 +86,19 @@ def attend(
     n, heads, size = query.shape
     kv_heads, (capacity, length) = own.shape[2], (prompts.shape[3], own.shape[3])
     columns, repeats = grid.rows.shape[1], heads // kv_heads
+    block = min(64, BLOCK_BYTES // (size * own.element_size()))
     lines = min(LINES, max(16, triton.next_power_of_2(columns * repeats)))
     partial = torch.empty(n, heads, size, dtype=torch.float32, device=query.device)
     lse = torch.empty(n, heads, dtype=torch.float32, device=query.device)
     _attend_to_prompts[(groups, kv_heads, triton.cdiv(columns * repeats, lines))](
         query, prompts[0], prompts[1], partial, lse, grid.rows, grid.owners, grid.places, grid.prompt_lengths,
         scaling, n, columns, capacity,
-        KV_HEADS=kv_heads, REPEATS=repeats, SIZE=size, LINES=lines, BLOCK=BLOCK,
+        KV_HEADS=kv_heads, REPEATS=repeats, SIZE=size, LINES=lines, BLOCK=block,
     )  # fmt: skip
     out = torch.empty(n, heads * size, dtype=query.dtype, device=query.device)
     _attend_to_own[(n, kv_heads)](
         query, own[0], own[1], partial, lse, out, ages, scaling, length,
-        KV_HEADS=kv_heads, REPEATS=repeats, SIZE=size, LINES=max(16, triton.next_power_of_2(repeats)), BLOCK=BLOCK,
+        KV_HEADS=kv_heads, REPEATS=repeats, SIZE=size, LINES=max(16, triton.next_power_of_2(repeats)), BLOCK=block,
     )  # fmt: skip
     return out
 
@@ -140,16 +143,16 @@ def _turn_and_store(
     cos += row * SIZE
     sin += row * SIZE
     if head < HEADS:
-        place = (row * HEADS + head) * SIZE
-        x = _turned(query + place, of_query, cos, sin, epsilon, SIZE, NORMED)
-        tl.store(out + place + d, x.to(out.dtype.element_ty))
+        place = row * HEADS + head
+        x = _turned(query + place * SIZE, of_query, cos, sin, epsilon, SIZE, NORMED)
+        tl.store(out + place * SIZE + d, x.to(out.dtype.element_ty))
     elif head < HEADS + KV_HEADS:
         place = row * KV_HEADS + head - HEADS
         x = _turned(key + place * SIZE, of_key, cos, sin, epsilon, SIZE, NORMED)
         tl.store(keys + (place * length + tl.load(ages + row)) * SIZE + d, x.to(keys.dtype.element_ty))
     else:
         place = row * KV_HEADS + head - HEADS - KV_HEADS
-        x = tl.load(value + place * SIZE + d)
+        x = tl.load(value + place * SIZE + d).to(tl.float32)
         tl.store(values + (place * length + tl.load(ages + row)) * SIZE + d, x.to(values.dtype.element_ty))
 
 

@@ -21,6 +21,7 @@ from .config_checks import (
     range_problems,
 )
 from .generation_kwargs import FIELDS as GENERATION_FIELDS
+from .config_vllm import VLLMArguments, resolve_vllm, vllm_kwargs_problems
 from .generation_kwargs import generation_problems
 from .refused import raise_all, refuse, unused
 
@@ -51,7 +52,7 @@ def _help(text: str, default: Any = None) -> Any:
 
 
 @dataclass
-class GRPOConfig(TrainingArguments):
+class GRPOConfig(VLLMArguments):
     """Arguments of [`GRPOTrainer`]: those of `transformers.TrainingArguments` and TRL's `GRPOConfig`, and a few more.
 
     `docs/configuration.md` lists the fields with their effect, and what differs from TRL. Batch sizes count
@@ -122,7 +123,7 @@ class GRPOConfig(TrainingArguments):
     generation_kwargs: dict | str | None = _help("More arguments of `transformers.GenerationConfig`.")
     cache_implementation: str | None = _help("Cache of `model.generate`, e.g. static.")
     rollout_engine: str = _help(
-        "How completions are sampled: native or hf_generate. Default: native, unless cache_implementation is set."
+        "How completions are sampled: native, hf_generate or vllm. Default: native, unless cache_implementation is set."
     )
     max_concurrent_rows: int | None = _help(
         "Completions that are decoded at a time. Default: native: what fits into half of the free memory; else all."
@@ -228,7 +229,7 @@ class GRPOConfig(TrainingArguments):
         problems = json_problems(self, self._VALID_DICT_FIELDS)
         refused, hints = unused(self, TrainingArguments)  # before transformers changes some of them by itself
         super().__post_init__()
-        problems += self._resolve_objective() + self._resolve_generation_kwargs()
+        problems += self._resolve_objective() + resolve_vllm(self) + self._resolve_generation_kwargs()
         if self.rollout_engine is None:
             self.rollout_engine = "hf_generate" if self.cache_implementation else "native"
         problems += range_problems(self, BATCH_RANGES) or self._resolve_batches()
@@ -330,8 +331,10 @@ class GRPOConfig(TrainingArguments):
         for name, own in GENERATION_FIELDS.items():
             if name in options:
                 setattr(self, own, options.pop(name))
+        if self.use_vllm and self.vllm_structured_outputs_regex is not None:
+            options["structured_outputs"] = {"regex": self.vllm_structured_outputs_regex}
         self.generation_kwargs = options or None
-        return generation_problems(options)
+        return vllm_kwargs_problems(options) if self.use_vllm else generation_problems(options)
 
 
 def _accept_trl_options(cls: type) -> None:

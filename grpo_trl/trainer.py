@@ -169,7 +169,10 @@ class GRPOTrainer(CollectingTrainer):
             max_concurrent_rows=args.max_concurrent_rows,
             cache_implementation=args.cache_implementation,
             cuda_graphs=args.cuda_graphs,
+            args=args,
+            accelerator=self.accelerator,
         )
+        self._engine_is_of: int | None = None  # the step whose weights the engine has
         self.dynamic_sampler = dynamic_sampler(args, self.accelerator.num_processes)
         self._sampling_is_exact = self._sampling_may_be_exact(own_rollout=type(self).rollout is GRPOTrainer.rollout)
         self.metrics = Metrics()
@@ -189,6 +192,7 @@ class GRPOTrainer(CollectingTrainer):
         """Prompts in, micro-batches out; transformers sees micro-batches only."""
         prompts = StreamedPrompts if isinstance(self.train_dataset, IterableDataset) else IndexedPrompts
         self.metrics, self.num_tokens = Metrics(), 0
+        self._engine_is_of = None
         self.prompt_memory = prompt_memory(self.args)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         self.loader = RolloutLoader(
@@ -224,7 +228,9 @@ class GRPOTrainer(CollectingTrainer):
         `sampling_per_token_logps` and `completions` (what the rewards read; default: decoded) are optional.
         """
         with weights_for_generation(self.model_wrapped, self.accelerator, self.args) as model:
-            self.engine.sync_weights(model)
+            if self._engine_is_of != self.state.global_step:
+                self.engine.sync_weights(model)
+                self._engine_is_of = self.state.global_step
             yield from self.engine.generate(prompts, self.sampling)
 
     # ---- Update ----
@@ -314,11 +320,13 @@ class GRPOTrainer(CollectingTrainer):
         if isinstance(datasets, str):
             datasets = {datasets: self.eval_dataset[datasets]}
         self.sampling = self.eval_sampling
+        self._engine_is_of = None  # a callback may have put in other weights, a moving average say
         try:
             with evaluation_mode(self.model):
                 metrics = evaluate_sets(self, datasets, metric_key_prefix)
         finally:
             self.sampling = self.train_sampling
+            self._engine_is_of = None
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 

@@ -15,9 +15,9 @@ from ..config import GRPOConfig, mapping
 @contextlib.contextmanager
 def weights_for_generation(model: nn.Module, accelerator: Accelerator, args: GRPOConfig) -> Iterator[PreTrainedModel]:
     """The unwrapped policy. Under DeepSpeed ZeRO-3 its shards are gathered once for the whole rollout, unless
-    `ds3_gather_for_generation=False`."""
+    `ds3_gather_for_generation=False`; vLLM gathers what it sends by itself."""
     plugin: Any = accelerator.state.deepspeed_plugin
-    if plugin is None or plugin.zero_stage != 3:
+    if plugin is None or plugin.zero_stage != 3 or args.use_vllm:
         yield accelerator.unwrap_model(model)
         return
     with unwrap_model_for_generation(

@@ -1,0 +1,227 @@
+"""vLLM as the sampler: a server elsewhere, or a copy on the policy's devices.
+
+`vllm_connection` (TRL's) starts or finds vLLM and sends it the weights. What it is asked for is said here: one request
+per prompt, with all its completions and a seed of its own, from the rank that the group belongs to.
+"""
+
+import importlib.metadata
+import importlib.util
+import math
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from packaging.version import Version
+from peft import PeftModel
+from transformers import PreTrainedModel
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
+from trl.distributed import DistributedBackend
+
+from ..batch import Group, Prompt
+from ..config import GRPOConfig
+from .sampling import SamplingParams, row_keys
+
+logger = logging.get_logger(__name__)
+
+OLDEST, NEWEST = "0.22.0", "0.31.0"  # the versions that trl 1.16 speaks to
+REQUESTS = 64  # at a time from one rank; as many connections as TRL's client keeps
+SERVE = (
+    "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs "
+    """--weight-transfer-config '{"backend": "nccl"}'"""
+)
+
+
+class VLLMEngine:
+    """Samples with vLLM, as `args.vllm_...` say.
+
+    Args:
+        model: the unwrapped policy, whose weights vLLM gets.
+        args: of the run.
+        accelerator: of the run. All ranks build the engine together, and call `sync_weights` together.
+        max_concurrent_rows: completions that are decoded at a time, in whole groups, for this rank (server) or by this
+            copy (colocate). Default: 64 groups; a whole rollout.
+        cache_implementation, cuda_graphs: of other engines, without effect here.
+
+    Raises:
+        ValueError: vLLM is absent or too old, or cannot be given this policy's weights; a server whose
+            log-probabilities are not those of what it samples.
+        ConnectionError: no server after `vllm_server_timeout` seconds.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        args: GRPOConfig,
+        accelerator: Accelerator,
+        max_concurrent_rows: int | None = None,
+        cache_implementation: str | None = None,
+        cuda_graphs: bool = False,
+    ):
+        check_vllm()
+        check_policy(model, args, accelerator)
+        from .vllm_connection import Connection, connect_rank  # imports vLLM
+
+        self.args, self.accelerator, self.max_concurrent_rows = args, accelerator, max_concurrent_rows
+        self.client: Any = None  # of the server; else there is a copy
+        try:
+            self.connection = Connection(model, args, accelerator, max_concurrent_rows)
+            if args.vllm_mode == "server":
+                self.client = connect_rank(self.connection, args)
+        except ConnectionError as error:
+            raise ConnectionError(f"{error} Start it with `{SERVE}`, or raise vllm_server_timeout.") from error
+        if self.client is not None:
+            check_server(self.client)
+        self.copy_sleeps = args.vllm_enable_sleep_mode and self.client is None
+        self.copy_is_asleep = self.copy_sleeps
+
+    def sync_weights(self, model: PreTrainedModel) -> None:
+        """Sends the policy's weights, adapters merged into them. Every rank calls it: shards are gathered, and none
+        samples meanwhile."""
+        self.accelerator.wait_for_everyone()
+        with self._or_newest_checkpoint("send weights to"):
+            self.connection.sync_weights()
+        self.copy_is_asleep = False
+        self.accelerator.wait_for_everyone()
+
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> Iterator[Group]:
+        """Yields groups as they finish (server), or all at the end (colocate)."""
+        if sampling.logits_processors:
+            raise ValueError("vLLM cannot run logits_processors of this process; use rollout_engine native.")
+        return self._from_server(prompts, sampling) if self.client is not None else self._from_copy(prompts, sampling)
+
+    def _from_server(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> Iterator[Group]:
+        rows = self.max_concurrent_rows
+        workers = max(1, rows // sampling.num_generations) if rows else REQUESTS
+        with ThreadPoolExecutor(min(workers, len(prompts))) as pool:
+            requests = [pool.submit(self._complete, prompt, sampling) for prompt in prompts]
+            try:
+                for request in as_completed(requests):
+                    with self._or_newest_checkpoint("sample from"):
+                        group = request.result()
+                    yield group
+            finally:
+                pool.shutdown(cancel_futures=True)  # after an error the waiting ones are not sent any more
+
+    def _complete(self, prompt: Prompt, sampling: SamplingParams) -> Group:
+        options = request_options(sampling, prompt.draw)
+        found = self.client.generate([prompt.ids], n=options["n"], generation_kwargs=options)
+        return as_group(prompt, found["completion_ids"], found["logprobs"], sampling)
+
+    def _from_copy(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> Iterator[Group]:
+        from .vllm_connection import as_vllm_params, extract_logprobs
+
+        own, llm = {prompt.draw: prompt for prompt in prompts}, self.connection.llm
+        asked = list(prompts)
+        if self.args.vllm_tensor_parallel_size > 1:  # the ranks that share a copy ask it for the same
+            asked = self._prompts_of_copy(asked)
+        if self.copy_sleeps:
+            if self.copy_is_asleep:  # which has thrown the weights away
+                self.connection.sync_weights()
+            llm.wake_up(tags=["kv_cache"])
+        params = [as_vllm_params(request_options(sampling, prompt.draw)) for prompt in asked]
+        outputs = llm.generate([{"prompt_token_ids": prompt.ids} for prompt in asked], params, use_tqdm=False)
+        if self.copy_sleeps:
+            llm.sleep(level=2)
+            self.copy_is_asleep = True
+        for prompt, output in zip(asked, outputs, strict=True):
+            if prompt.draw in own:
+                ids = [list(completion.token_ids) for completion in output.outputs]
+                yield as_group(own[prompt.draw], ids, extract_logprobs([output])[0], sampling)
+
+    def _prompts_of_copy(self, prompts: list[Prompt]) -> list[Prompt]:
+        parts: list[Any] = [None] * self.args.vllm_tensor_parallel_size
+        bare = [Prompt(prompt.ids, {}, prompt.draw) for prompt in prompts]
+        torch.distributed.all_gather_object(parts, bare, group=self.connection.tp_group)
+        return [prompt for part in parts for prompt in part]
+
+    @contextmanager
+    def _or_newest_checkpoint(self, purpose: str) -> Iterator[None]:
+        """Says what a lost server means for the run. TRL's client has by then tried again for about a minute."""
+        try:
+            yield
+        except OSError as error:  # those of `requests` are OSErrors
+            if self.client is None:
+                raise
+            folder = self.args.output_dir or "."
+            checkpoint = get_last_checkpoint(folder) if Path(folder).is_dir() else None
+            found = f"from {checkpoint} (resume_from_checkpoint)" if checkpoint else f"anew: no checkpoint in {folder}"
+            raise ConnectionError(
+                f"Could not {purpose} the vLLM server at {self.client.base_url}, after several attempts: {error}. "
+                f"Look at its log, start it again, and go on {found}."
+            ) from error
+
+
+def request_options(sampling: SamplingParams, draw: int) -> dict[str, Any]:
+    """vLLM's SamplingParams for the completions of one draw.
+
+    Its seed is a function of (seed, stream, draw), below 2^62; vLLM gives completion i the seed + i. vLLM knows no
+    greedy sampling of several completions, which are all the same: one is asked for.
+    """
+    return {
+        "n": sampling.num_generations if sampling.temperature else 1,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p or 0.0,
+        "repetition_penalty": sampling.repetition_penalty,
+        "max_tokens": sampling.max_completion_length,
+        "logprobs": 0,  # of the sampled tokens alone
+        "seed": int(row_keys(sampling.seed, sampling.stream, [draw], [0])) & (2**62 - 1),
+        # the run's own EOS tokens, instead of those that vLLM reads from the model's folder
+        "stop_token_ids": list(sampling.eos_token_ids),
+        "ignore_eos": True,
+        **sampling.generation_kwargs,
+    }
+
+
+def as_group(prompt: Prompt, completion_ids: list[Any], logprobs: list[Any], sampling: SamplingParams) -> Group:
+    """Completions and, per token, a list that holds its log-probability (None: NaN) -> `Group`."""
+    logps = [[math.nan if token[0] is None else token[0] for token in row] for row in logprobs]
+    copies = sampling.num_generations // len(completion_ids)  # more than 1: greedy
+    return Group(
+        prompt,
+        completion_ids * copies,
+        terminated=[bool(ids) and ids[-1] in sampling.eos_token_ids for ids in completion_ids] * copies,
+        sampling_per_token_logps=logps * copies,
+    )
+
+
+def check_vllm() -> None:
+    """Raises a ValueError when vLLM is not installed here, or too old."""
+    remedy = f"pip install 'vllm>={OLDEST},<={NEWEST}', or use rollout_engine native"
+    if importlib.util.find_spec("vllm") is None:
+        raise ValueError(f"rollout_engine 'vllm' needs vLLM, which is not installed (the client too); {remedy}.")
+    version = importlib.metadata.version("vllm")
+    if Version(Version(version).base_version) < Version(OLDEST):
+        raise ValueError(f"rollout_engine 'vllm' needs vLLM {OLDEST} to {NEWEST}, and {version} is installed; {remedy}.")
+
+
+def check_server(client: Any) -> None:
+    """Raises a ValueError when the server is too old, or its log-probabilities are not those of what it samples."""
+    mode = client.get_server_info()["model_config"]["logprobs_mode"]
+    if mode != "processed_logprobs":
+        raise ValueError(
+            f"The vLLM server at {client.base_url} runs with --logprobs-mode {mode}: log-probabilities without "
+            f"temperature and truncation, not of what it samples. Start it with `{SERVE}`."
+        )
+    theirs, ours = client._get(f"{client.base_url}/version")["version"], importlib.metadata.version("vllm")
+    if Version(Version(theirs).base_version) < Version(OLDEST):
+        raise ValueError(f"The vLLM server at {client.base_url} is version {theirs}; use {OLDEST} to {NEWEST}.")
+    if theirs != ours:
+        logger.warning(f"The vLLM server is version {theirs}, and the trainer has {ours}: weights may not get across.")
+
+
+def check_policy(model: Any, args: GRPOConfig, accelerator: Accelerator) -> None:
+    """Raises a ValueError for a policy whose weights vLLM cannot be given."""
+    if getattr(model, "is_quantized", False):
+        raise ValueError("vLLM cannot be sent the weights of a quantised policy; use rollout_engine native for QLoRA.")
+    if isinstance(model, PeftModel) and DistributedBackend(accelerator).is_fsdp:
+        raise ValueError("Adapters cannot be merged into shards of FSDP for vLLM; use DDP or DeepSpeed.")
+    if args.vllm_mode == "colocate" and not model.name_or_path:
+        raise ValueError("vllm_mode 'colocate' loads the model by its path or id; pass one as `model`, not an object.")

@@ -15,6 +15,7 @@ LAYERS = [
     ["algorithm"],
     ["batch", "placement"],
     ["refused", "config_checks", "generation_kwargs"],
+    ["config_vllm"],
     ["config"],
     ["policy", "rollouts", "rewards", "data", "data_forms", "prompts", "prompt_memory", "metrics"],
     ["loader", "checkpoint", "callbacks", "memory", "evaluation", "model_card"],

@@ -27,6 +27,7 @@ import demo
 DEMO = Path(demo.__file__).parent
 VARIANTS = ("grpo", "dapo", "dr_grpo", "gspo")
 COST = "dynamic_sampling/"
+TOKENS = COST + "tokens_per_trained_token"
 
 
 def run(variant: str, seed: int, options: list[str]) -> dict[str, Any]:
@@ -50,8 +51,9 @@ def run(variant: str, seed: int, options: list[str]) -> dict[str, Any]:
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: a row per variant, over its seeds."""
     lines = [
-        "| Variant | Accuracy before | after, per seed | mean | tokens (millions) | sampled groups without gradient |",
-        "|---|---|---|---|---|---|",
+        "| Variant | Accuracy before | after, per seed | mean | tokens (millions) | sampled groups without gradient "
+        "| completion tokens sampled per token trained |",
+        "|---|---|---|---|---|---|---|",
     ]
     for variant in dict.fromkeys(row["variant"] for row in rows):
         mine = [row for row in rows if row["variant"] == variant]
@@ -63,6 +65,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"{mean(after):.1%}",
             f"{mean(row['tokens'][-1] for row in mine) / 1e6:.2f}",
             f"{mean(row['without_gradient'] for row in mine):.0%}",
+            f"{mean(row['cost'].get(TOKENS, 1.0) for row in mine):.2f}",
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.logging import get_logger
+from accelerate.utils import DistributedType
 from datasets import IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import nn
@@ -18,22 +20,25 @@ from trl.trainer.utils import get_config_model_id
 
 from .algorithm import informative_groups
 from .callbacks import (
+    DeviceTableCallback,
     EpochExportCallback,
     LossNoteCallback,
     MetricsPlotCallback,
     PromptMemoryCallback,
+    RunDoctorCallback,
     SyncReferenceCallback,
 )
 from .config import GRPOConfig, mapping
-from .placement import DeviceMap, resolve_device_map
+from .placement import DeviceMap, is_zero3, resolve_device_map
 from .policy import disable_dropout, freeze_adapter, load_policy, load_reference_model, prepare
 from .prompt_memory import PromptMemory
 from .prompts import check_prompt_dataset, check_template_kwargs, encode_prompt, first_rows, limit_prompts
 from .rewards import check_rewards
 from .rewards.registry import TRL_NAMES
-from .rewards.scoring import RESERVED
+from .rewards.rows import RESERVED
 from .rollouts import EVAL_STREAM, SamplingParams, check_engine
 from .rollouts.dynamic import DynamicSampler, Scored
+from .token_limit import TokenLimit
 
 logger = get_logger(__name__)  # of accelerate: speaks on the main process only
 
@@ -96,18 +101,41 @@ def problems(
             "eval_strategy or eval_on_start asks for evaluation, but there is no eval_dataset; pass one, or set "
             "eval_strategy='no' and eval_on_start=False."
         )
+    loaded_reference = args.beta and (args.ref_model_name_or_path or (isinstance(model, str) and not with_adapter))
+    if args.ref_model_init_kwargs and not loaded_reference:
+        found.append(
+            "ref_model_init_kwargs has no effect: no reference is loaded from a path here; set "
+            "ref_model_name_or_path (and beta above 0), or leave it out."
+        )
+    if args.sync_ref_model and "quantization_config" in mapping(args.ref_model_init_kwargs):
+        found.append(
+            "sync_ref_model=True mixes the policy into the reference's weights, which quantised ones do not allow; "
+            "leave quantization_config out of ref_model_init_kwargs, or set sync_ref_model=False."
+        )
+    if is_zero3(args.deepspeed_plugin):
+        found += zero3_problems(args.ref_device)
     if isinstance(datasets["train_dataset"], IterableDataset) and args.max_steps <= 0:
         found.append("train_dataset is a stream, whose length is not known; set max_steps.")
     found += _errors_of(
         partial(check_path, model),
-        partial(_device_map_of, args, "ref_device"),
-        partial(_device_map_of, args, "reward_device"),
+        partial(device_map, args, "ref_device"),
+        partial(device_map, args, "reward_device"),
         partial(check_engine, args.rollout_engine),
         partial(check_rewards, rewards, reward_processing_classes, args),
         *([partial(filter_named, args.dynamic_sampling_filter)] if args.dynamic_sampling_filter else []),
         *(partial(check_prompt_dataset, dataset, where=name) for name, dataset in datasets.items()),
     )
     return found
+
+
+def zero3_problems(ref_device: str | dict | None) -> list[str]:
+    """What cannot be placed under ZeRO-3, which shards the reference over the ranks."""
+    if ref_device in (None, "auto", "same"):
+        return []
+    return [
+        f"ref_device={ref_device!r}: under ZeRO-3 the reference is sharded over the ranks like the policy and has "
+        "no device of its own; leave ref_device at auto, or use ZeRO-2."
+    ]
 
 
 def with_overlong_penalty(rewards: list[Any], processing_classes: Any, args: GRPOConfig) -> tuple[list[Any], Any]:
@@ -150,6 +178,14 @@ def limit(dataset: Any, tokenizer: Any, chat_options: dict[str, Any], args: GRPO
         max_prompt_length=args.max_prompt_length,
         overlong_prompts=args.overlong_prompts,
     )[0]
+
+
+def policy_limit(args: GRPOConfig, accelerator: Accelerator) -> TokenLimit:
+    """Of the policy's passes. They are not cut when memory runs out where other processes take part in them, or where
+    tokens are picked from a whole micro-batch."""
+    alone = accelerator.distributed_type == DistributedType.NO
+    fixed = not alone or args.top_entropy_quantile < 1
+    return TokenLimit("the policy", args.max_tokens_per_microbatch, fixed=fixed)
 
 
 def dynamic_sampler(args: GRPOConfig, world_size: int) -> DynamicSampler:
@@ -211,13 +247,6 @@ def check_path(model: Any) -> None:
         )
 
 
-def _device_map_of(args: GRPOConfig, name: str) -> DeviceMap:
-    try:
-        return device_map(args, getattr(args, name))
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
-
-
 def _errors_of(*checks: Callable[[], Any]) -> list[str]:
     errors = []
     for check in checks:
@@ -241,7 +270,7 @@ def load_models(
     if isinstance(policy, PeftModel) and peft_config is None and args.beta and not args.ref_model_name_or_path:
         adapter = freeze_adapter(policy)
     path = model if isinstance(model, str) else None
-    reference_model = load_reference_model(policy, path, args, device_map(args, args.ref_device))
+    reference_model = load_reference_model(policy, path, args, device_map(args, "ref_device"))
     if args.disable_dropout:
         disable_dropout(policy)
     if reason := prepare(policy):
@@ -329,16 +358,38 @@ def eval_sampling(args: GRPOConfig, train: SamplingParams) -> SamplingParams:
     )
 
 
-def device_map(args: GRPOConfig, device: str | dict | None) -> DeviceMap:
-    """`ref_device` or `reward_device`, resolved on this machine."""
-    num_local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return resolve_device_map(device, args.device, num_gpus=torch.cuda.device_count(), num_local_ranks=num_local_ranks)
+FROZEN_DEVICES = ("ref_device", "reward_device")  # in the order in which `auto` deals spare GPUs out to them
+
+
+def device_map(args: GRPOConfig, name: str) -> DeviceMap:
+    """`ref_device` or `reward_device`, resolved on this machine.
+
+    Raises:
+        ValueError: see `resolve_device_map`; it begins with the name.
+    """
+    try:
+        return resolve_device_map(
+            getattr(args, name),
+            args.device,
+            num_gpus=torch.cuda.device_count(),
+            num_local_ranks=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+            number=FROZEN_DEVICES.index(name),
+        )
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def default_callbacks(trainer: Any, reference_model: nn.Module | None) -> list[TrainerCallback]:
     """What a run shows and leaves behind, as configured."""
     args: GRPOConfig = trainer.args
-    callbacks: list[TrainerCallback] = [_EpochOfLoader(trainer), LossNoteCallback(), PromptMemoryCallback(trainer)]
+    weights = dict(zip(trainer.reward_names, trainer.reward_weights.tolist(), strict=True))
+    callbacks: list[TrainerCallback] = [
+        _EpochOfLoader(trainer),
+        DeviceTableCallback(trainer),
+        LossNoteCallback(),
+        PromptMemoryCallback(trainer),
+        RunDoctorCallback(weights),
+    ]
     if args.plot_metrics:
         callbacks.append(MetricsPlotCallback())
     if args.save_epochs:

@@ -130,6 +130,17 @@ class RolloutBatch:
         """Moves every field. Dtypes stay: log-probs, advantages and weights are fp32 on every engine."""
         return RolloutBatch(**{name: value.to(device) for name, value in self.tensors().items()})
 
+    def tokens(self) -> "RolloutBatch":
+        """Ids and masks alone: all that a model needs to score the completions."""
+        return RolloutBatch(
+            self.prompt_ids,
+            self.prompt_mask,
+            self.completion_ids,
+            self.completion_mask,
+            self.loss_mask,
+            self.group_ids,
+        )
+
     def rows(self, index: slice | list[int]) -> "RolloutBatch":
         """The chosen rows, trimmed to their own longest prompt and completion."""
         chosen = {name: value[index] for name, value in self.tensors().items()}

@@ -1,6 +1,6 @@
-"""What a resumed run needs beyond transformers' own files, per rank: tensors as safetensors, numbers as JSON.
+"""What a resumed run needs beyond transformers' own files, and which folder it is taken from.
 
-Loading executes no code.
+Per rank: tensors as safetensors, numbers as JSON. Loading executes no code.
 """
 
 import json
@@ -9,10 +9,92 @@ from typing import Any
 
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
+from transformers.utils import logging
 
+from . import manifest
+from .config import GRPOConfig
 from .placement import input_device
+from .policy import whole_parameters
+
+logger = logging.get_logger(__name__)
 
 REFERENCE_NAME = "reference.safetensors"
+
+# Fields of transformers that change what is computed, and fields of ours that do not. Those of the loader's layout are
+# refused when they differ.
+COMPUTED = (
+    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args"),
+    *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16", "fp16"),
+)
+NOT_COMPUTED = (
+    *("logging_steps", "gradient_checkpointing", "model_init_kwargs", "reward_model_init_kwargs", "trust_remote_code"),
+    *("ref_device", "reward_device", "ds3_gather_for_generation", "max_concurrent_rows", "reward_call"),
+    *("reward_overlap", "reward_timeout", "reward_batch_size", "num_generations_eval", "eval_temperature"),
+    *("eval_max_completion_length", "log_completions", "num_completions_to_print", "log_unique_prompts"),
+    *("log_rollouts", "save_epochs", "plot_metrics", "save_on_signal"),
+)
+
+
+# ---- Which folder ----
+
+
+def checked(folder: Path) -> Path:
+    """A checkpoint that was named. Raises ValueError with every file of it that is missing or corrupt."""
+    manifest.recover(folder.parent)
+    found = _obstacles(folder)
+    if found:
+        raise ValueError(
+            f"Cannot resume from {folder}: {'; '.join(found)}. Name another checkpoint, or use "
+            "resume_from_checkpoint=True, which takes the newest complete one."
+        )
+    return folder
+
+
+def newest(output_dir: Path) -> Path:
+    """The newest complete checkpoint. Those passed over are named in a warning.
+
+    Raises:
+        ValueError: there is none.
+    """
+    manifest.recover(output_dir)
+    passed_over = []
+    for folder in reversed(manifest.checkpoints(output_dir)):
+        found = _obstacles(folder)
+        if not found:
+            if passed_over:
+                logger.warning("Resuming from %s. Passed over: %s.", folder, "; ".join(passed_over))
+            return folder
+        passed_over.append(f"{folder.name} ({', '.join(found)})")
+    raise ValueError(
+        f"resume_from_checkpoint=True, but {output_dir} has no complete checkpoint"
+        f"{': ' + '; '.join(passed_over) if passed_over else ''}. Leave resume_from_checkpoint out to start anew."
+    )
+
+
+def _obstacles(folder: Path) -> list[str]:
+    """Why a run cannot be resumed from a folder."""
+    found = manifest.problems(folder)
+    if not found and not manifest.holds(folder, _files(folder, 0)[0].name):
+        found = ["it holds weights only (save_only_model); start from them instead (model=)"]
+    return found
+
+
+# ---- What changed ----
+
+
+def config_values(args: GRPOConfig) -> dict[str, Any]:
+    """The settings that change what is computed, as JSON holds them."""
+    values = args.to_dict()
+    names = sorted({*COMPUTED, *GRPOConfig.__annotations__}.difference(NOT_COMPUTED))
+    return json.loads(json.dumps({name: values[name] for name in names if name in values}, default=str))
+
+
+def changed_config(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """One phrase per setting that differs."""
+    return [f"{name}: {then.get(name)} then, {now[name]} now" for name in now if then.get(name) != now[name]]
+
+
+# ---- A rank's state ----
 
 
 def save(folder: str, rank: int, state: dict[str, Any]) -> None:
@@ -32,26 +114,34 @@ def load(folder: str, rank: int) -> dict[str, Any]:
         FileNotFoundError: the checkpoint has no state for this rank: it was written by another trainer, with
             save_only_model, or with fewer ranks.
     """
-    numbers, tensors = _files(folder, rank)
+    state = load_numbers(folder, rank)
+    state["loader"]["buffer"] = load_file(_files(folder, rank)[1])
+    return state
+
+
+def load_numbers(folder: str, rank: int) -> dict[str, Any]:
+    """What `save` wrote, without the tensors. Raises as `load` does."""
+    numbers = _files(folder, rank)[0]
     if not numbers.exists():
         raise FileNotFoundError(
             f"{numbers} is missing, so this run cannot be resumed from {folder}: the checkpoint was written by "
             "another trainer, with save_only_model=True, or with fewer ranks. Start from its weights instead (model=)."
         )
-    state = json.loads(numbers.read_text())
-    state["loader"]["buffer"] = load_file(tensors)
-    return state
+    return json.loads(numbers.read_text())
 
 
-def save_reference(folder: str, model: nn.Module) -> None:
-    """Writes a reference that changes during the run (`sync_ref_model`)."""
-    save_model(model, str(Path(folder) / REFERENCE_NAME))
+def save_reference(folder: str, model: nn.Module, *, write: bool) -> None:
+    """Writes a reference that changes during the run (`sync_ref_model`). Every rank calls it, and one writes."""
+    with whole_parameters(model.parameters()):
+        if write:
+            save_model(model, str(Path(folder) / REFERENCE_NAME))
 
 
 def load_reference(folder: str, model: nn.Module) -> None:
     """Restores what `save_reference` wrote."""
-    load_model(model, Path(folder) / REFERENCE_NAME, device=str(input_device(model)))
+    with whole_parameters(model.parameters()):
+        load_model(model, Path(folder) / REFERENCE_NAME, device=str(input_device(model)))
 
 
-def _files(folder: str, rank: int) -> tuple[Path, Path]:
+def _files(folder: str | Path, rank: int) -> tuple[Path, Path]:
     return Path(folder) / f"rollout_state_{rank}.json", Path(folder) / f"rollout_buffer_{rank}.safetensors"

@@ -1,4 +1,5 @@
-"""`grpo-trl train --config recipe.yaml [--field value ...]`: from a recipe to a trained model."""
+"""`grpo-trl train --config recipe.yaml [--field value ...]`: from a recipe to a trained model, or with `plan` to the
+memory that it takes."""
 
 import argparse
 import difflib
@@ -11,11 +12,13 @@ from typing import Any, NoReturn
 
 import yaml
 from datasets import Dataset, load_dataset
+from rich.console import Console
 from trl.scripts.utils import ScriptArguments as TRLScriptArguments
 from trl.scripts.utils import TrlParser
 from trl.trainer.model_config import ModelConfig
 from trl.trainer.utils import get_peft_config, get_quantization_config
 
+from .assembly import check_path
 from .config import GRPOConfig
 from .data import load_datasets, parse_entries
 from .refused import raise_all, refuse
@@ -287,9 +290,47 @@ def _changed(arguments: Any) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in names if getattr(arguments, name) != getattr(default, name)}
 
 
+# ---- plan ----
+
+
+def plan(argv: Sequence[str]) -> None:
+    """Shows the memory that a recipe will take, from configurations alone. Ends with code 1 if it does not fit."""
+    from .memory import PolicySpec, Run, advice_lines, parse_size, plan_run, plan_table, ranked_changes
+
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--memory")
+    options, rest = own.parse_known_args(argv)
+    try:
+        memory = None if options.memory is None else parse_size(options.memory)
+        script_args, args, model_args = parse_recipe(rest, "grpo-trl plan")
+        check_path(model_args.model_name_or_path)
+        args.model_init_kwargs = _model_init_kwargs(args, model_args)
+        spec = PolicySpec(
+            str(model_args.model_name_or_path), get_quantization_config(model_args), get_peft_config(model_args)
+        )
+        run = Run(spec, tuple(script_args.rewards), args)
+        planned = plan_run(run, memory)
+        ranked = ranked_changes(run, planned, memory)
+    except (ValueError, OSError, yaml.YAMLError) as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from error
+    console = Console(highlight=False)
+    console.print(plan_table(planned))
+    for assumption in planned.assumptions:
+        console.print(f"Assumed: {assumption}.", soft_wrap=True)
+    for line in advice_lines(planned, ranked):
+        console.print(line, soft_wrap=True)
+    if not planned.fits:
+        raise SystemExit(1)
+
+
 # A new subcommand is one entry: name -> (function of the remaining arguments, what it does).
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "train": (train, "train as a recipe says: grpo-trl train --config recipe.yaml [--field value ...]"),
+    "plan": (
+        plan,
+        "say what memory that takes, and whether it fits: grpo-trl plan --config recipe.yaml [--memory 24GiB]",
+    ),
 }
 
 

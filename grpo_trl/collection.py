@@ -1,10 +1,11 @@
 """A collection: what is sampled at once, scored, compared, and made ready for the updates on it."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import repeat
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,12 +16,15 @@ from transformers.utils import logging
 
 from .algorithm import AGGREGATIONS, group_advantages
 from .batch import Group, Prompt, RolloutBatch
+from .config import GRPOConfig
 from .hooks import TrainerHooks
 from .metrics import Metrics, completion_rows, record_rollout
 from .policy import evaluation_mode, is_packed, per_token_logps, pieces
+from .refused import raise_all
 from .rewards import RewardScorer
-from .rollouts import SamplingParams, decode_completions, ordered_groups
+from .rollouts import SamplingParams, decode_completions, dump, ordered_groups
 from .rollouts.dynamic import Cost, Scored, blank, distribute
+from .token_limit import TokenLimit
 
 logger = logging.get_logger(__name__)
 
@@ -38,7 +42,17 @@ class CollectingTrainer(TrainerHooks):
     rollout: Callable[[list[Prompt]], Iterable[Group]]
     extra_columns: dict[str, list[Any]]
     completions_log: list[dict[str, Any]]
+    collected: list[Group]  # of the latest batch, its groups
+    policy_limit: TokenLimit  # of the update's passes, and of those before it that must equal them
     _sampling_is_exact: bool | None
+
+    @property
+    def collector(self) -> Callable[[Any], RolloutBatch]:
+        """What makes a batch of the next prompts, as configured."""
+        if self.args.replay_rollouts is not None:
+            return self.replay
+        collect = self.collect_informative if self.args.dynamic_sampling else self.collect
+        return partial(self._dumped, collect) if self.args.log_rollouts else collect
 
     def collect(self, prompts: list[Prompt]) -> RolloutBatch:
         """Samples, scores and compares the completions of this rank's prompts: everything an update needs."""
@@ -104,6 +118,50 @@ class CollectingTrainer(TrainerHooks):
             self._log_completions(groups, torch.cat([rewards for _, rewards in sampled]), of_rows)
         return batch
 
+    def replay(self, prompts: Any) -> RolloutBatch:
+        """`collect` without sampling, scoring and reference: the batch that `log_rollouts` wrote for this collection
+        and rank. The metrics of rollouts are those of its groups.
+
+        Raises:
+            FileNotFoundError, ValueError: there is none, it is of another size, or lacks what this run needs.
+        """
+        args = self.args
+        path = Path(str(args.replay_rollouts)) / dump.file_name(self.loader.collection, self.accelerator.process_index)
+        rollout = dump.read_rollout(
+            path,
+            num_generations=args.num_generations,
+            pad_token_id=self.processing_class.pad_token_id,
+            mask_truncated_completions=args.mask_truncated_completions,
+        )
+        raise_all(replay_problems(rollout.batch, args, path))
+        sampled = [group.prompt.draw >= 0 for group in rollout.groups]  # not the places that were left empty
+        groups = [group for group, real in zip(rollout.groups, sampled, strict=True) if real]
+        if groups:
+            rewards = rollout.rewards[torch.tensor(sampled).repeat_interleave(args.num_generations)]
+            rewards_per_func = torch.cat([group.rewards_per_func for group in groups])  # pyright: ignore[reportArgumentType, reportCallIssue]
+            self._record(groups, rewards_per_func, rewards, rollout.reward_names)
+        return rollout.batch.to(args.device)
+
+    def _dumped(self, collect: Callable[[Any], RolloutBatch], prompts: Any) -> RolloutBatch:
+        """`collect`, and the batch with its text and rewards into `<output_dir>/rollouts/`."""
+        collection, step = self.loader.collection, self.state.global_step
+        self.collected = []
+        batch = collect(prompts)
+        if sum(map(len, self.collected)) != len(batch):
+            raise ValueError(
+                "log_rollouts=True needs the groups of the batch, and `collect` of this trainer made one without "
+                "them; set `self.collected` there (a list of Group), or leave log_rollouts out."
+            )
+        unknown = torch.full((self.args.num_generations, len(self.reward_names)), math.nan)
+        rewards_per_func = torch.cat(
+            [unknown if group.rewards_per_func is None else group.rewards_per_func for group in self.collected]
+        )
+        rewards = AGGREGATIONS["sum_then_normalize"](rewards_per_func, self.reward_weights, self.args.num_generations)
+        name = dump.file_name(collection, self.accelerator.process_index)
+        rollout = dump.Rollout(self.collected, batch, rewards, self.reward_names)
+        dump.write_rollout(Path(str(self.args.output_dir)) / dump.FOLDER / name, rollout, step=step)
+        return batch
+
     def _sample_and_score(self, prompts: list[Prompt]) -> tuple[list[Group], Tensor, Tensor]:
         """Groups, the rewards of their completions by each function (B, F), and what is compared of them (B,)."""
         groups = self.sample(prompts)
@@ -112,45 +170,60 @@ class CollectingTrainer(TrainerHooks):
             AGGREGATIONS[how](rewards_per_func, self.reward_weights, self.args.num_generations)
             for how in (self.args.multi_objective_aggregation, "sum_then_normalize")
         )
-        record_rollout(self.metrics, groups, rewards_per_func, rewards, self.reward_names)
+        for group, rows in zip(groups, rewards_per_func.split(self.args.num_generations), strict=True):
+            group.rewards_per_func = rows
+        self.metrics.add("rollout/scoring_wait_seconds", self.scorer.wait_seconds)
+        self.metrics.add("scoring/busy_seconds", self.scorer.busy_seconds)
+        self._record(groups, rewards_per_func, rewards, self.reward_names)
         self._remember(groups, rewards)
-        lengths = [len(group.prompt.ids) + len(ids) for group in groups for ids in group.completion_ids]
-        self.num_tokens += int(self.all_reduce(torch.tensor(sum(lengths), device=self.args.device)))
         return groups, rewards_per_func, compared
 
+    def _record(
+        self, groups: list[Group], rewards_per_func: Tensor, rewards: Tensor, reward_names: Sequence[str]
+    ) -> None:
+        record_rollout(self.metrics, groups, rewards_per_func, rewards, reward_names)
+        lengths = [len(group.prompt.ids) + len(ids) for group in groups for ids in group.completion_ids]
+        self.num_tokens += int(self.all_reduce(torch.tensor(sum(lengths), device=self.args.device)))
+
     def sample(self, prompts: list[Prompt]) -> list[Group]:
-        """`rollout`, with the groups in the order of the prompts and decoded; refuses an incomplete one."""
+        """`rollout`, with the groups in the order of the prompts and decoded; refuses an incomplete one. Each group is
+        given to the rewards when it is there."""
+        self.scorer.forget()  # a former rollout that nobody scored
         bar = tqdm(
-            self.rollout(prompts),
+            self._started(self.rollout(prompts)),
             "rollout",
             total=len(prompts),
             leave=False,
             disable=self.args.disable_tqdm or not self.is_world_process_zero(),
         )
         # PeftModel.generate does not pass through the forward that accelerate wraps in autocast
-        with self.accelerator.autocast():
-            groups = ordered_groups(prompts, bar, self.sampling.num_generations)
+        try:
+            with self.accelerator.autocast():
+                return ordered_groups(prompts, bar, self.sampling.num_generations)
+        except BaseException:
+            self.scorer.close()
+            raise
+
+    def _started(self, groups: Iterable[Group]) -> Iterator[Group]:
+        """The groups, decoded, and their scoring begun."""
         for group in groups:
             group.completions = group.completions or decode_completions(group, self.processing_class)
-        return groups
+            self.scorer.start(group, trainer_state=self.state)
+            yield group
 
     def score(self, groups: list[Group], metrics: Metrics) -> Tensor:
         """Rewards of each completion by each function, (B, F); NaN: not applicable. `metrics` gets what they log."""
-        calls = [[group] for group in groups] if self.args.reward_call == "group" else [groups]
         self.extra_columns = {}
-        rewards = [
-            self.scorer.score(
-                call,
-                trainer_state=self.state,
-                log_extra=lambda column, values: self.extra_columns.setdefault(column, []).extend(values),
-                log_metric=metrics.add,
-            )
-            for call in calls
-        ]
-        return torch.cat(rewards)
+        return self.scorer.score(
+            groups,
+            trainer_state=self.state,
+            log_extra=lambda column, values: self.extra_columns.setdefault(column, []).extend(values),
+            log_metric=metrics.add,
+        )
 
     def _batch(self, groups: list[Group], compared: Tensor) -> RolloutBatch:
         """Padded, with advantages, on the policy's device."""
+        self.collected = groups
         batch = RolloutBatch.from_groups(
             groups,
             pad_token_id=self.processing_class.pad_token_id,
@@ -190,11 +263,7 @@ class CollectingTrainer(TrainerHooks):
         if sampled is not None and self._sampling_is_exact:
             return sampled.clone()
 
-        def score(batch: RolloutBatch) -> Tensor:
-            with evaluation_mode(self.model):  # dropout off
-                return per_token_logps(self.model, batch, temperature=self.args.temperature)[0]
-
-        logps = self._in_micro_batches(batch, score)
+        logps = self._policy_logps(batch)
         if sampled is not None and carried is not None:
             logps = torch.where(carried[:, None], sampled, logps)
         if sampled is None or self._sampling_is_exact is False:
@@ -207,24 +276,34 @@ class CollectingTrainer(TrainerHooks):
 
     def _reference_logps(self, batch: RolloutBatch) -> None:
         if self.reference is not None:
-            score = partial(self.reference.per_token_logps, temperature=self.args.temperature)
-            batch.ref_per_token_logps = self._in_micro_batches(batch, score)
+            with self.accelerator.autocast():  # as in the update, so that the first KL is that of equal weights
+                batch.ref_per_token_logps = self.reference.per_token_logps(batch, self.args.temperature)
 
     @torch.no_grad()
-    def _in_micro_batches(self, batch: RolloutBatch, score: Callable[[RolloutBatch], Tensor]) -> Tensor:
-        """`score` over the micro-batches (and their pieces) of the update, as (B, T)."""
+    def _policy_logps(self, batch: RolloutBatch) -> Tensor:
+        """(B, T) of the policy, in the micro-batches (and their pieces) of the update."""
         size = self.args.per_device_train_batch_size
-        result = torch.zeros_like(batch.completion_ids, dtype=torch.float32)
-        for start in range(0, len(batch), size):
-            micro_batch = batch.rows(slice(start, start + size))
-            for rows in self._pieces(micro_batch):
-                with self.accelerator.autocast():  # as in the update, so that the first ratio and KL are exact
-                    logps = score(micro_batch.rows(rows))
-                result[start + rows.start : start + rows.stop, : logps.shape[1]] = logps.float()
-        return result
+        micro_batches = [batch.rows(slice(start, start + size)) for start in range(0, len(batch), size)]
 
-    def _pieces(self, micro_batch: RolloutBatch) -> list[slice]:
-        return pieces(micro_batch, self.args.max_tokens_per_microbatch, packed=is_packed(self.model))
+        def score() -> Tensor:
+            result = torch.zeros_like(batch.completion_ids, dtype=torch.float32)
+            for number, micro_batch in enumerate(micro_batches):
+                for rows in self._pieces(micro_batch, self.policy_limit.tokens):
+                    # autocast as in the update, so that the first ratio is exact; dropout off
+                    with self.accelerator.autocast(), evaluation_mode(self.model):
+                        part = micro_batch.rows(rows)
+                        logps = per_token_logps(self.model, part, temperature=self.args.temperature)[0]
+                    start = number * size
+                    result[start + rows.start : start + rows.stop, : logps.shape[1]] = logps.float()
+            return result
+
+        return self.policy_limit.run(score, partial(self._all_pieces, micro_batches))
+
+    def _pieces(self, micro_batch: RolloutBatch, tokens: int | None) -> list[slice]:
+        return pieces(micro_batch, tokens, packed=is_packed(self.model))
+
+    def _all_pieces(self, micro_batches: list[RolloutBatch], tokens: int | None) -> list[list[slice]]:
+        return [self._pieces(micro_batch, tokens) for micro_batch in micro_batches]
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum over ranks."""
@@ -258,3 +337,25 @@ class CollectingTrainer(TrainerHooks):
                 f"Dynamic sampling found {cost.kept} informative groups of {wanted} in {cost.rounds} rounds "
                 "(dynamic_sampling_max_rounds); updates use those there are. See the metrics dynamic_sampling/*."
             )
+
+
+def replay_problems(batch: RolloutBatch, args: GRPOConfig, path: Path) -> list[str]:
+    """Why a batch that was read cannot be trained on with this configuration."""
+    expected = args.per_device_train_batch_size * args.steps_per_generation
+    found = []
+    if len(batch) != expected:
+        found.append(
+            f"{path} holds {len(batch)} completions, but "
+            f"per_device_train_batch_size={args.per_device_train_batch_size} x "
+            f"steps_per_generation={args.steps_per_generation} is {expected}; set what it was written with."
+        )
+    if args.beta and batch.ref_per_token_logps is None:
+        found.append(f"{path} has no log-probabilities of a reference, which beta={args.beta} needs; set beta: 0.")
+    if batch.old_per_token_logps is None and not args.on_policy:
+        found.append(
+            f"{path} has no old log-probabilities: it was written by a run of one update per rollout; set "
+            "num_iterations: 1 and steps_per_generation to gradient_accumulation_steps."
+        )
+    if args.sampler_correction and batch.sampling_per_token_logps is None:
+        found.append(f"{path} has no log-probabilities of sampling, which sampler_correction needs; leave it out.")
+    return found

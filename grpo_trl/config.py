@@ -3,9 +3,11 @@
 import functools
 import logging
 from dataclasses import dataclass, field, fields
+from datetime import timedelta
 from typing import Any
 
 import torch
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from transformers import TrainingArguments
 
 from .algorithm import AGGREGATIONS, KL_ESTIMATORS, LOSS_TYPES, SURROGATES, VARIANTS, Variant
@@ -14,16 +16,20 @@ from .algorithm.token_weights import TOKEN_WEIGHTINGS
 from .config_checks import (
     BATCH_RANGES,
     CHOICES,
+    DICT_OR_WORD,
     RANGES,
     choice_problems,
     combination_problems,
     json_problems,
+    optimizer_problems,
     range_problems,
+    trainer_problems,
 )
+from .config_types import type_problems
 from .generation_kwargs import FIELDS as GENERATION_FIELDS
 from .config_vllm import VLLMArguments, resolve_vllm, vllm_kwargs_problems
 from .generation_kwargs import generation_problems
-from .refused import raise_all, refuse, unused
+from .refused import UNUSED, raise_all, refuse, unused
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +71,7 @@ class GRPOConfig(VLLMArguments):
     _VALID_DICT_FIELDS = [
         *TrainingArguments._VALID_DICT_FIELDS,
         "model_init_kwargs",
+        "ref_model_init_kwargs",
         "reward_model_init_kwargs",
         "generation_kwargs",
         "chat_template_kwargs",
@@ -86,6 +93,9 @@ class GRPOConfig(VLLMArguments):
     trust_remote_code: bool = _help("Allow model and tokenizer code from the Hub.", False)
     disable_dropout: bool = _help("Turn all dropout off, so that the ratio is 1 on the first pass. TRL: False.", True)
     ref_model_name_or_path: str | None = _help("Reference policy; default: a frozen copy of the starting policy.")
+    ref_model_init_kwargs: dict[str, Any] | str | None = _help(
+        "Passed to `from_pretrained` of the reference, over model_init_kwargs: a dtype, a quantization_config."
+    )
     ref_device: dict | str | None = _help(
         "Device of the reference: auto (a spare GPU, else the policy's), same, cpu, cuda:N, or an accelerate map.",
         "auto",
@@ -140,10 +150,17 @@ class GRPOConfig(VLLMArguments):
     # Rewards
     reward_weights: list[float] | None = _help("One weight per reward function. Default: 1 each.")
     reward_call: str = _help("batch: one call per collected batch (as TRL); group: one per group.", "batch")
+    reward_overlap: bool = _help(
+        "Score finished groups while others are still sampled: with reward models and accuracy, and with "
+        "reward_call='group' all functions.",
+        True,
+    )
     reward_timeout: float | None = _help(
         "Seconds a Python reward function may take; it then runs in a process of its own."
     )
-    reward_batch_size: int = _help("Completions per forward pass of a reward model.", 8)
+    reward_batch_size: int = _help(
+        "Forward passes of a reward model have at most the tokens of so many of the longest completions.", 8
+    )
     reward_max_length: int | None = _help(
         "Longest input of a reward model in tokens. Default: what its tokenizer says."
     )
@@ -214,10 +231,19 @@ class GRPOConfig(VLLMArguments):
     log_completions: bool = _help("Show sampled completions at every log and save them as parquet.", False)
     num_completions_to_print: int | None = _help("Completions shown per log. Default: all of the last rollout.")
     log_unique_prompts: bool = _help("Log one completion per prompt to trackers.", False)
+    log_rollouts: bool = _help("Write every rollout, with log-probabilities and rewards, as parquet.", False)
+    replay_rollouts: str | None = _help("Folder of rollouts that log_rollouts wrote: train on them, sample nothing.")
     save_epochs: bool = _help("Write epoch_1/, epoch_2/, ... with weights, config, recipe and script.", True)
     plot_metrics: bool = _help("Redraw training_metrics.png at every log.", True)
+    save_on_signal: bool = _help(
+        "At SIGTERM and Ctrl-C save a checkpoint and exit. Default: unless save_strategy is no, or save_only_model."
+    )
 
     def __post_init__(self):
+        refused, hints = unused(self, TrainingArguments)  # before transformers changes some of them by itself
+        problems = json_problems(self, self._VALID_DICT_FIELDS) + type_problems(self, self._typed())
+        problems += trainer_problems(self)
+        self.adam_beta1, self.adam_beta2 = float(self.adam_beta1), float(self.adam_beta2)  # torch takes no 0, but 0.0
         self.bf16_by_default = self.bf16 is None  # then it says what this machine can do, not what was asked for
         if self.bf16 is None:
             self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
@@ -226,16 +252,23 @@ class GRPOConfig(VLLMArguments):
             judged or self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
         ):
             self.metric_for_best_model = "reward"  # transformers would look for eval_loss, which there is not
-        problems = json_problems(self, self._VALID_DICT_FIELDS)
-        refused, hints = unused(self, TrainingArguments)  # before transformers changes some of them by itself
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except ValueError as error:  # the rest cannot be judged without what it would have set
+            raise_all([*problems, *refused, str(error)])
+        if self.world_size > 1 and self.device.type == "cpu":
+            # transformers hands ddp_timeout on to GPU ranks only: CPU ranks would wait half an hour whatever it says
+            _set_pg_timeout(timedelta(seconds=self.ddp_timeout))
         problems += self._resolve_objective() + resolve_vllm(self) + self._resolve_generation_kwargs()
+        if self.save_on_signal is None:
+            self.save_on_signal = self.save_strategy != "no" and not self.save_only_model
         if self.rollout_engine is None:
             self.rollout_engine = "hf_generate" if self.cache_implementation else "native"
         problems += range_problems(self, BATCH_RANGES) or self._resolve_batches()
+        problems += range_problems(self, RANGES) + choice_problems(self, CHOICES)
         if self.dynamic_sampling_max_age is None and not problems:
             self.dynamic_sampling_max_age = self.optimizer_steps_per_rollout
-        problems += range_problems(self, RANGES) + choice_problems(self, CHOICES) + combination_problems(self)
+        problems += combination_problems(self) + optimizer_problems(self)
         raise_all(problems + refused)
         if hints and self.process_index == 0:
             logger.warning("Without effect here: %s.", "; ".join(hints))
@@ -265,6 +298,13 @@ class GRPOConfig(VLLMArguments):
         """The resolved row: variant, its paper, and every field that it governs."""
         row = {"variant": self.variant, "paper": VARIANTS[self.variant].paper}
         return row | {name: getattr(self, name) for name in GOVERNED}
+
+    def _typed(self) -> set[str]:
+        """Fields whose types are checked: not those without effect, those that are JSON, and None out of a range."""
+        json_fields = {name for name in self._VALID_DICT_FIELDS if name not in DICT_OR_WORD}
+        judged = {name for name in (*BATCH_RANGES, *RANGES, *CHOICES) if getattr(self, name) is None}
+        unread = UNUSED.keys() - {"dataloader_num_workers", "dataloader_prefetch_factor"}  # transformers compares them
+        return {f.name for f in fields(self)} - {*unread, *json_fields, *judged}
 
     def _resolve_objective(self) -> list[str]:
         """Fills the governed fields: explicit value, else `loss_type`, else the row of `variant`."""
@@ -334,7 +374,9 @@ class GRPOConfig(VLLMArguments):
         if self.use_vllm and self.vllm_structured_outputs_regex is not None:
             options["structured_outputs"] = {"regex": self.vllm_structured_outputs_regex}
         self.generation_kwargs = options or None
-        return vllm_kwargs_problems(options) if self.use_vllm else generation_problems(options)
+        of_fields = type_problems(self, self._typed() & set(GENERATION_FIELDS.values()))
+        of_options = vllm_kwargs_problems(options) if self.use_vllm else generation_problems(options)
+        return [f"generation_kwargs: {problem}" for problem in of_fields] + of_options
 
 
 def _accept_trl_options(cls: type) -> None:

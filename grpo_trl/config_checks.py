@@ -7,23 +7,34 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, NamedTuple
 
+import torch
+from transformers import Trainer, get_scheduler
+from transformers.trainer_pt_utils import AcceleratorConfig
+from transformers.utils import strtobool
+
 from .algorithm import SAMPLER_CORRECTIONS
+from .config_types import set_to_default
 
 
 class Range(NamedTuple):
-    """Numbers from `low` to `high`, `low` itself left out if `above`; `hint` says what to do instead."""
+    """Numbers from `low` to `high`, `low` itself left out if `above` and `high` if `below`; `hint` says what to do
+    instead."""
 
     low: float
     high: float = math.inf
     above: bool = False
     hint: str = ""
+    below: bool = False
 
     def __contains__(self, value: Any) -> bool:
-        return (self.low < value if self.above else self.low <= value) and value <= self.high
+        return (self.low < value if self.above else self.low <= value) and (
+            value < self.high if self.below else value <= self.high
+        )
 
     def __str__(self) -> str:
         if self.high < math.inf:
-            return f"expected in {'(' if self.above else '['}{self.low:g}, {self.high:g}]{self.hint}"
+            ends = "(" if self.above else "[", ")" if self.below else "]"
+            return f"expected in {ends[0]}{self.low:g}, {self.high:.10g}{ends[1]}{self.hint}"
         return f"expected {'more than' if self.above else 'at least'} {self.low:g}{self.hint}"
 
 
@@ -72,6 +83,28 @@ RANGES = {
     "max_concurrent_rows": Range(1, hint=" completion"),
     "max_tokens_per_microbatch": Range(1, hint=" token"),
 }
+# Of transformers, whose own parts would find out later, or not at all.
+TRAINER_RANGES = {
+    "num_train_epochs": Range(0, above=True),
+    "max_steps": Range(-1, hint=" (-1: num_train_epochs decides)"),
+    "learning_rate": Range(0),
+    "warmup_steps": Range(0, hint=" (below 1: a share of all steps)"),
+    "weight_decay": Range(0),
+    "adam_beta1": Range(0, 1, below=True),
+    "adam_beta2": Range(0, 1, below=True),
+    "adam_epsilon": Range(0, above=True),
+    "max_grad_norm": Range(0, hint=" (0: no clipping)"),
+    "logging_steps": Range(0, above=True, hint=" (below 1: a share of all steps)"),
+    "eval_steps": Range(0, above=True, hint=" (below 1: a share of all steps)"),
+    "save_steps": Range(0, above=True, hint=" (below 1: a share of all steps)"),
+    "eval_delay": Range(0),
+    "save_total_limit": Range(0, hint=" (0: no limit)"),
+    "seed": Range(0, 2**32 - 1, hint=", because numpy's generator takes no other"),
+    "data_seed": Range(0, 2**32 - 1),
+    "torch_empty_cache_steps": Range(1),
+    "ddp_timeout": Range(1, hint=" second"),
+    "ddp_bucket_cap_mb": Range(1),
+}
 CHOICES = {
     "prompt_format": ("auto", "chat", "text"),
     "overlong_prompts": ("drop", "truncate", "error"),
@@ -92,6 +125,43 @@ def range_problems(args: Any, ranges: Mapping[str, Range]) -> list[str]:
         for name, value in values.items()
         if not (name in optional if value is None else value in ranges[name])
     ]
+
+
+def trainer_problems(args: Any) -> list[str]:
+    """`range_problems` of TRAINER_RANGES. Those fields are set to their defaults, so that transformers' own checks go
+    on."""
+    problems = []
+    for name, allowed in TRAINER_RANGES.items():
+        if found := range_problems(args, {name: allowed}):
+            problems += found
+            set_to_default(args, name)
+    return problems
+
+
+def optimizer_problems(args: Any) -> list[str]:
+    """An optimizer that is not installed, and options that a scheduler does not take: found by making them."""
+    problems = []
+    parts = [part.split("=") for part in (args.optim_args or "").split(",") if part.strip()]
+    if any(len(part) != 2 for part in parts):
+        problems.append(f"optim_args={args.optim_args!r} cannot be read; expected key=value,key=value.")
+    else:
+        try:
+            Trainer.get_optimizer_cls_and_kwargs(args)
+        except ImportError as error:
+            problems.append(f"optim={args.optim.value!r} is not available: {error}")
+        except ValueError as error:
+            if "need to pass a model" not in str(error):
+                problems.append(f"optim={args.optim.value!r}: {error}")
+    options = args.lr_scheduler_kwargs
+    try:
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+        get_scheduler(args.lr_scheduler_type, optimizer, 0, 10, scheduler_specific_kwargs=dict(options or {}))
+    except (TypeError, ValueError) as error:
+        problems.append(
+            f"lr_scheduler_kwargs={options!r} are not what lr_scheduler_type={args.lr_scheduler_type.value!r} takes: "
+            f"{error}."
+        )
+    return problems
 
 
 def choice_problems(args: Any, choices: Mapping[str, Any]) -> list[str]:
@@ -120,6 +190,15 @@ def combination_problems(args: Any) -> list[str]:
             "leave them out.",
         ),
         (
+            args.replay_rollouts is not None and args.log_rollouts,
+            "replay_rollouts trains on rollouts that are written already; leave log_rollouts out.",
+        ),
+        (
+            args.replay_rollouts is not None and not os.path.isdir(args.replay_rollouts),
+            f"replay_rollouts={args.replay_rollouts!r} is no folder; give the folder rollouts/ of the output_dir of a "
+            "run with log_rollouts: true.",
+        ),
+        (
             args.cuda_graphs and args.device.type != "cuda",
             f"cuda_graphs=True needs a CUDA device, and this run is on {args.device}; leave it out.",
         ),
@@ -127,6 +206,16 @@ def combination_problems(args: Any) -> list[str]:
             args.max_tokens_per_microbatch and args.deepspeed_plugin is not None,
             "max_tokens_per_microbatch cannot be used with DeepSpeed, whose engine would step with every piece; lower "
             "per_device_train_batch_size and raise gradient_accumulation_steps instead.",
+        ),
+        (
+            args.max_tokens_per_microbatch and strtobool(os.environ.get("ACCELERATE_USE_FSDP", "false")),
+            "max_tokens_per_microbatch cannot be used with FSDP: every piece gathers weights from all ranks, and "
+            "ranks may have different numbers of pieces; lower per_device_train_batch_size and raise "
+            "gradient_accumulation_steps instead.",
+        ),
+        (
+            args.save_on_signal and args.save_only_model,
+            "save_on_signal saves what a run needs to go on, which save_only_model leaves out; leave one of them out.",
         ),
         (
             args.surrogate == "cispo" and (args.epsilon_high or 0) < 1,
@@ -162,6 +251,8 @@ def json_problems(args: Any, dict_fields: list[str]) -> list[str]:
     problems = []
     for name in dict_fields:
         value = getattr(args, name)
+        if name == "accelerator_config":
+            problems += _accelerator_problems(args)
         if name in DICT_OR_WORD and not (isinstance(value, str) and value.startswith("{")):
             continue
         try:
@@ -172,3 +263,17 @@ def json_problems(args: Any, dict_fields: list[str]) -> list[str]:
             problems.append(f"{name}={value!r} must be a mapping, as JSON on the command line: '{{...}}'{reason}.")
             setattr(args, name, None)
     return problems
+
+
+def _accelerator_problems(args: Any) -> list[str]:
+    """What keeps `accelerator_config`, a mapping or the path of a JSON file, from being one; it is then emptied."""
+    value = args.accelerator_config
+    try:
+        if isinstance(value, str) and not value.startswith("{"):
+            AcceleratorConfig.from_json_file(value)
+        elif value and isinstance(value, dict | str):
+            AcceleratorConfig(**(json.loads(value) if isinstance(value, str) else value))
+    except (TypeError, ValueError, OSError) as error:
+        args.accelerator_config = None
+        return [f"accelerator_config={value!r} cannot be used: {error}."]
+    return []

@@ -4,8 +4,9 @@
 belongs to the sampling, searching or speculating of `generate` itself does not.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
+from typing import Any
 
 # fields of GRPOConfig that mean the same
 FIELDS = {
@@ -72,9 +73,35 @@ _REASONS = {
 REFUSED = {name: reason for reason, names in _REASONS.items() for name in names.split()}
 
 
-def generation_problems(names: Iterable[str]) -> list[str]:
-    """What is wrong with names of `generation_kwargs` that are not among `FIELDS`: refused, or no option at all."""
-    problems = []
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
+
+
+def _are_ids(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(_is_count, value))
+
+
+# name -> (whether a value can be used, what is expected); transformers looks at them in the middle of a rollout
+VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(
+        ("min_new_tokens", "no_repeat_ngram_size", "max_cache_len", "prefill_chunk_size"),
+        (_is_count, "a whole number of at least 0"),
+    ),
+    **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens"), (_are_ids, "a list of token ids")),
+    "bad_words_ids": (lambda v: isinstance(v, list) and bool(v) and all(map(_are_ids, v)), "a list of lists of ids"),
+    **dict.fromkeys(("use_cache", "disable_compile"), (lambda v: isinstance(v, bool), "True or False")),
+}
+
+
+def generation_problems(options: Mapping[str, Any]) -> list[str]:
+    """What is wrong with `generation_kwargs` that are not among `FIELDS`: refused, no option at all, or a value that
+    cannot be used."""
+    names = list(options)
+    problems = [
+        f"generation_kwargs {name}={options[name]!r:.100}: expected {expected}."
+        for name, (is_usable, expected) in VALUES.items()
+        if options.get(name) is not None and not is_usable(options[name])
+    ]
     if refused := [name for name in names if name in REFUSED]:
         reasons = "; ".join(f"{name}: {REFUSED[name]}" for name in refused)
         problems.append(f"generation_kwargs {', '.join(refused)} cannot be used ({reasons}).")

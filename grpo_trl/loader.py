@@ -21,6 +21,7 @@ from torch.utils.data import Dataset as TorchDataset
 from .algorithm import token_weights
 from .batch import Prompt, RolloutBatch
 from .config import GRPOConfig
+from .fingerprint import data_fingerprint
 from .prompt_memory import PromptMemory
 from .prompts import epoch_order
 
@@ -38,12 +39,19 @@ LAYOUT_FIELDS = (
     "shuffle_dataset",
     "dynamic_sampling",
 )
+REASONS = {
+    "ranks": "Each rank holds its own part of a rollout and its own random state.",
+    "num_generations": "The rollout that was saved is of groups of the former size.",
+    "data": "data is a hash of the rows: they are not those that the run began with.",
+}
 
 
 class PromptSource(Protocol):
-    """Where draws come from. `num_prompts` is the length of an epoch, or None for a stream."""
+    """Where draws come from. `num_prompts` is the length of an epoch, `fingerprint` tells whether the data are the
+    same; both are None for a stream."""
 
     num_prompts: int | None
+    fingerprint: str | None
 
     def draw(self, epoch: int, position: int) -> dict[str, Any]:
         """The example at this position of this epoch's order; positions past its end run on into the next orders."""
@@ -56,6 +64,7 @@ class IndexedPrompts:
     def __init__(self, dataset: Any, *, seed: int, shuffle: bool):
         self.dataset = dataset
         self.num_prompts: int | None = len(dataset)
+        self.fingerprint: str | None = data_fingerprint(dataset)
         self._order = lru_cache(maxsize=2)(partial(epoch_order, len(dataset), seed, shuffle=shuffle))
 
     def draw(self, epoch: int, position: int) -> dict[str, Any]:
@@ -71,6 +80,7 @@ class StreamedPrompts:
     """
 
     num_prompts: int | None = None
+    fingerprint: str | None = None
 
     def __init__(self, dataset: IterableDataset, *, seed: int, shuffle: bool):
         self.dataset = dataset.shuffle(seed=seed) if shuffle else dataset
@@ -149,10 +159,20 @@ class RolloutLoader:
         return self.collections_per_epoch * self.micro_batches_per_collection
 
     @property
+    def collection(self) -> int:
+        """Number of the collection that the next micro-batch is of, over all epochs."""
+        return self.position // self.micro_batches_per_collection
+
+    @property
     def is_fresh(self) -> bool:
         """Whether what was yielded last is of the first optimizer step after its rollout: the policy still is the one
         that sampled it."""
         return (self.position - 1) % self.micro_batches_per_collection < self.micro_batches_per_step
+
+    @property
+    def epoch_is_over(self) -> bool:
+        """Whether what was yielded last is the end of an epoch; a stream has none."""
+        return self.source.num_prompts is not None and self.position % len(self) == 0
 
     def set_epoch(self, epoch: int) -> None:
         """Called before each epoch. An epoch that was stopped early is not taken up again."""
@@ -229,28 +249,32 @@ class RolloutLoader:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues where `state_dict` was taken, without sampling the buffered collection again.
-
-        Raises:
-            ValueError: the state was taken with other batch sizes, ranks, seed or number of prompts, so that its
-                position means something else here.
-        """
-        then, now = state["layout"], self._layout()
-        changed = [f"{name}: {then[name]} then, {now[name]} now" for name in now if then[name] != now[name]]
-        if changed:
-            raise ValueError(
-                "This run cannot continue from the checkpoint, because the position in its data means something else "
-                f"now: {'; '.join(changed)}. Restore these values, or start a new run from its weights (model=)."
-            )
+        """Continues where `state_dict` was taken, without sampling the buffered collection again. Raises ValueError as
+        `check_layout` does."""
+        self.check_layout(state["layout"])
         self.position, self.drawn = state["position"], state["drawn"]
         self._buffer = self._window = None
         if state["collection"] is not None:
             self._buffer = (state["collection"], RolloutBatch(**state["buffer"]).to(self.args.device))
 
+    def check_layout(self, then: dict[str, Any]) -> None:
+        """Raises ValueError for a state that was taken with other batch sizes, ranks, seed or data, so that its
+        position means something else here."""
+        now = self._layout()
+        changed = [f"{name}: {then[name]} then, {now[name]} now" for name in now if then[name] != now[name]]
+        reasons = "".join(f"{reason} " for name, reason in REASONS.items() if then[name] != now[name])
+        if changed:
+            raise ValueError(
+                "This run cannot continue from the checkpoint, because the position in its data means something else "
+                f"now: {'; '.join(changed)}. {reasons}Restore these values, or start a new run from its weights "
+                "(model=)."
+            )
+
     def _layout(self) -> dict[str, Any]:
         """What the meaning of `position` depends on."""
         layout = {name: getattr(self.args, name) for name in LAYOUT_FIELDS}
-        layout |= {"ranks": self.world_size, "prompts": self.source.num_prompts}
+        source = self.source
+        layout |= {"ranks": self.world_size, "prompts": source.num_prompts, "data": source.fingerprint}
         return layout | {"skip_solved_after or skip_hopeless_after set": self.memory is not None}
 
     def _micro_batch(self) -> RolloutBatch:

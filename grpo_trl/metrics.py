@@ -78,6 +78,13 @@ class Metrics:
                 result[name] = total / count
         return result
 
+    def copy(self) -> "Metrics":
+        """What was added so far, as an accumulator of its own."""
+        other = Metrics()
+        other._sums = {name: list(rows) for name, rows in self._sums.items()}
+        other._extremes = {name: list(values) for name, values in self._extremes.items()}
+        return other
+
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers: part of a checkpoint, so that a resumed run logs what an uninterrupted one would."""
         sums = {name: _total(pairs) for name, pairs in self._sums.items()}

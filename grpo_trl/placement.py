@@ -4,17 +4,26 @@ The policy has one explicit device, `args.device`. A reference or reward model g
 `reward_device` says, as an accelerate device map, so that it can also be split over devices or quantised.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from accelerate import dispatch_model
 from torch import nn
+from transformers import TrainingArguments
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 DeviceMap = dict[str, Any]
 
 
 def resolve_device_map(
-    device: str | dict | None, policy_device: torch.device, *, num_gpus: int, num_local_ranks: int = 1
+    device: str | dict | None,
+    policy_device: torch.device,
+    *,
+    num_gpus: int,
+    num_local_ranks: int = 1,
+    number: int = 0,
 ) -> DeviceMap:
     """`ref_device` / `reward_device` -> accelerate device map.
 
@@ -23,45 +32,79 @@ def resolve_device_map(
             device; "same" - the policy's; "cpu"; "cuda:N"; or an accelerate device map, returned as it is.
         policy_device: of this rank.
         num_gpus: visible GPUs of this process.
-        num_local_ranks: training processes on this machine; their policies take the first GPUs.
+        num_local_ranks: training processes on this machine; their policies take the first GPUs, one each.
+        number: 0, 1, ... for frozen models that "auto" puts on different GPUs where this rank's share has several.
 
     Raises:
-        ValueError: a device that does not exist, or a word that is none of these.
+        ValueError: a device that does not exist, one that another rank trains on, or a word that is none of these.
     """
     if isinstance(device, dict):
+        if not device:
+            raise ValueError("the device map is empty; name a device for each part of the model, e.g. {'': 'cpu'}.")
         for place_of in device.values():
             if place_of != "disk":  # accelerate's word for weights that stay in their file
-                _existing(place_of, num_gpus)
+                _usable(place_of, policy_device, num_gpus, num_local_ranks)
         return device
+    if device == "same":
+        return {"": policy_device}
     if device in (None, "auto"):
         spare = range(num_local_ranks, num_gpus)
         if policy_device.type != "cuda" or not spare:
             return {"": policy_device}
-        return {"": torch.device("cuda", spare[(policy_device.index or 0) % len(spare)])}
-    if device == "same":
-        return {"": policy_device}
-    return {"": _existing(device, num_gpus)}
+        rank = policy_device.index or 0
+        share = spare[rank::num_local_ranks] or [spare[rank % len(spare)]]
+        return {"": torch.device("cuda", share[number % len(share)])}
+    return {"": _usable(device, policy_device, num_gpus, num_local_ranks)}
 
 
-def _existing(device: Any, num_gpus: int) -> torch.device:
-    """A word, or in an accelerate map the number of a GPU, as a device that is there."""
+def _usable(device: Any, policy_device: torch.device, num_gpus: int, num_local_ranks: int) -> torch.device:
+    """A word, or in an accelerate map the number of a GPU, as a device that is there and that no other rank fills."""
     try:
         chosen = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
     except (RuntimeError, TypeError):
         raise ValueError(f"device {device!r} is unknown; use auto, same, cpu, cuda:N or an accelerate map.") from None
-    if chosen.type == "cuda" and (chosen.index or 0) >= num_gpus:
+    if chosen.type != "cuda":
+        return chosen
+    if (chosen.index or 0) >= num_gpus:
         raise ValueError(
             f"device {device!r} does not exist: {num_gpus} GPU(s) are visible to this process. Use auto (a spare GPU, "
             "else the policy's device), same, cpu, or make the GPU visible with CUDA_VISIBLE_DEVICES."
         )
+    # said by every rank, also by the one that trains there: it would otherwise wait for those that refuse
+    shared = 1 < num_local_ranks <= num_gpus and policy_device.type == "cuda"
+    if shared and chosen.index is not None and chosen.index < num_local_ranks:
+        raise ValueError(
+            f"device {device!r} is the one that rank {chosen.index} of this machine trains on, and each of the "
+            f"{num_local_ranks} ranks would put a model of its own there. Use auto (a spare GPU, else the rank's own "
+            f"device), same, cpu, or one of the GPUs from {num_local_ranks} on."
+        )
     return chosen
+
+
+@contextlib.contextmanager
+def whole_models(args: TrainingArguments) -> Iterator[None]:
+    """Models that are loaded in this context are whole on each rank, also under ZeRO-3, which would shard them."""
+    if args.deepspeed_plugin is None:
+        yield
+        return
+    # what `from_pretrained` looks at; the context that accelerate has for this leaves it as it is
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(getattr(args, "hf_deepspeed_config", None) or args.deepspeed_plugin.dschf)
 
 
 def place(model: nn.Module, device_map: DeviceMap) -> nn.Module:
     """Moves a loaded model to its devices. A one-device map adds no hooks: the caller moves the inputs."""
     if set(device_map) == {""}:
         return model.to(device_map[""])
-    return dispatch_model(model, device_map)
+    try:
+        return dispatch_model(model, device_map)
+    except ValueError as error:
+        raise ValueError(
+            f"ref_device or reward_device: the map {device_map} does not fit the model: {error}"
+        ) from error
 
 
 def input_device(model: nn.Module) -> torch.device:
@@ -71,6 +114,12 @@ def input_device(model: nn.Module) -> torch.device:
     return next(devices, torch.device("cpu"))
 
 
+def is_zero3(deepspeed_plugin: Any) -> bool:
+    """Whether every model that is loaded is sharded over the ranks (accelerate's plugin, or None)."""
+    return deepspeed_plugin is not None and deepspeed_plugin.zero_stage == 3
+
+
 def freeze(model: nn.Module) -> nn.Module:
     """Evaluation mode, no gradients: for reference and reward models."""
-    return model.eval().requires_grad_(False)
+    model.eval()  # of which a DeepSpeed engine returns nothing
+    return model.requires_grad_(False)

@@ -13,7 +13,7 @@ from typing import Any
 from .batch import Group, Prompt
 
 
-@dataclass
+@dataclass(frozen=True)
 class PromptRecord:
     """What became of one prompt so far."""
 
@@ -89,15 +89,18 @@ class PromptMemory:
         """
         outcomes = [self._outcome(group.prompt, row) for group, row in zip(groups, rewards, strict=True)]
         for outcome in sorted(gather(outcomes), key=lambda outcome: outcome.draw):
-            record = self.records.setdefault(outcome.key, PromptRecord(outcome.prompt or ""))
+            record = self.records.get(outcome.key, PromptRecord(outcome.prompt or ""))
             solved = outcome.completions > 0 and outcome.passed == outcome.completions
             hopeless = outcome.completions > 0 and outcome.passed == 0
-            record.draws += 1
-            record.completions += outcome.completions
-            record.passed += outcome.passed
-            record.solved_streak = record.solved_streak + 1 if solved else 0
-            record.hopeless_streak = record.hopeless_streak + 1 if hopeless else 0
-            record.last_step = step
+            self.records[outcome.key] = PromptRecord(
+                record.prompt,
+                draws=record.draws + 1,
+                completions=record.completions + outcome.completions,
+                passed=record.passed + outcome.passed,
+                solved_streak=record.solved_streak + 1 if solved else 0,
+                hopeless_streak=record.hopeless_streak + 1 if hopeless else 0,
+                last_step=step,
+            )
 
     def table(self) -> dict[str, list[Any]]:
         """Columns, one row per prompt: its whole state, and `pass_rate` (None: no reward ever applied)."""

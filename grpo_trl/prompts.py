@@ -157,9 +157,13 @@ def check_prompt_dataset(dataset: Any, *, where: str) -> None:
         raise ValueError(f"{where} has no rows.")
     if not isinstance(first, Mapping):
         raise TypeError(f"{where}: rows must be dicts with a 'prompt', got {type(first).__name__}.")
+    if isinstance(dataset, list | tuple):
+        for number, row in enumerate(dataset, 1):
+            if not isinstance(row, Mapping):
+                raise TypeError(f"{where}, row {number}: expected a dict with a 'prompt', got {type(row).__name__}.")
     if "prompt" not in first:
         raise ValueError(
-            f"{where} has no 'prompt' column; its columns are {', '.join(first)}. "
+            f"{where} has no 'prompt' column; its columns are {', '.join(map(str, first))}. "
             "Rename the right one with dataset.rename_column(name, 'prompt')."
         )
     _check_values(_values(dataset, "prompt") or [[first["prompt"]]], "prompt", prompt_problem, where=f"{where}, ")

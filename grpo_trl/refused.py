@@ -62,6 +62,7 @@ UNUSED: dict[str, tuple[tuple[Any, ...], bool, str]] = {
         False,
         "a resumed run always goes on with the prompt that would have come next",
     ),
+    "enable_jit_checkpoint": ((False,), True, "remove it: save_on_signal, on by default, does it"),
     # evaluation
     "prediction_loss_only": ((False,), True, _NO_EVAL_LOSS),
     "include_for_metrics": (([],), True, _NO_EVAL_LOSS),

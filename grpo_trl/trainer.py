@@ -2,7 +2,8 @@
 
 import contextlib
 from collections.abc import Callable, Iterable
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from accelerate.utils import gather_object
@@ -29,6 +30,7 @@ from .assembly import (
     load_models,
     load_tokenizer,
     named_datasets,
+    policy_limit,
     problems,
     prompt_memory,
     prompt_problems,
@@ -42,6 +44,8 @@ from .config import GOVERNED, GRPOConfig, mapping
 from .evaluation import evaluate_sets
 from .loader import IndexedPrompts, RolloutLoader, StreamedPrompts
 from .metrics import Metrics
+from .nonfinite import NonFiniteUpdates
+from .placement import is_zero3
 from .policy import (
     Reference,
     evaluation_mode,
@@ -51,7 +55,7 @@ from .policy import (
 from .prompts import encode_prompt, truncate_prompt
 from .refused import raise_all, uncalled
 from .rewards import RewardScorer, load_rewards
-from .rollouts import make_engine, weights_for_generation
+from .rollouts import make_engine, make_replica, weights_for_generation
 
 logger = logging.get_logger(__name__)
 
@@ -139,8 +143,13 @@ class GRPOTrainer(CollectingTrainer):
         eval_dataset = limit(eval_dataset, processing_class, self.chat_options, args)
 
         policy, reference_model, adapter = load_models(model, args, quantization_config, peft_config)
-        rewards = load_rewards(specs, reward_processing_classes, args, device_map(args, args.reward_device))
-        self.scorer = RewardScorer(rewards, timeout=args.reward_timeout)
+        rewards = load_rewards(specs, reward_processing_classes, args, device_map(args, "reward_device"))
+        self.scorer = RewardScorer(
+            rewards,
+            timeout=args.reward_timeout,
+            per_group=args.reward_call == "group",
+            overlap=args.reward_overlap,
+        )
         self.reward_names = self.scorer.names
         self.reward_weights = torch.tensor(args.reward_weights or [1.0] * len(rewards))
 
@@ -162,10 +171,20 @@ class GRPOTrainer(CollectingTrainer):
         )
         self.reference: Reference | None = None
         if args.beta:
-            self.reference = make_reference(reference_model, lambda: self.model, self.accelerator, adapter=adapter)
+            self.reference = make_reference(
+                reference_model,
+                lambda: self.model,
+                self.accelerator,
+                adapter=adapter,
+                rows_per_pass=args.per_device_train_batch_size,
+                max_tokens=args.max_tokens_per_microbatch,
+            )
+        self.policy_limit = policy_limit(args, self.accelerator)
+        self.replica = make_replica(self.model, self.accelerator)
         self.engine = make_engine(
             args.rollout_engine,
-            self.accelerator.unwrap_model(self.model),
+            cast(PreTrainedModel, self.accelerator.unwrap_model(self.model)),
+            sharded=is_zero3(args.deepspeed_plugin) and not args.ds3_gather_for_generation,
             max_concurrent_rows=args.max_concurrent_rows,
             cache_implementation=args.cache_implementation,
             cuda_graphs=args.cuda_graphs,
@@ -183,7 +202,8 @@ class GRPOTrainer(CollectingTrainer):
         self.model.add_model_tags(self._tag_names)
         if self.is_world_process_zero():
             logger.warning("Objective: %s", ", ".join(f"{name} {value}" for name, value in args.objective.items()))
-        for callback in default_callbacks(self, reference_model):
+        self.nonfinite_updates = NonFiniteUpdates(self)
+        for callback in (self.nonfinite_updates, *default_callbacks(self, reference_model)):
             self.add_callback(callback)
 
     # ---- Data ----
@@ -193,12 +213,13 @@ class GRPOTrainer(CollectingTrainer):
         prompts = StreamedPrompts if isinstance(self.train_dataset, IterableDataset) else IndexedPrompts
         self.metrics, self.num_tokens = Metrics(), 0
         self._engine_is_of = None
+        self._accumulated: list[RolloutBatch] = []
         self.prompt_memory = prompt_memory(self.args)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         self.loader = RolloutLoader(
             prompts(self.train_dataset, seed=seed, shuffle=self.args.shuffle_dataset),
             self.encode,
-            self.collect_informative if self.args.dynamic_sampling else self.collect,
+            self.collector,
             self.args,
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
@@ -227,32 +248,55 @@ class GRPOTrainer(CollectingTrainer):
         truncated) and `terminated`; `loss_masks` (0: the token was not sampled by the policy, tool output say),
         `sampling_per_token_logps` and `completions` (what the rewards read; default: decoded) are optional.
         """
-        with weights_for_generation(self.model_wrapped, self.accelerator, self.args) as model:
-            if self._engine_is_of != self.state.global_step:
-                self.engine.sync_weights(model)
-                self._engine_is_of = self.state.global_step
+        with weights_for_generation(self.model_wrapped, self.accelerator, self.args, self.replica) as model:
+            self.engine.sync_weights(model)
             yield from self.engine.generate(prompts, self.sampling)
 
     # ---- Update ----
 
     def training_step(self, model: nn.Module, inputs: RolloutBatch, num_items_in_batch: Any = None) -> Tensor:
-        """Forward and backward of a micro-batch, in pieces of at most `max_tokens_per_microbatch` tokens.
+        """Forward and backward of a micro-batch, in pieces of at most `max_tokens_per_microbatch` tokens, and in
+        smaller ones once memory ran out.
 
         The gradients of the pieces add up to the micro-batch's, because token weights are global; ranks exchange them
         with the last.
         """
-        if self.args.dynamic_sampling:
-            self.metrics.add("dynamic_sampling/skipped_updates", float(self.loader.skips_update))
-        if self.loader.skips_update and not self.is_deepspeed_enabled:
-            # no backward: gradients stay None, so neither weights nor the optimizer's moments move
+        if self.loader.skips_update:
+            self.metrics.add("dynamic_sampling/skipped_updates", 1.0)
+            # no backward: gradients stay None, so neither weights nor the optimizer's moments move; DeepSpeed's
+            # engine, which steps with a backward, does not step
             return torch.zeros((), device=self.args.device)
-        parts = self._pieces(inputs)
+        if not self._accumulated:
+            self._metrics_before = self.metrics.copy()
+        self._accumulated.append(inputs)
+        todo = [inputs]
+
+        def add_gradients() -> Tensor:
+            return [self._add_gradients(model, micro_batch, num_items_in_batch) for micro_batch in todo][-1]
+
+        def restart() -> None:
+            # an error in backward leaves half of a gradient, so all micro-batches of the step are done again
+            model.zero_grad()
+            self.metrics = self._metrics_before.copy()
+            todo[:] = self._accumulated
+
+        loss = self.policy_limit.run(add_gradients, partial(self._all_pieces, self._accumulated), restart)
+        if self.accelerator.sync_gradients:
+            self._accumulated = []
+        self.nonfinite_updates.add_loss(loss)
+        return loss
+
+    def _add_gradients(self, model: nn.Module, micro_batch: RolloutBatch, num_items_in_batch: Any) -> Tensor:
+        """Adds those of a micro-batch, piece by piece; its loss."""
+        if self.args.dynamic_sampling:
+            self.metrics.add("dynamic_sampling/skipped_updates", 0.0)
+        parts = self._pieces(micro_batch, self.policy_limit.tokens)
         self._share_of_micro_batch = 1 / len(parts)
         losses = []
         for rows in parts:
-            last = rows.stop == len(inputs)
+            last = rows.stop == len(micro_batch)
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                piece: Any = inputs.rows(rows)
+                piece: Any = micro_batch.rows(rows)
                 losses.append(super().training_step(model, piece, num_items_in_batch))
         return torch.stack(losses).sum()
 
@@ -294,9 +338,15 @@ class GRPOTrainer(CollectingTrainer):
         self.metrics.add_all(metrics)
         mask = inputs.loss_mask.bool()
         self.metrics.add("entropy", torch.where(mask, entropies.detach(), 0).sum(), mask.sum())
-        if inputs.sampling_per_token_logps is not None and self.loader.is_fresh:
-            gap = torch.where(mask, inputs.sampling_per_token_logps - logps.detach(), 0).abs()
-            self.metrics.add("sampling/logp_gap", gap.sum(), mask.sum())
+        if self.loader.is_fresh:
+            before = {
+                "sampling/logp_gap": inputs.sampling_per_token_logps,
+                "importance_ratio/first_step_gap": inputs.old_per_token_logps,
+            }
+            for name, then in before.items():
+                if then is not None:
+                    gap = torch.where(mask, then - logps.detach(), 0).abs()
+                    self.metrics.add(name, gap.sum(), mask.sum())
         return loss
 
     def _gather_values(self, values: Tensor) -> Tensor:
@@ -337,6 +387,8 @@ class GRPOTrainer(CollectingTrainer):
         training = "loss" in logs
         if training:
             logs |= self.metrics.reduce(gather_object) | {"num_tokens": self.num_tokens}
+            if self.is_deepspeed_enabled and self.loader.skips_update:
+                logs["grad_norm"] = 0.0  # the engine still has that of the update before
         super().log(logs, start_time)
         if training and self.args.log_completions:
             rows = gather_object(self.completions_log)

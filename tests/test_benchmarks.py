@@ -149,6 +149,17 @@ def test_learner_vs_trl_has_the_same_losses_on_both_sides(tmp_path: Path):
 
 
 @pytest.mark.slow
+def test_memory_plan_is_near_what_is_measured(tmp_path: Path):
+    output = tmp_path / "plan.json"
+    command = [sys.executable, "benchmarks/memory_plan.py", "--shapes", "lora", "--output", str(output)]
+    subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, timeout=500)
+    row = json.loads(output.read_text())["measurements"]["lora"]
+    assert row["ratio"] == pytest.approx(1, abs=0.15)
+    assert row["phases"]["update"] == row["planned"] > 2**30
+    assert "lora" in output.with_suffix(".md").read_text()
+
+
+@pytest.mark.slow
 def test_demo_vs_trl_trains_both_sides(tmp_path: Path):
     output = tmp_path / "small.json"
     command = [sys.executable, "benchmarks/demo_vs_trl.py", "--steps", "3", "--output", str(output)]

@@ -176,7 +176,7 @@ def test_a_write_that_failed_leaves_no_state_that_loads(tmp_path):
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_reference_that_changed_comes_back(tmp_path, tied):
     changed = tiny_model("qwen3", seed=1, tie_word_embeddings=tied)
-    checkpoint.save_reference(str(tmp_path), changed)
+    checkpoint.save_reference(str(tmp_path), changed, write=True)
     with safe_open(tmp_path / checkpoint.REFERENCE_NAME, "pt") as tensors:
         written = {"lm_head.weight", "model.embed_tokens.weight"}.intersection(tensors.keys())
     assert len(written) == (1 if tied else 2)

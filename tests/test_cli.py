@@ -222,7 +222,7 @@ def test_usage_errors_end_with_code_2_and_the_message_alone(write, capsys):
         ),
         ({"reward_funcs": ["acuracy"]}, "Reward 'acuracy' is unknown"),
         ({"model_name_or_path": "nobody/nothing"}, "model 'nobody/nothing': its tokenizer cannot be loaded: "),
-        ({"reward_funcs": ["nobody/judge"]}, "reward or reference model 'nobody/judge' cannot be loaded: "),
+        ({"reward_funcs": ["nobody/judge"]}, "reward model 'nobody/judge' cannot be loaded: "),
     ],
 )
 def test_what_is_wrong_with_data_and_models_ends_with_code_2_and_the_message_alone(

@@ -284,7 +284,13 @@ def test_saved_config_reloads_to_the_same(config, options, form):
     assert again.per_device_train_batch_size == args.per_device_train_batch_size
 
 
-DICT_FIELDS = ("model_init_kwargs", "reward_model_init_kwargs", "generation_kwargs", "chat_template_kwargs")
+DICT_FIELDS = (
+    "model_init_kwargs",
+    "ref_model_init_kwargs",
+    "reward_model_init_kwargs",
+    "generation_kwargs",
+    "chat_template_kwargs",
+)
 
 
 def test_json_on_the_command_line_is_parsed(config):

@@ -13,15 +13,18 @@ SOURCE = Path(__file__).resolve().parent.parent / PACKAGE
 # Lowest first. A module may import those of lower layers; units of one layer do not import each other.
 LAYERS = [
     ["algorithm"],
-    ["batch", "placement"],
+    ["batch", "placement", "token_limit", "manifest", "signals", "fingerprint"],
+    ["config_types"],
     ["refused", "config_checks", "generation_kwargs"],
     ["config_vllm"],
     ["config"],
     ["policy", "rollouts", "rewards", "data", "data_forms", "prompts", "prompt_memory", "metrics"],
-    ["loader", "checkpoint", "callbacks", "memory", "evaluation", "model_card"],
+    ["loader", "checkpoint", "disk", "moment", "nonfinite", "callbacks", "evaluation", "model_card"],
+    ["resumable"],
+    ["interruptible"],
     ["assembly", "hooks"],
     ["collection"],
-    ["trainer"],
+    ["trainer", "memory"],
     ["selfcheck"],
     ["cli", "__main__"],
     [PACKAGE],  # the package itself: `__init__.py` hands out names of every layer, so nothing below imports from it

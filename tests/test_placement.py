@@ -7,6 +7,7 @@ from torch import nn
 from transformers import Trainer
 
 from grpo_trl import GRPOConfig
+from grpo_trl.assembly import zero3_problems
 from grpo_trl.placement import freeze, input_device, place, resolve_device_map
 from tests.tiny import tiny_model
 
@@ -52,6 +53,40 @@ def cuda(index):
 def test_table(device, policy, num_gpus, num_local_ranks, expected):
     resolved = resolve_device_map(device, policy, num_gpus=num_gpus, num_local_ranks=num_local_ranks)
     assert resolved == {"": expected}
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "num_local_ranks", "rank", "reference", "reward"),
+    [
+        (2, 1, 0, 1, 1),
+        (3, 1, 0, 1, 2),  # two spare: one each
+        (4, 2, 0, 2, 2),
+        (4, 2, 1, 3, 3),
+        (5, 2, 0, 2, 4),
+        (6, 2, 1, 3, 5),
+        (3, 2, 0, 2, 2),  # fewer spare than ranks: shared
+        (3, 2, 1, 2, 2),
+        (4, 3, 2, 3, 3),
+    ],
+)
+def test_each_rank_has_its_share_of_the_spare_gpus(num_gpus, num_local_ranks, rank, reference, reward):
+    resolved = [
+        resolve_device_map("auto", cuda(rank), num_gpus=num_gpus, num_local_ranks=num_local_ranks, number=number)
+        for number in range(2)
+    ]
+    assert resolved == [{"": cuda(reference)}, {"": cuda(reward)}]
+
+
+@pytest.mark.parametrize("rank", [0, 1])  # both say so, or one would wait for the other
+@pytest.mark.parametrize("device", ["cuda:1", {"": 1}, {"model": 2, "lm_head": "cuda:1"}])
+def test_a_device_that_another_rank_trains_on_is_refused(rank, device):
+    with pytest.raises(ValueError, match=r"is the one that rank 1 .* trains on, and each of the 2 ranks .* from 2 on"):
+        resolve_device_map(device, cuda(rank), num_gpus=4, num_local_ranks=2)
+    assert resolve_device_map(device, cuda(0), num_gpus=4) is not None  # with one rank it is spare
+
+
+def test_a_rank_that_sees_its_own_gpu_only_may_name_it():
+    assert resolve_device_map("cuda:0", cuda(0), num_gpus=1, num_local_ranks=2) == {"": cuda(0)}
 
 
 def test_index_may_be_left_out():
@@ -117,6 +152,13 @@ def test_freeze(qwen3):
     assert frozen is qwen3
     assert not any(parameter.requires_grad for parameter in frozen.parameters())
     assert not any(module.training for module in frozen.modules())
+
+
+@pytest.mark.parametrize("ref_device", ["cpu", "cuda:1", {"": 1}])
+def test_zero3_has_no_reference_on_a_device_of_its_own(ref_device):
+    (problem,) = zero3_problems(ref_device)
+    assert problem.startswith(f"ref_device={ref_device!r}: under ZeRO-3 the reference is sharded")
+    assert zero3_problems("auto") == zero3_problems("same") == zero3_problems(None) == []
 
 
 def test_two_visible_gpus_do_not_double_the_batch(tmp_path):

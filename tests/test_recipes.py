@@ -13,8 +13,10 @@ DISTRIBUTED_TYPES = {
     "single_gpu": DistributedType.NO,
     "two_gpus": DistributedType.NO,
     "multi_gpu": DistributedType.MULTI_GPU,
+    "multi_node": DistributedType.MULTI_GPU,
     "zero1": DistributedType.DEEPSPEED,
     "zero2": DistributedType.DEEPSPEED,
+    "zero2_offload": DistributedType.DEEPSPEED,
     "zero3": DistributedType.DEEPSPEED,
     "fsdp2": DistributedType.FSDP,
     "cpu_two_ranks": DistributedType.MULTI_GPU,
@@ -38,7 +40,8 @@ def test_accelerate_config_is_read_and_names_its_type(name):
         assert config.num_processes == 1
     else:
         assert config.num_processes > 1
-        assert config.main_process_port == 0  # any free port
+        # any free port; over several machines the one at which they meet
+        assert config.main_process_port == (29500 if config.num_machines > 1 else 0)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

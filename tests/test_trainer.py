@@ -377,7 +377,10 @@ def test_a_run_cut_in_two_is_the_run(tmp_path, options, cut):
     assert_same(weights(straight), weights(resumed))
     drop = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "total_flos")
     histories = [
-        [{k: v for k, v in entry.items() if k not in drop} for entry in run.state.log_history]
+        [
+            {k: v for k, v in entry.items() if k not in drop and not k.endswith("_seconds")}
+            for entry in run.state.log_history
+        ]
         for run in (straight, resumed)
     ]
     assert histories[0] == histories[1]
@@ -388,7 +391,7 @@ def test_a_checkpoint_without_rollout_state_is_named(tmp_path):
     run.train()
     for path in (tmp_path / "checkpoint-2").glob("rollout_*"):
         path.unlink()
-    with pytest.raises(FileNotFoundError, match=r"rollout_state_0\.json is missing"):
+    with pytest.raises(ValueError, match=r"rollout_state_0\.json is missing"):
         trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 

@@ -1,6 +1,12 @@
-"""A small real training run, started by `test_two_ranks.py` on one rank and on two. Writes what must be equal."""
+"""A small real training run, started on one rank and on two. Writes what must be equal.
+
+Two options are no fields of the config: `resume`, a checkpoint, and `kick`, the step after which rank 1 gets a
+SIGTERM.
+"""
 
 import json
+import os
+import signal
 import sys
 
 import torch
@@ -23,6 +29,7 @@ def odd_draws(group, rewards):
 def main(output: str, per_device_train_batch_size: int, options: dict) -> None:
     torch.set_num_threads(1)
     lora = options.pop("lora", False)
+    resume, kick = options.pop("resume", None), options.pop("kick", None)
     defaults = {
         "use_cpu": True, "report_to": "none", "disable_tqdm": True, "max_completion_length": 10, "max_steps": 4,
         "learning_rate": 1e-2, "logging_steps": 1, "beta": 0.1, "num_iterations": 2,
@@ -42,7 +49,9 @@ def main(output: str, per_device_train_batch_size: int, options: dict) -> None:
     )  # fmt: skip
     kept = FirstGradient()
     trainer.add_callback(kept)
-    trainer.train()
+    if kick is not None and trainer.accelerator.process_index == 1:
+        trainer.add_callback(Kick(kick))
+    trainer.train(resume_from_checkpoint=resume)
     rank, world_size = trainer.accelerator.process_index, trainer.accelerator.num_processes
     backend = torch.distributed.get_backend() if world_size > 1 else None
     with open(f"{output}/sampled_{rank}.json", "w") as file:
@@ -51,6 +60,7 @@ def main(output: str, per_device_train_batch_size: int, options: dict) -> None:
         model = trainer.accelerator.unwrap_model(trainer.model)
         weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
         torch.save(weights, f"{output}/weights.pt")
+        torch.save(trainer.optimizer.state_dict()["state"], f"{output}/optimizer.pt")
         torch.save(kept.gradient, f"{output}/gradient.pt")
         with open(f"{output}/log.json", "w") as file:
             json.dump(trainer.state.log_history, file)
@@ -64,6 +74,17 @@ class FirstGradient(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         if self.gradient is None:
             self.gradient = torch.cat([p.grad.flatten().clone() for p in model.parameters() if p.grad is not None])
+
+
+class Kick(TrainerCallback):
+    """Sends this process a SIGTERM after a step."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 class RecordingTrainer(GRPOTrainer):

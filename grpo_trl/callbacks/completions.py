@@ -3,6 +3,7 @@
 import math
 import os
 import random
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers.integrations.integration_utils import is_trackio_available, is
 from trl.trainer.utils import print_prompt_completions_sample
 
 FOLDER = "completions"
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and line feed
 
 
 def log_completions(rows: Sequence[Mapping[str, Any]], *, args: Any, state: TrainerState, mark: str = "") -> None:
@@ -42,12 +44,12 @@ def log_completions(rows: Sequence[Mapping[str, Any]], *, args: Any, state: Trai
     shown = {name: [values[i] for i in chosen] for name, values in columns.items()}
     if chosen:
         print_prompt_completions_sample(
-            shown["prompt"],
-            shown["completion"],
+            _printable(shown["prompt"]),
+            _printable(shown["completion"]),
             {name: [math.nan if value is None else value for value in shown[name]] for name in rewards},
             None if None in shown["advantage"] else shown["advantage"],  # an evaluation has none
             f"{state.global_step} {mark}".strip(),  # pyright: ignore[reportArgumentType] - printed as it is
-            extra={name: shown[name] for name in extra},
+            extra={name: _printable(shown[name]) for name in extra},
         )
     # the order of TRL's files: advantage last
     table = {name: columns[name] for name in ["prompt", "completion", *rewards, *extra, "advantage"]}
@@ -68,6 +70,15 @@ def write_parquet(table: Mapping[str, list], path: Path) -> None:
 def read_parquet(path: Path) -> dict[str, list]:
     """The columns of a file that `write_parquet` wrote."""
     return pyarrow.parquet.read_table(path).to_pydict()
+
+
+def _printable(value: Any) -> Any:
+    """Texts without the control characters by which they could clear or rewrite the terminal; in messages too."""
+    if isinstance(value, str):
+        return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", value)
+    if isinstance(value, list):
+        return [_printable(item) for item in value]
+    return {key: _printable(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def _arrow(values: list) -> pa.Array:

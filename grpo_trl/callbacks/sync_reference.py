@@ -1,12 +1,14 @@
 """A reference that follows the policy now and then (TR-DPO, arXiv 2404.09656)."""
 
-import contextlib
+from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
+
+from ..policy import whole_parameters
 
 
 class SyncReferenceCallback(TrainerCallback):
@@ -29,11 +31,13 @@ class SyncReferenceCallback(TrainerCallback):
         self.every = every
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        _check_same_parameters(extract_model_from_parallel(model), self.reference_model)
+        policy: Any = extract_model_from_parallel(model)
+        _check_same_parameters(policy, self.reference_model)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step % self.every == 0:
-            mix_into_reference(extract_model_from_parallel(model), self.reference_model, self.mixup)
+            policy: Any = extract_model_from_parallel(model)
+            mix_into_reference(policy, self.reference_model, self.mixup)
 
 
 @torch.no_grad()
@@ -41,10 +45,10 @@ def mix_into_reference(policy: nn.Module, reference: nn.Module, mixup: float) ->
     """reference <- (1 - mixup) x reference + mixup x policy, in place, parameter by parameter: the soft update of
     arXiv 2404.09656; mixup=1 copies the policy. Computed in fp32 on the reference's device, rounded once to its dtype.
     """
-    gathered = _zero3_gather()
     for target, source in zip(reference.parameters(), policy.parameters(), strict=True):
-        with gathered([target, source]):
-            target.data.copy_(target.data.float().lerp_(source.data.to(target.device).float(), mixup))
+        with whole_parameters([target, source]):
+            whole = source.data.full_tensor() if isinstance(source.data, DTensor) else source.data  # FSDP2
+            target.data.copy_(target.data.float().lerp_(whole.to(target.device).float(), mixup))
 
 
 def _check_same_parameters(policy: nn.Module, reference: nn.Module) -> None:
@@ -63,15 +67,3 @@ def _check_same_parameters(policy: nn.Module, reference: nn.Module) -> None:
             f"sync_ref_model=True needs a reference with the policy's parameters, but {len(differing)} differ, first "
             f"{differing[0]}. Use an unquantised copy of the policy as reference, or set sync_ref_model=False."
         )
-
-
-def _zero3_gather():
-    """Under DeepSpeed ZeRO-3, the context in which a parameter is whole on every rank; else one that does nothing."""
-    plugin = AcceleratorState().deepspeed_plugin if AcceleratorState._shared_state else None
-    if plugin is None or plugin.zero_stage != 3:
-        return contextlib.nullcontext
-    import deepspeed  # pyright: ignore[reportMissingImports]
-
-    # every rank computes the same; what rank 0 holds is scattered again. Parameters that are not sharded stay as they
-    # are, so an unsharded reference on each rank is served as well.
-    return lambda parameters: deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)

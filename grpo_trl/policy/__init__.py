@@ -11,6 +11,8 @@ from .reference import (
     freeze_adapter,
     load_reference_model,
     make_reference,
+    needs_reference_model,
+    whole_parameters,
 )
 from .support import prepare
 
@@ -26,7 +28,9 @@ __all__ = [
     "load_policy",
     "load_reference_model",
     "make_reference",
+    "needs_reference_model",
     "per_token_logps",
     "pieces",
     "prepare",
+    "whole_parameters",
 ]

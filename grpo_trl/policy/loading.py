@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
+from transformers.utils import strtobool
 from trl.trainer.utils import create_model_from_path
 
 from ..config import GRPOConfig, mapping
+from ..placement import is_zero3
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
@@ -71,7 +73,7 @@ def from_pretrained_options(args: GRPOConfig) -> dict[str, Any]:
 def policy_device_map(args: GRPOConfig) -> dict[str, torch.device] | None:
     """One explicit device, where the default of `from_pretrained` wrappers, "auto", may spread the policy over every
     visible GPU (`model_init_kwargs` can still say so). DeepSpeed and FSDP place the weights themselves."""
-    if args.distributed_state is not None and args.distributed_state.distributed_type in ("DEEPSPEED", "FSDP"):
+    if args.deepspeed_plugin is not None or strtobool(os.environ.get("ACCELERATE_USE_FSDP", "false")):
         return None
     return {"": args.device}
 
@@ -87,10 +89,8 @@ def _add_adapter(model: PreTrainedModel | PeftModel, args: GRPOConfig, peft_conf
             "peft_config was passed with a model that already has an adapter. Leave peft_config out to train that "
             "adapter, or merge it first (`model.merge_and_unload()`) and pass the merged model with peft_config."
         )
-    plugin = args.deepspeed_plugin
-    zero3 = plugin is not None and plugin.zero_stage == 3
     # ZeRO-3 gathers with one dtype, so adapters stay in that of the base (huggingface/trl#6089)
-    keep_dtype = zero3 and not is_quantized(model)
+    keep_dtype = is_zero3(args.deepspeed_plugin) and not is_quantized(model)
     peft_model = get_peft_model(model, peft_config, autocast_adapter_dtype=not keep_dtype)
     if is_quantized(model):
         # QLoRA, arXiv 2305.14314, section 3: adapters in bf16. DoRA's magnitudes stay: their updates would round away

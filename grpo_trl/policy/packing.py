@@ -94,6 +94,14 @@ def pieces(batch: RolloutBatch, max_tokens: int | None, *, packed: bool) -> list
     return [slice(a, b) for a, b in pairwise([*cuts, len(batch)])]
 
 
+def num_tokens(batch: RolloutBatch, *, packed: bool) -> int:
+    """Of the stream that a model is run on, padding included."""
+    if not packed:
+        return batch.prompt_ids.numel() + batch.completion_ids.numel()
+    prompts = batch.prompt_mask.sum(1).tolist()
+    return sum(prompts[rows[0]] - 1 for rows in _groups(batch)) + int(batch.completion_mask.sum())
+
+
 def _groups(batch: RolloutBatch) -> list[list[int]]:
     """Neighbouring rows with the same prompt."""
     group_ids = batch.group_ids.tolist()

@@ -1,11 +1,13 @@
 """The reference policy of the KL term: a frozen model, or the policy itself with another adapter (or none)."""
 
+import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -13,11 +15,13 @@ from trl.models import prepare_deepspeed
 from trl.trainer.utils import create_model_from_path, use_adapter
 
 from ..batch import RolloutBatch
-from ..config import GRPOConfig
-from ..placement import DeviceMap, freeze, input_device, place
+from ..config import GRPOConfig, mapping
+from ..placement import DeviceMap, freeze, input_device, is_zero3, place
+from ..token_limit import TokenLimit, token_batches
 from .loading import from_pretrained_options
-from .logprobs import per_token_logps
+from .logprobs import is_packed, per_token_logps
 from .mode import evaluation_mode
+from .packing import num_tokens, pieces
 
 REFERENCE_ADAPTER = "frozen_reference"
 
@@ -30,31 +34,67 @@ class Reference(Protocol):
         ...
 
 
+class Passes:
+    """How a batch is scored: as many rows at a time as have no more tokens than the largest `rows` neighbours, nor
+    than the limit. Where rows are padded, those of like length share a pass. With a fixed limit the neighbours do.
+    """
+
+    def __init__(self, rows: int, limit: TokenLimit):
+        self.rows, self.limit = rows, limit
+
+    def per_token_logps(self, model: nn.Module, batch: RolloutBatch, temperature: float) -> Tensor:
+        """(B, T) fp32 on the batch's device, which is the model's."""
+
+        def score() -> Tensor:
+            result = torch.zeros_like(batch.completion_ids, dtype=torch.float32)
+            for rows in self.cut(model, batch, self.limit.tokens):
+                logps, _ = per_token_logps(model, batch.rows(rows), temperature=temperature)
+                result[rows, : logps.shape[1]] = logps
+            return result
+
+        return self.limit.run(score, lambda tokens: self.cut(model, batch, tokens))
+
+    def cut(self, model: nn.Module, batch: RolloutBatch, tokens: int | None) -> list[slice] | list[list[int]]:
+        """The rows of each pass."""
+        neighbours = [slice(start, start + self.rows) for start in range(0, len(batch), self.rows)]
+        if self.limit.fixed:
+            return neighbours
+        packed = is_packed(model)
+        most = max(num_tokens(batch.rows(rows), packed=packed) for rows in neighbours)
+        most = most if tokens is None else min(most, tokens)
+        if packed:
+            return pieces(batch, most, packed=True)
+        prompts, completions = batch.prompt_mask.sum(1).tolist(), batch.completion_mask.sum(1).tolist()
+        return token_batches(list(zip(prompts, completions, strict=True)), most)
+
+
 class FrozenReference:
     """A model of its own, on its own device. Only token ids go there and (B, T) log-probabilities come back."""
 
-    def __init__(self, model: nn.Module):
-        self.model = freeze(model)
+    def __init__(self, model: nn.Module, passes: Passes):
+        self.model, self.passes = freeze(model), passes
 
     @torch.no_grad()
     def per_token_logps(self, batch: RolloutBatch, temperature: float) -> Tensor:
         """See `Reference`."""
-        logps, _ = per_token_logps(self.model, batch.to(input_device(self.model)), temperature=temperature)
+        tokens = batch.tokens().to(input_device(self.model))
+        logps = self.passes.per_token_logps(self.model, tokens, temperature)
         return logps.to(batch.completion_ids.device)
 
 
 class AdapterReference:
     """The policy with its adapter switched off (None), or with a frozen adapter: no second model in memory."""
 
-    def __init__(self, policy: Callable[[], nn.Module], accelerator: Accelerator, adapter: str | None):
-        self.policy, self.accelerator, self.adapter = policy, accelerator, adapter
+    def __init__(self, policy: Callable[[], nn.Module], accelerator: Accelerator, adapter: str | None, passes: Passes):
+        self.policy, self.accelerator, self.adapter, self.passes = policy, accelerator, adapter, passes
 
     @torch.no_grad()
     def per_token_logps(self, batch: RolloutBatch, temperature: float) -> Tensor:
         """See `Reference`."""
         model = self.policy()
-        with evaluation_mode(model), use_adapter(self.accelerator.unwrap_model(model), self.adapter):
-            return per_token_logps(model, batch, temperature=temperature)[0]
+        with_adapter: Any = self.accelerator.unwrap_model(model)
+        with evaluation_mode(model), use_adapter(with_adapter, self.adapter):
+            return self.passes.per_token_logps(model, batch, temperature)
 
 
 def load_reference_model(
@@ -63,19 +103,23 @@ def load_reference_model(
     """The frozen model, or None where there is no KL term or an adapter serves as reference.
 
     `args.ref_model_name_or_path` wins; else the policy's own path is loaded again (straight to its devices), and a
-    policy that was passed as an instance is copied.
+    policy that was passed as an instance is copied. `args.ref_model_init_kwargs` go over the policy's.
     """
-    if not args.beta:
+    if not needs_reference_model(args, has_adapter=isinstance(policy, PeftModel)):
         return None
-    path = args.ref_model_name_or_path
-    if path is None and isinstance(policy, PeftModel):
-        return None
-    path = path or policy_path
+    path = args.ref_model_name_or_path or policy_path
+    sharded = is_zero3(args.deepspeed_plugin)
     if path is None:
-        return place(copy.deepcopy(policy), device_map)  # pyright: ignore[reportReturnType]
-    zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
-    options: dict[str, Any] = {"device_map": None if zero3 else device_map} | from_pretrained_options(args)
+        copied: Any = copy.deepcopy(policy)
+        return copied if sharded else place(copied, device_map)  # pyright: ignore[reportReturnType]
+    own = mapping(args.ref_model_init_kwargs)
+    options: dict[str, Any] = {"device_map": None if sharded else device_map} | from_pretrained_options(args) | own
     return create_model_from_path(path, None, **options)
+
+
+def needs_reference_model(args: GRPOConfig, *, has_adapter: bool) -> bool:
+    """Whether the reference is a model of its own: with a KL term, unless a policy with an adapter is its own."""
+    return bool(args.beta) and (args.ref_model_name_or_path is not None or not has_adapter)
 
 
 def freeze_adapter(model: PeftModel) -> str:
@@ -95,11 +139,29 @@ def make_reference(
     accelerator: Accelerator,
     *,
     adapter: str | None = None,
+    rows_per_pass: int,
+    max_tokens: int | None = None,
 ) -> Reference:
-    """From `load_reference_model`'s result: a frozen model, or else the policy with `adapter` (None: switched off)."""
+    """From `load_reference_model`'s result: a frozen model, or else the policy with `adapter` (None: switched off).
+
+    `rows_per_pass` and `max_tokens` size the passes; see `Passes`.
+    """
+    zero3 = is_zero3(accelerator.state.deepspeed_plugin)
+    sharded = zero3 or (model is None and accelerator.distributed_type == DistributedType.FSDP)
+    passes = Passes(rows_per_pass, TokenLimit("the reference", max_tokens, fixed=sharded))
     if model is None:
-        return AdapterReference(policy, accelerator, adapter)
-    plugin = accelerator.state.deepspeed_plugin
-    if plugin is not None and plugin.zero_stage == 3:
-        return FrozenReference(prepare_deepspeed(model, accelerator))  # loaded in shards, so it must run as such
-    return FrozenReference(model)
+        return AdapterReference(policy, accelerator, adapter, passes)
+    # what was loaded in shards must run as such
+    return FrozenReference(prepare_deepspeed(model, accelerator) if zero3 else model, passes)
+
+
+def whole_parameters(parameters: Iterable[nn.Parameter]) -> contextlib.AbstractContextManager:
+    """Under DeepSpeed ZeRO-3, the context in which parameters are whole on every rank; else one that does nothing.
+    What rank 0 makes of them is scattered again; those that are not sharded stay as they are. All ranks must enter it.
+    """
+    sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not sharded:
+        return contextlib.nullcontext()
+    import deepspeed  # pyright: ignore[reportMissingImports]
+
+    return deepspeed.zero.GatheredParameters(sharded, modifier_rank=0)

@@ -78,9 +78,15 @@ class IsolatedFunction:
         return result
 
     def close(self) -> None:
-        """Kills the child, if there is one. A later call starts a new one."""
-        with self._lock:
+        """Kills the child, if there is one; a call in another thread then raises. A later call starts a new one."""
+        while not self._lock.acquire(timeout=0.05):
+            process = self._process  # of the call that holds the lock, which ends with it
+            if process is not None and process.poll() is None:
+                _kill_session(process)
+        try:
             self._kill()
+        finally:
+            self._lock.release()
 
     def _start(self) -> None:
         ours, theirs = socket.socketpair()
@@ -202,9 +208,13 @@ def _end_process(process: subprocess.Popen, connection: Connection, owner: int) 
     connection.close()
     if os.getpid() != owner:  # a fork of the trainer (a data loader's worker) does not own the child
         return
+    _kill_session(process)
+    process.wait()
+
+
+def _kill_session(process: subprocess.Popen) -> None:
     with contextlib.suppress(ProcessLookupError):  # it had ended by itself and left nothing behind
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 def _exit_reason(returncode: int) -> str:

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from ..config import GRPOConfig, mapping
-from ..placement import DeviceMap
+from ..placement import DeviceMap, whole_models
 from .model import RewardModel, base_model
 from .registry import REWARDS, TRL_NAMES, RewardFunction, resolve_reward
 from .scoring import RewardScorer
@@ -28,13 +28,14 @@ def check_rewards(specs: Sequence[RewardSpec], processing_classes: Any, args: GR
     if not specs:
         raise ValueError("reward_funcs is empty; pass at least one function, registered name or reward model.")
     paths = [base_model(spec) for spec in specs if isinstance(spec, str) and is_reward_model(spec)]
-    if args.ref_model_name_or_path and is_reward_model(args.ref_model_name_or_path):
-        paths.append(args.ref_model_name_or_path)
-    for path in paths:
+    named = [(path, f"reward model {path!r}") for path in paths]
+    if reference := args.ref_model_name_or_path:
+        named.append((reference, f"ref_model_name_or_path={reference!r}"))
+    for path, what in named:
         try:
             AutoConfig.from_pretrained(path, trust_remote_code=args.trust_remote_code)
         except (OSError, ValueError) as error:  # of which some do not name the model
-            raise ValueError(f"reward or reference model {path!r} cannot be loaded: {error}") from error
+            raise ValueError(f"{what} cannot be loaded: {error}") from error
     functions = [
         resolve_reward(spec, max_completion_length=args.max_completion_length)
         for spec in specs
@@ -71,12 +72,13 @@ def load_rewards(
     if processing_classes is None or isinstance(processing_classes, PreTrainedTokenizerBase):
         processing_classes = [processing_classes] * len(specs)  # pyright: ignore[reportAssignmentType]
     assert isinstance(processing_classes, Sequence)
-    return [
-        _load_model(spec, tokenizer, args, device_map)
-        if is_reward_model(spec)
-        else resolve_reward(spec, max_completion_length=args.max_completion_length)
-        for spec, tokenizer in zip(specs, processing_classes, strict=True)
-    ]
+    with whole_models(args):
+        return [
+            _load_model(spec, tokenizer, args, device_map)
+            if is_reward_model(spec)
+            else resolve_reward(spec, max_completion_length=args.max_completion_length)
+            for spec, tokenizer in zip(specs, processing_classes, strict=True)
+        ]
 
 
 def is_reward_model(spec: RewardSpec) -> bool:

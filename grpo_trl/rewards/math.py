@@ -31,6 +31,7 @@ class AccuracyReward:
 
     __name__ = "accuracy"
     in_process = True  # brings its own process and time-out
+    by_row = True
 
     def __init__(self, timeout: float = PROCESS_TIMEOUT):
         self._verify = IsolatedFunction(verify_answer, name=self.__name__, timeout=timeout)

@@ -11,6 +11,7 @@ from transformers.tokenization_utils_base import BatchEncoding, PreTrainedTokeni
 from transformers.utils import find_adapter_config_file
 
 from ..placement import DeviceMap, freeze, input_device, place
+from ..token_limit import TokenLimit, token_batches
 from .model_inputs import INPUT_FORMATS, chat_text, encode_pair, encode_text, encode_with_one_bos, truncate_left
 
 _SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")  # accelerate's
@@ -26,7 +27,8 @@ class RewardModel:
         processing_class: fast tokenizer; default: the model's own.
         device_map: a device ("cuda:1") or an accelerate device map; default: CPU for a path, unmoved for an instance.
         dtype: default: the checkpoint's, the instance's.
-        batch_size: rows per forward pass.
+        batch_size: a forward pass has at most the tokens of so many rows of the call's longest, padding included; more
+            of the shorter ones. Out of memory halves it for good.
         max_length: tokens per row; default: what tokenizer and model allow.
         input_format:
             "chat": prompt and completion through the chat template, exactly one BOS;
@@ -85,6 +87,7 @@ class RewardModel:
         self.input_format = input_format if input_format != "auto" else _native_format(self.tokenizer)
         self.chat_template_kwargs = chat_template_kwargs or {}
         self.__name__ = path.rstrip("/").split("/")[-1] if path else type(model).__name__
+        self.limit = TokenLimit(f"reward model {self.__name__}")
         self.num_truncated = 0
 
     def __call__(
@@ -98,14 +101,20 @@ class RewardModel:
         )
         if log_metric is not None:
             log_metric(f"rewards/{self.__name__}/truncated", self.num_truncated / max(1, len(rows)))
-        # longest first: rows of like length share a batch, and an out-of-memory error comes at once
-        order = sorted(range(len(rows)), key=lambda index: -len(rows[index]["input_ids"]))
-        scores = [0.0] * len(rows)
-        for start in range(0, len(order), self.batch_size):
-            chosen = order[start : start + self.batch_size]
-            for index, score in zip(chosen, self._forward([rows[index] for index in chosen]), strict=True):
-                scores[index] = score
-        return scores
+        lengths = [(len(row["input_ids"]),) for row in rows]
+        most = self.batch_size * max(lengths, default=(0,))[0]
+
+        def passes(tokens: int | None) -> list[list[int]]:
+            return token_batches(lengths, most if tokens is None else min(most, tokens))
+
+        def score() -> list[float]:
+            scores = [0.0] * len(rows)
+            for chosen in passes(self.limit.tokens):
+                for index, value in zip(chosen, self._forward([rows[index] for index in chosen]), strict=True):
+                    scores[index] = value
+            return scores
+
+        return self.limit.run(score, passes)
 
     def _encode(self, prompt: Any, completion: Any) -> BatchEncoding:
         if self.input_format == "chat":

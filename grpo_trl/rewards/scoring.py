@@ -1,30 +1,30 @@
-"""Calls the reward functions on groups of completions: `RewardScorer.score`."""
+"""Calls the reward functions on groups of completions, beside the sampling of further ones: `RewardScorer`."""
 
 import asyncio
 import math
-import numbers
-import reprlib
-import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from concurrent.futures import Future
-from functools import partial
-from types import SimpleNamespace
-from typing import Any, cast
+import time
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import FIRST_COMPLETED, FIRST_EXCEPTION, Future, wait
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.utils import logging
-from trl.trainer.utils import is_async_callable, shutdown_event_loop_in_daemon, start_event_loop_in_daemon
+from trl.trainer.utils import is_async_callable, start_event_loop_in_daemon
 
 from ..batch import Group
-from .isolation import IsolatedFunction, RewardTimeoutError
+from ..placement import input_device
+from .calls import Call, in_order, replay
+from .isolation import IsolatedFunction
 from .model import RewardModel
+from .overlap import Worker, end_event_loop
 from .registry import RewardFunction, reward_name
+from .rows import rows_of
+from .trl_functions import OnMessages
 
 logger = logging.get_logger(__name__)
 
-NOT_COLUMNS = ("prompt", "completion", "completion_ids")  # as in TRL: passed under other names, or the sampled ids
-RESERVED = ("prompts", "completions", "trainer_state", "log_extra", "log_metric")
+UNFINISHED = 32  # calls of one function that wait or run beside the main thread; then sampling waits
+GRACE = 5.0  # seconds that a thread gets to end when scoring is broken off
 
 
 class RewardScorer:
@@ -40,6 +40,14 @@ class RewardScorer:
         timeout: seconds per call, None: no limit. Plain functions then run in a process of their own each, which is
             killed on expiry; there `trainer_state` is a copy. Async functions are cancelled at their next await.
             Reward models and `accuracy` (which has its own time-out) are exempt.
+        per_group: call each function once per group instead of once for all. Those that say `by_row` (a row's
+            reward depends on that row alone) are called per group in any case, and reward models once per `batch_size`
+            rows.
+        overlap: make calls beside the main thread, those for groups given to `start` at once. Functions that are
+            called once for all, and those of `trl.rewards` (they use signals), stay in the main thread.
+
+    `start` and `score` belong to one thread. After `score`, `wait_seconds` is how long that thread spent on scoring or
+    waiting for it, `busy_seconds` how long the functions took, added up.
 
     Raises:
         ValueError: no function, a wrong number of names, or a function that cannot be sent to its own process.
@@ -51,6 +59,8 @@ class RewardScorer:
         names: Sequence[str] | None = None,
         *,
         timeout: float | None = None,
+        per_group: bool = False,
+        overlap: bool = False,
     ):
         if not reward_funcs:
             raise ValueError("No reward function was given; at least one is needed to score completions.")
@@ -64,10 +74,33 @@ class RewardScorer:
             if isinstance(func, RewardModel):
                 func.__name__ = name  # what its own metrics are called: two models of one name would share them
         self.timeout = timeout
+        self.wait_seconds = self.busy_seconds = 0.0
         self._calls = [self._callable(func, name) for func, name in zip(self.reward_funcs, self.names, strict=True)]
+        self._rows_per_call = [_rows_per_call(func, per_group) for func in self.reward_funcs]
+        self._overlap = overlap
+        self._later: list[Group] = []  # given to `start`, without overlap
+        self._waiting: list[list[Group]] = [[] for _ in self.names]  # per function, too few groups for a call
+        self._begun: list[tuple[Call, Future | None]] = []  # None: left to the main thread
+        self._workers: dict[Hashable, Worker] = {}
         self._loop: tuple[Any, asyncio.AbstractEventLoop] | None = None  # one for all calls: async clients stay valid
-        self._loop_lock = threading.Lock()
+        self._held_up = 0.0
         self._warned_all_none = False
+
+    def start(self, group: Group, *, trainer_state: Any = None) -> None:
+        """Begins to score a finished group, whose rewards a later `score` returns; where scoring is far behind, it
+        waits.
+
+        Raises:
+            What `score` does, for this group or one before; the groups given so far are then forgotten.
+        """
+        if not self._overlap:
+            self._later.append(group)
+            return
+        try:
+            self._add(group, trainer_state)
+        except BaseException:
+            self.close()
+            raise
 
     def score(
         self,
@@ -76,90 +109,151 @@ class RewardScorer:
         trainer_state: Any = None,
         log_extra: Callable[[str, list], None] | None = None,
         log_metric: Callable[[str, float], None] | None = None,
-        **extra: Any,
     ) -> Tensor:
         """Rewards of all completions, (B, F) fp32 on the CPU, rows in the order of the groups; NaN: not applicable.
 
         Args:
-            groups: any number, their `completions` filled.
-            trainer_state, log_extra, log_metric: handed to the functions.
-            extra: further keyword arguments for them; a list of B values is taken as one per completion.
+            groups: any number, their `completions` filled; given to `start` before, or not.
+            trainer_state: handed to the functions.
+            log_extra, log_metric: called with what the functions log, in the order of the groups.
 
         Raises:
             RuntimeError: a function raised; names the function and the first row that fails alone.
             RewardTimeoutError (a TimeoutError): a function took longer than `timeout`.
             ValueError: a wrong count, NaN, infinity or a non-number; names function, row and value.
+            In each case `close` was called.
         """
-        rows = rows_of(groups)
-        count = len(rows["completions"])
-        rows |= {key: value for key, value in extra.items() if isinstance(value, list) and len(value) == count}
-        shared = {key: value for key, value in extra.items() if key not in rows}
-        shared |= {"trainer_state": trainer_state, "log_extra": log_extra, "log_metric": log_metric}
-        pending = {i: self._submit(i, rows | shared) for i, f in enumerate(self.reward_funcs) if is_async_callable(f)}
-        plain = [i for i in range(len(self.names)) if i not in pending]
+        if not groups:
+            raise ValueError("There are no groups to score; give at least one.")
+        began = time.perf_counter()
         try:
-            outputs = {i: self._call(i, rows, shared) for i in plain}
-            outputs |= {i: self._wait(i, future, rows, shared) for i, future in pending.items()}
+            self._finish(groups, trainer_state)
         except BaseException:
-            for future in pending.values():
-                future.cancel()
+            self.close()
             raise
-        columns = [to_rewards(outputs[i], count, name) for i, name in enumerate(self.names)]
-        rewards_per_func = torch.stack(columns, dim=1)
-        self._warn_if_all_none(rewards_per_func, rows)
+        order = {id(group): place for place, group in enumerate(groups)}
+        calls = [call for call, _ in self._begun if any(id(group) in order for group in call.groups)]
+        calls.sort(key=lambda call: (min(order.get(id(group), len(order)) for group in call.groups), call.index))
+        self.forget()
+        replay(calls, log_extra=log_extra, log_metric=log_metric)
+        rewards_per_func = in_order(calls, groups, len(self.names))
+        self._warn_if_all_none(rewards_per_func, groups)
+        self.busy_seconds = sum(call.seconds for call in calls)
+        self.wait_seconds, self._held_up = self._held_up + time.perf_counter() - began, 0.0
         return rewards_per_func
 
+    def forget(self) -> None:
+        """Drops the groups that were given to `start`, and ends the threads after the calls that they are in."""
+        self._cancel()
+        workers = self._workers
+        self._begun, self._later, self._waiting, self._workers = [], [], [[] for _ in self.names], {}
+        for worker in workers.values():
+            worker.finish()
+        for worker in workers.values():
+            if not worker.join(GRACE):
+                logger.warning(
+                    f"The thread {worker.name!r} is still in a reward function, which cannot be ended: it runs on "
+                    "until it returns or the program ends. With reward_timeout a Python function is killed."
+                )
+
     def close(self) -> None:
-        """Ends the functions' processes and the event loop; runs at interpreter exit too. Scoring again restarts."""
+        """Ends the functions' processes, what runs in threads, and the event loop; at interpreter exit processes end
+        by themselves. Scoring again restarts."""
+        self._cancel()
         for call in self._calls:
             close = getattr(call, "close", None)
             if callable(close):
                 close()
-        with self._loop_lock:
-            if self._loop is not None:
-                shutdown_event_loop_in_daemon(*self._loop)
-                self._loop = None
+        self.forget()
+        if self._loop is not None:
+            end_event_loop(*self._loop, GRACE)
+            self._loop = None
 
     def _callable(self, func: RewardFunction, name: str) -> RewardFunction:
         if self.timeout is None or _stays_in_process(func) or is_async_callable(func):
             return func
         return IsolatedFunction(func, name=name, timeout=self.timeout)
 
-    def _call(self, index: int, rows: dict[str, list], shared: dict[str, Any]) -> Any:
-        call, name = self._calls[index], self.names[index]
-        if isinstance(call, IsolatedFunction):
-            shared = shared | {"trainer_state": _snapshot(shared["trainer_state"])}
-        try:
-            return call(**rows, **shared)
-        except RewardTimeoutError:
-            raise
-        except Exception as error:
-            attempts = (partial(call, **row) for row in _one_by_one(rows, shared))
-            raise RuntimeError(_describe_failure(attempts, name, rows, error)) from error
+    def _add(self, group: Group, trainer_state: Any) -> None:
+        """Begins the calls for which there are enough groups with this one."""
+        for index, waiting in enumerate(self._waiting):
+            waiting.append(group)
+            if len(group) * (len(waiting) + 1) > self._rows_per_call[index]:
+                self._begin(index, waiting, trainer_state)
+                self._waiting[index] = []
+        self._raise_failure()
 
-    def _submit(self, index: int, kwargs: dict[str, Any]) -> Future:
-        with self._loop_lock:
-            if self._loop is None:
-                thread, loop, ready = start_event_loop_in_daemon(name="rewards")
-                ready.wait()
-                self._loop = (thread, loop)
-            coroutine = _await_within(self.timeout, self._calls[index], self.names[index], kwargs)
-            return asyncio.run_coroutine_threadsafe(coroutine, self._loop[1])
+    def _begin(self, index: int, groups: list[Group], trainer_state: Any) -> None:
+        """One call: on the event loop, in a thread, or left to the main thread."""
+        call = Call(self._calls[index], index, self.names[index], groups, trainer_state)
+        future = None
+        if is_async_callable(call.func):
+            self._hold_up(index)
+            future = asyncio.run_coroutine_threadsafe(call.run_async(self.timeout), self._event_loop())
+        elif (worker := self._worker(index)) is not None:
+            self._hold_up(index)
+            future = worker.submit(call.run)
+        self._begun.append((call, future))
 
-    def _wait(self, index: int, future: Future, rows: dict[str, list], shared: dict[str, Any]) -> Any:
-        try:
-            return future.result()
-        except RewardTimeoutError:
-            raise
-        except Exception as error:
-            # all at once: one after the other, a slow judge would take as many times longer as there are rows
-            attempts = [self._submit(index, row) for row in _one_by_one(rows, shared)]
-            message = _describe_failure([attempt.result for attempt in attempts], self.names[index], rows, error)
-            for attempt in attempts:
-                attempt.cancel()
-            raise RuntimeError(message) from error
+    def _hold_up(self, index: int) -> None:
+        """Waits while too many calls of a function are unfinished."""
+        began = time.perf_counter()
+        while True:
+            futures = [f for call, f in self._begun if call.index == index and f is not None and not f.done()]
+            if len(futures) < UNFINISHED:
+                break
+            wait(futures, return_when=FIRST_COMPLETED)
+        self._held_up += time.perf_counter() - began
 
-    def _warn_if_all_none(self, rewards_per_func: Tensor, rows: dict[str, list]) -> None:
+    def _event_loop(self) -> asyncio.AbstractEventLoop:
+        if self._loop is None:
+            thread, loop, ready = start_event_loop_in_daemon(name="rewards")
+            ready.wait()
+            self._loop = (thread, loop)
+        return self._loop[1]
+
+    def _worker(self, index: int) -> Worker | None:
+        """The thread of a function, of all models on one device; None: the main thread."""
+        func, call = self.reward_funcs[index], self._calls[index]
+        stays = self._rows_per_call[index] == math.inf or isinstance(func, OnMessages)
+        if not self._overlap or (stays and not isinstance(call, IsolatedFunction)):
+            return None
+        device = input_device(func.model) if isinstance(func, RewardModel) else None
+        key = device or id(func)
+        if key not in self._workers:
+            self._workers[key] = Worker(f"reward {device or self.names[index]}", device)
+        return self._workers[key]
+
+    def _finish(self, groups: Sequence[Group], trainer_state: Any) -> None:
+        """Makes the calls that are left, and waits for those that run."""
+        given = {id(group) for waiting in self._waiting for group in waiting}
+        given |= {id(group) for call, _ in self._begun for group in call.groups}
+        given |= {id(group) for group in self._later}
+        for group in [*self._later, *(group for group in groups if id(group) not in given)]:
+            self._add(group, trainer_state)
+        for index, waiting in enumerate(self._waiting):
+            given = {id(group) for group in waiting}
+            if rest := [group for group in groups if id(group) in given]:
+                self._begin(index, rest, trainer_state)
+        for call, future in self._begun:
+            if future is None:
+                self._raise_failure()
+                call.run()
+        wait([future for _, future in self._begun if future is not None], return_when=FIRST_EXCEPTION)
+        self._raise_failure()
+
+    def _raise_failure(self) -> None:
+        for _, future in self._begun:
+            if future is not None and future.done():
+                future.result()
+
+    def _cancel(self) -> None:
+        for call, future in self._begun:
+            call.cancelled = True
+            if future is not None:
+                future.cancel()
+
+    def _warn_if_all_none(self, rewards_per_func: Tensor, groups: Sequence[Group]) -> None:
         all_none = rewards_per_func.isnan().all(1)
         if self._warned_all_none or not all_none.any():
             return
@@ -167,116 +261,22 @@ class RewardScorer:
         row = int(all_none.nonzero()[0])
         logger.warning(
             f"All reward functions ({', '.join(self.names)}) returned None for the following row:\n"
-            f"{ {key: values[row] for key, values in rows.items()} }\n"
+            f"{ {key: values[row] for key, values in rows_of(groups).items()} }\n"
             "Please ensure that at least one reward function returns a valid reward. Such rows have no advantage; "
             "this is said once."
         )
 
 
-def rows_of(groups: Sequence[Group]) -> dict[str, list]:
-    """What is given per completion: prompts, completions, completion_ids and every column, each a list of B values."""
-    if not groups:
-        raise ValueError("There are no groups to score; give at least one.")
-    for group in groups:
-        if len(group.completions) != len(group):
-            raise ValueError(
-                f"A group of {len(group)} sampled completions has {len(group.completions)} texts; fill "
-                "Group.completions (text, or messages) before scoring."
-            )
-    examples = [group.prompt.example for group in groups for _ in range(len(group))]
-    columns = dict.fromkeys(key for group in groups for key in group.prompt.example if key not in NOT_COLUMNS)
-    if clashes := [key for key in columns if key in RESERVED]:
-        raise ValueError(f"Dataset columns {clashes} clash with arguments of reward functions; rename or remove them.")
-    return {
-        "prompts": [example["prompt"] for example in examples],
-        "completions": [completion for group in groups for completion in group.completions],
-        "completion_ids": [ids for group in groups for ids in group.completion_ids],
-        **{key: [example.get(key) for example in examples] for key in columns},
-    }
-
-
-def to_rewards(output: Any, count: int, name: str) -> Tensor:
-    """A function's output -> (count,) fp32, None as NaN. Raises ValueError as `RewardScorer.score` says."""
-    # a set has no order (and holds equal rewards once), so its values belong to no row
-    if not isinstance(output, Iterable) or isinstance(output, (str, bytes, Mapping, Set)):
-        raise ValueError(
-            f"Reward function {name!r} returned {output!r:.100} ({type(output).__name__}); expected a list of {count} "
-            "rewards, one per completion (numbers, or None where it does not apply)."
-        )
-    values = list(output)
-    if len(values) != count:
-        raise ValueError(
-            f"Reward function {name!r} returned {len(values)} rewards, but {count} were expected: one per completion."
-        )
-    return torch.tensor([_to_float(value, row, name) for row, value in enumerate(values)], dtype=torch.float32)
-
-
-def _to_float(value: Any, row: int, name: str) -> float:
-    if value is None:
-        return math.nan
-    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):  # numpy and torch scalars
-        value = value.item()
-    if not isinstance(value, numbers.Real):
-        problem = f"({type(value).__name__}) for row {row}; expected a number"
-    elif not abs(cast(float, value)) <= torch.finfo(torch.float32).max:  # NaN compares False
-        problem = f"for row {row}; expected a finite number within fp32"
-    else:
-        return float(value)
-    raise ValueError(f"Reward function {name!r} returned {value!r:.100} {problem}, or None where it does not apply.")
+def _rows_per_call(func: RewardFunction, per_group: bool) -> float:
+    """Completions of a call at most; a group is never split."""
+    if isinstance(func, RewardModel):
+        return func.batch_size
+    return 1 if per_group or getattr(func, "by_row", False) else math.inf
 
 
 def _stays_in_process(func: RewardFunction) -> bool:
     """Models, and rewards that bring a process of their own."""
     return isinstance(func, nn.Module) or getattr(func, "in_process", False)
-
-
-def _snapshot(trainer_state: Any) -> Any:
-    """The trainer's state by its attributes: as a TrainerState it would make every child import transformers."""
-    return trainer_state if trainer_state is None else SimpleNamespace(**vars(trainer_state))
-
-
-async def _await_within(timeout: float | None, func: RewardFunction, name: str, kwargs: dict[str, Any]) -> Any:
-    scope = asyncio.timeout(timeout)
-    try:
-        async with scope:
-            return await func(**kwargs)
-    except TimeoutError as error:
-        if not scope.expired():  # the function's own
-            raise
-        raise RewardTimeoutError(
-            f"Async reward function {name!r} took longer than its time-out of {timeout:g} s and was cancelled. Raise "
-            "reward_timeout, or make the function return in time."
-        ) from error
-
-
-def _one_by_one(rows: dict[str, list], shared: dict[str, Any]) -> Iterable[dict[str, Any]]:
-    """The arguments for each row alone."""
-    quiet = shared | {key: _ignore for key in ("log_extra", "log_metric") if shared[key] is not None}
-    for row in range(len(rows["completions"])):
-        yield {key: [values[row]] for key, values in rows.items()} | quiet
-
-
-def _describe_failure(
-    attempts: Iterable[Callable[[], Any]], name: str, rows: dict[str, list], error: Exception
-) -> str:
-    """Of a function that failed on all rows, and the attempts to call it with each row alone: the first that fails."""
-    for row, attempt in enumerate(attempts):
-        try:
-            attempt()
-        except Exception as row_error:
-            prompt, completion = rows["prompts"][row], rows["completions"][row]
-            return (
-                f"Reward function {name!r} failed on row {row}: {type(row_error).__name__}: {row_error}. "
-                f"Prompt: {reprlib.repr(prompt)}; completion: {reprlib.repr(completion)}"
-            )
-    return (
-        f"Reward function {name!r} failed on all rows together, though on none of them alone: "
-        f"{type(error).__name__}: {error}"
-    )
-
-
-def _ignore(*args: Any, **kwargs: Any) -> None:
-    """Takes the place of log_extra and log_metric while rows are tried again: they would log twice."""
 
 
 def _unique(names: Sequence[str]) -> list[str]:

@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 from accelerate import Accelerator
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from ..batch import Group, Prompt
 from ..config import GRPOConfig
@@ -13,6 +14,8 @@ from .hf_generate import HFGenerateEngine
 from .native import NativeEngine
 from .sampling import SamplingParams
 from .vllm import VLLMEngine, check_vllm
+
+logger = logging.get_logger(__name__)
 
 
 class RolloutEngine(Protocol):
@@ -46,14 +49,20 @@ ENGINES: dict[str, type[RolloutEngine]] = {
 }
 
 
-def make_engine(name: str, model: PreTrainedModel, **options: Any) -> RolloutEngine:
-    """The engine called `name`, sampling from `model`; `hf_generate` where the native one cannot run the model.
+def make_engine(name: str, model: PreTrainedModel, *, sharded: bool = False, **options: Any) -> RolloutEngine:
+    """The engine called `name`, sampling from `model`; `hf_generate` where the native one cannot run the model, or its
+    weights stay `sharded` during rollouts.
 
     Raises:
         ValueError: no such engine.
     """
     check_engine(name)
-    if name == "native" and not is_packed(model):  # `policy.prepare` says why
+    if name == "native" and sharded:
+        logger.warning(
+            "Completions are sampled by model.generate, which gathers the weights at every token: "
+            "ds3_gather_for_generation=False leaves them in shards."
+        )
+    if name == "native" and (sharded or not is_packed(model)):  # `policy.prepare` says why
         name = "hf_generate"
     return ENGINES[name](model, **options)
 

@@ -70,6 +70,9 @@ class HFGenerateEngine:
                 attention_mask=rows.prompt_mask,
                 generation_config=self._generation_config(sampling),
                 logits_processor=LogitsProcessorList([sampler]),
+                # by itself `generate` would keep step with the other ranks wherever an engine shards, also where the
+                # weights were gathered for the rollout
+                synced_gpus=is_sharded(self.model),
             )
         ids = output[:, rows.prompt_ids.shape[1] :].cpu()
         logps = torch.stack(sampler.per_token_logps, dim=1).cpu()
@@ -144,6 +147,11 @@ def check_positions(config: Any, prompt_length: int, completion_length: int) -> 
         f"A prompt of {prompt_length} tokens and max_completion_length={completion_length} need more than the "
         f"{positions} positions of the model; lower max_completion_length or set max_prompt_length."
     )
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether ZeRO-3 keeps weights in shards that every forward pass has to gather."""
+    return any(p.numel() < getattr(p, "ds_numel", 0) for p in model.parameters())
 
 
 def completion_lengths(ids: Tensor, eos_token_ids: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -52,7 +52,9 @@ class SamplingParams:
     @property
     def history_processors(self) -> LogitsProcessorList:
         """What changes the logits by what came before."""
-        penalty = [RepetitionPenaltyLogitsProcessor(self.repetition_penalty)] if self.repetition_penalty != 1 else []
+        penalty = (
+            [RepetitionPenaltyLogitsProcessor(float(self.repetition_penalty))] if self.repetition_penalty != 1 else []
+        )
         return LogitsProcessorList([*self.logits_processors, *penalty])
 
 

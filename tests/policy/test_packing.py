@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from grpo_trl.batch import Group, Prompt, RolloutBatch
-from grpo_trl.policy.packing import pack, pad, pieces
+from grpo_trl.policy.packing import num_tokens, pack, pad, pieces
 
 # the pad id is a token like any other here: only masks may tell what is padding
 GROUPS = [
@@ -68,6 +68,7 @@ def test_saved_tokens():
     batch = batch_of([Group(Prompt(prompt, {}, 0), completions, [True] * 4)])
     assert pack(batch).inputs["input_ids"].numel() == 99 + 75
     assert pad(batch).inputs["input_ids"].numel() == 4 * 140
+    assert (num_tokens(batch, packed=True), num_tokens(batch, packed=False)) == (99 + 75, 4 * 140)
 
 
 # ---- Pieces ----

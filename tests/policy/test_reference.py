@@ -15,8 +15,10 @@ from grpo_trl.policy import (
     load_reference_model,
     make_reference,
     per_token_logps,
+    prepare,
 )
-from grpo_trl.policy.reference import AdapterReference, FrozenReference
+from grpo_trl.policy.reference import AdapterReference, FrozenReference, Passes
+from grpo_trl.token_limit import TokenLimit
 from tests.tiny import IM_END, PAD, save, tiny_model, tiny_tokenizer
 
 CPU = {"": torch.device("cpu")}
@@ -56,7 +58,7 @@ def accelerator():
 
 
 def make(model, policy, adapter=None):
-    return make_reference(model, lambda: policy, accelerator(), adapter=adapter)
+    return make_reference(model, lambda: policy, accelerator(), adapter=adapter, rows_per_pass=4)
 
 
 def lora_model(trained: bool, **options):
@@ -221,3 +223,55 @@ def test_dropout_turned_off_makes_the_first_ratio_one(config, batch):
     assert args.disable_dropout  # what GRPOTrainer asks before it does this:
     disable_dropout_in_model(without)
     assert torch.equal(ratio(without), torch.ones(4, 4))
+
+
+# ---- How much at a time ----
+
+
+def lengths_batch(*groups):
+    """Groups of (prompt tokens, completions of so many tokens each)."""
+    return RolloutBatch.from_groups(
+        [
+            Group(Prompt([9] * prompt, {}, draw), [[8] * length for length in lengths], [True] * len(lengths))
+            for draw, (prompt, *lengths) in enumerate(groups)
+        ],
+        pad_token_id=PAD,
+    )
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [
+        (None, [slice(0, 2), slice(2, 6)]),  # streams of 14, 6 and 5 tokens: the first is the largest micro-batch
+        (99, [slice(0, 2), slice(2, 6)]),
+        (8, [slice(0, 1), slice(1, 2), slice(2, 4), slice(4, 6)]),
+    ],
+)
+def test_packed_passes_have_the_tokens_of_the_largest_micro_batch(qwen3, tokens, expected):
+    prepare(qwen3)
+    batch = lengths_batch((3, 6, 6), (3, 2, 2), (4, 1, 1))
+    assert Passes(2, TokenLimit("it")).cut(qwen3, batch, tokens) == expected
+    assert Passes(2, TokenLimit("it", fixed=True)).cut(qwen3, batch, tokens) == [
+        slice(0, 2), slice(2, 4), slice(4, 6),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [(None, [[0, 2], [3, 1, 4], [5]]), (99, [[0, 2], [3, 1, 4], [5]]), (9, [[0], [2], [3], [1], [4, 5]])],
+)
+def test_padded_passes_are_sorted_by_length(qwen3, tokens, expected):
+    # 9, 4, 7, 5, 4 and 3 tokens; micro-batches of 2 x (3 + 6), 2 x (3 + 4) and 2 x (2 + 2)
+    batch = lengths_batch((3, 6, 1), (3, 4, 2), (2, 2, 1))
+    assert Passes(2, TokenLimit("it")).cut(qwen3, batch, tokens) == expected
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("tokens", [None, 8, 1])
+def test_passes_of_any_size_give_the_same_log_probabilities_in_the_same_order(qwen3, packed, tokens):
+    if packed:
+        prepare(qwen3)
+    batch = lengths_batch((3, 6, 1), (3, 4, 2), (2, 2, 5))
+    batch.completion_ids = torch.arange(batch.completion_ids.numel()).view_as(batch.completion_ids) % 90 + 10
+    reference = FrozenReference(qwen3, Passes(2, TokenLimit("it", tokens)))
+    torch.testing.assert_close(reference.per_token_logps(batch, 0.7), logps(qwen3, batch, 0.7), rtol=0, atol=1e-5)

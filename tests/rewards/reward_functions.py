@@ -45,6 +45,11 @@ def raises_on_bad(prompts, completions, **kwargs):
     return [1.0] * len(prompts)
 
 
+def loops_for_ever(prompts, **kwargs):
+    while True:
+        pass
+
+
 def exits(prompts, **kwargs):
     sys.exit(2)
 

@@ -53,6 +53,23 @@ def test_a_batch_scores_like_its_rows(make, batch_size):
     assert len({round(score, 4) for score in alone}) == len(alone)  # a constant model would pass the line above
 
 
+def test_a_pass_has_the_tokens_of_the_longest_rows():
+    reward, shapes = deberta(batch_size=2), []
+    reward.model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    # [CLS] question [SEP] answer [SEP]: 5, 23, 13 and 8 tokens
+    reward(["q"] * 4, ["a", "a" * 19, "a" * 9, "a" * 4])
+    assert shapes == [(2, 23), (2, 8)]
+    shapes.clear()
+    reward(["q"] * 6, ["a", "a" * 19, "a", "a", "a", "a"])
+    assert shapes == [(2, 23), (4, 5)]  # more of the short ones
+    reward.limit.tokens = 23  # as after an out-of-memory error
+    shapes.clear()
+    reward(["q"] * 4, ["a", "a" * 19, "a" * 9, "a" * 4])
+    assert shapes == [(1, 23), (1, 13), (2, 8)]
+
+
 def test_pair_scores_are_the_models_own_on_the_tokenizers_pair():
     reward = deberta()
     assert reward.input_format == "pair"

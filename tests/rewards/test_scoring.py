@@ -60,17 +60,11 @@ def test_keyword_arguments_are_trls(make_scorer):
         seen.update(kwargs)
         return [0.0] * len(kwargs["prompts"])
 
-    state, log_extra, log_metric = object(), lambda *_: None, lambda *_: None
+    state = object()
     first = group("a", "bb", answer="1", level=3, completion="x", completion_ids=[9])
     second = group("c", "d", answer="2", topic="t")
-    make_scorer(spy).score(
-        [first, second],
-        trainer_state=state,
-        log_extra=log_extra,
-        log_metric=log_metric,
-        environments=list("wxyz"),
-        k=1,
-    )
+    make_scorer(spy).score([first, second], trainer_state=state)
+    assert callable(seen.pop("log_extra")) and callable(seen.pop("log_metric"))
     assert seen == {
         "prompts": ["question"] * 4,
         "completions": ["a", "bb", "c", "d"],
@@ -79,10 +73,6 @@ def test_keyword_arguments_are_trls(make_scorer):
         "level": [3, 3, None, None],
         "topic": [None, None, "t", "t"],
         "trainer_state": state,
-        "log_extra": log_extra,
-        "log_metric": log_metric,
-        "environments": list("wxyz"),
-        "k": 1,
     }
 
 
@@ -173,7 +163,7 @@ def test_an_exception_of_no_single_row_says_so(make_scorer):
     assert isinstance(error.value.__cause__, ArithmeticError)
 
 
-def test_the_search_for_the_row_does_not_log_twice(make_scorer):
+def test_a_call_that_fails_logs_nothing(make_scorer):
     metrics = []
 
     def logs_then_raises(completions, log_metric, **kwargs):
@@ -182,7 +172,7 @@ def test_the_search_for_the_row_does_not_log_twice(make_scorer):
 
     with pytest.raises(RuntimeError, match="row 0"):
         make_scorer(logs_then_raises).score([group("a", "b")], log_metric=lambda *args: metrics.append(args))
-    assert metrics == [("seen", 2)]
+    assert metrics == []
 
 
 def test_groups_without_texts_and_clashing_columns_are_refused(make_scorer):
@@ -346,12 +336,12 @@ def test_exempt_rewards_and_async_functions_stay_in_this_process(make_scorer):
     assert here == [os.getpid()]
 
 
-def test_threads_share_a_process_one_call_at_a_time(make_scorer):
-    scorer = make_scorer(functions.tokens, timeout=30)
+def test_threads_share_a_process_one_call_at_a_time():
+    call = IsolatedFunction(functions.tokens, name="tokens", timeout=30)
     results = {}
 
     def work(length):
-        results[length] = scorer.score([group("x" * length)]).item()
+        (results[length],) = call(completion_ids=[[1] * length])
 
     threads = [threading.Thread(target=work, args=(length,)) for length in range(1, 9)]
     for thread in threads:
@@ -359,6 +349,7 @@ def test_threads_share_a_process_one_call_at_a_time(make_scorer):
     for thread in threads:
         thread.join()
     assert results == {length: float(length) for length in range(1, 9)}
+    call.close()
 
 
 @pytest.mark.parametrize("how", ["exit", "exception", "kill"])

@@ -89,3 +89,15 @@ def test_the_first_step_leaves_behind_what_any_other_does(qwen3):
 def test_linear_layers_for_any_number_of_rows(rows, bias):
     module, x = nn.Linear(12, 20, bias=bias), torch.randn(rows, 12)
     torch.testing.assert_close(decoder._linear(module)(x), module(x))
+
+
+def test_hooks_of_gradient_checkpointing_and_of_an_engine_leave_the_decoder(qwen3):
+    """Checkpointing has one on the embeddings, which the decoder calls; DeepSpeed one on the whole model, which no way
+    of decoding calls."""
+    _, plain = run(qwen3)
+    qwen3.gradient_checkpointing_enable()
+    qwen3.enable_input_require_grads()
+    qwen3.register_forward_pre_hook(lambda *_: None)
+    ours, hooked = run(qwen3)
+    assert ours.runner.decoder is not None
+    assert_same(hooked, plain)

@@ -57,6 +57,20 @@ def assert_same(ours, expected, atol=1e-4):
             assert logps == pytest.approx(of_row, abs=atol)
 
 
+def test_weights_in_16_bit_without_autocast():
+    model = prepared(tiny_model("qwen3").to(torch.bfloat16))
+    groups = rollout(NativeEngine(model))
+    assert groups.keys() == {prompt.draw for prompt in PROMPTS}
+    expected = rollout(HFGenerateEngine(model))
+    first = [[ids[0] for ids in group.completion_ids] for group in groups.values()]
+    hits = sum(
+        a == b
+        for ids, draw in zip(first, groups, strict=True)
+        for a, b in zip(ids, (x[0] for x in expected[draw].completion_ids), strict=True)
+    )
+    assert hits >= 0.75 * 4 * len(PROMPTS)  # rounding moves some
+
+
 @pytest.mark.parametrize("options", EVERYTHING.values(), ids=EVERYTHING)
 @pytest.mark.parametrize("kind", KINDS)
 def test_same_tokens_as_hf_generate(kind, options):

@@ -107,7 +107,8 @@ class RowsLayout:
         prompt_out = prompt_out.reshape(-1, repeats * size).index_select(0, index.back).view(-1, repeats, size)
         prompt_lse = prompt_lse.reshape(-1, repeats).index_select(0, index.back)
 
-        scores = torch.baddbmm(index.bias, query.view(-1, repeats, size), keys.transpose(1, 2), alpha=scaling)
+        bias = index.bias.to(query.dtype)  # in 16 bit the product does not take another dtype
+        scores = torch.baddbmm(bias, query.view(-1, repeats, size), keys.transpose(1, 2), alpha=scaling)
         # the prompt is one more key: its score is the log-sum-exp of its scores, its value what it gave by itself
         weights = torch.cat([prompt_lse[..., None], scores], dim=-1).softmax(-1).to(values.dtype)
         return torch.addcmul(weights[..., 1:] @ values, weights[..., :1], prompt_out).view(n, -1)

@@ -28,9 +28,10 @@ def bucket(shape: Shape, most: Shape) -> Shape:
 def capture(step: Replay) -> Replay:
     """`step` as a graph; it is recorded, not run."""
     graph = torch.cuda.CUDAGraph()
-    # autocast's cache of cast weights would tie the graph to copies that are freed with it
+    # thread_local: reward models may run in other threads meanwhile. Autocast's cache of cast weights would tie the
+    # graph to copies that are freed with it
     with (
-        torch.cuda.graph(graph),
+        torch.cuda.graph(graph, capture_error_mode="thread_local"),
         torch.autocast("cuda", enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False),
     ):
         step()

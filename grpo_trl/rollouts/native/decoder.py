@@ -34,7 +34,7 @@ class Runner:
     def __init__(self, model: Any):
         self.model = model
         self.signature = _signature(model)
-        self.decoder = Decoder(model) if _is_like_llama(model.base_model) and not _hooks(model) else None
+        self.decoder = Decoder(model) if _is_like_llama(model.base_model) and not _bypasses_hooks(model) else None
         self.compared = False
 
     def fits(self, model: nn.Module) -> bool:
@@ -189,9 +189,12 @@ def _children(module: nn.Module) -> set[str]:
     return {name for name, _ in module.named_children()}
 
 
-def _hooks(model: nn.Module) -> int:
-    """How many calls wait for a module to be called, accelerate's, which move tensors between devices, included."""
-    return sum(count for _, count in _signature(model))
+def _bypasses_hooks(model: Any) -> bool:
+    """Whether something waits for a module to be called that `Decoder` does not call: accelerate's hooks, which move
+    tensors between devices, included. Embeddings are called, where gradient checkpointing has a hook; the whole model,
+    where DeepSpeed has one, is called by neither way of decoding."""
+    called = {id(module) for module in (model, model.base_model.embed_tokens, model.base_model.rotary_emb)}
+    return any(count for module, count in _signature(model) if module not in called)
 
 
 def _signature(model: nn.Module) -> list[tuple[int, int]]:

@@ -311,12 +311,16 @@ class Rollout:
 
 def groups_that_fit(model: Any, tokens: int) -> int:
     """How many groups of so many tokens keep their keys and values in half of the memory that is free now."""
+    free = torch.cuda.mem_get_info(model.device)[0] if model.device.type == "cuda" else virtual_memory().available
+    return free // 2 // key_value_bytes(model, tokens)
+
+
+def key_value_bytes(model: Any, tokens: int) -> int:
+    """Of the keys and values of so many tokens, in all layers."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    group = 2 * tokens * config.num_hidden_layers * heads * size * model.dtype.itemsize
-    free = torch.cuda.mem_get_info(model.device)[0] if model.device.type == "cuda" else virtual_memory().available
-    return free // 2 // group
+    return 2 * tokens * config.num_hidden_layers * heads * size * model.dtype.itemsize
 
 
 def close_gaps(items: list[Any], leaving: Sequence[int]) -> tuple[list[int], list[int]]:

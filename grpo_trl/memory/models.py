@@ -1,0 +1,134 @@
+"""Models from their configurations alone, by the rules by which real ones are loaded: weights on the meta device."""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
+
+from ..config import GRPOConfig, mapping
+from ..policy import disable_dropout, freeze_adapter, load_policy, needs_reference_model, prepare
+from ..policy.loading import from_pretrained_options
+from ..rewards.model import base_model
+
+META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class PolicySpec:
+    """What the policy is made from: the arguments of `GRPOTrainer` that say so."""
+
+    path: str
+    quantization_config: BitsAndBytesConfig | None = None
+    peft_config: PeftConfig | None = None
+
+
+def policy_of(spec: PolicySpec, args: GRPOConfig) -> Any:
+    """The policy as `assembly.load_models` makes it, adapter and frozen reference adapter included.
+
+    Raises:
+        ValueError, OSError: what `load_policy` raises, and a path without a configuration.
+    """
+    path, peft_config = spec.path, spec.peft_config
+    trained = os.path.isfile(os.path.join(path, "adapter_config.json"))
+    if trained:
+        peft_config = PeftConfig.from_pretrained(path)
+        path = str(peft_config.base_model_name_or_path)
+    options = from_pretrained_options(args)
+    if spec.quantization_config is not None:
+        options["dtype"] = _compute_dtype(spec.quantization_config, options)
+    with META:
+        model = _from_config(AutoModelForCausalLM, path, options)
+        if spec.quantization_config is not None:
+            # what is known of quantised weights by their names; their layers stay plain, and are counted by `weights`
+            model.is_loaded_in_4bit = spec.quantization_config.load_in_4bit
+            model.is_loaded_in_8bit = spec.quantization_config.load_in_8bit
+        policy = load_policy(model, args, peft_config=peft_config)
+        if trained and args.beta and not args.ref_model_name_or_path:
+            assert isinstance(policy, PeftModel)
+            freeze_adapter(policy)
+    if args.disable_dropout:
+        disable_dropout(policy)
+    prepare(policy)
+    return policy
+
+
+def reference_of(policy: Any, spec: PolicySpec, args: GRPOConfig) -> Any | None:
+    """The frozen model of `load_reference_model`, or None."""
+    if not needs_reference_model(args, has_adapter=isinstance(policy, PeftModel)):
+        return None
+    with META:
+        model = _from_config(AutoModelForCausalLM, args.ref_model_name_or_path or spec.path, reference_options(args))
+    prepare(model)
+    return model.requires_grad_(False)
+
+
+def reference_options(args: GRPOConfig) -> dict[str, Any]:
+    """What `from_pretrained` of the reference gets, as in `load_reference_model`."""
+    return from_pretrained_options(args) | mapping(args.ref_model_init_kwargs)
+
+
+def quantization_of(options: dict[str, Any]) -> Any:
+    """The BitsAndBytesConfig in arguments of `from_pretrained`, which may have it as a mapping; or None."""
+    config = options.get("quantization_config")
+    return BitsAndBytesConfig.from_dict(config) if isinstance(config, dict) else config
+
+
+def reward_model_of(path: str, args: GRPOConfig) -> Any:
+    """A reward model, in its own dtype unless `reward_model_init_kwargs` name one."""
+    options = {"dtype": "auto", "trust_remote_code": args.trust_remote_code} | mapping(args.reward_model_init_kwargs)
+    with META:
+        model = _from_config(AutoModelForSequenceClassification, base_model(path), options, num_labels=1)
+    return model.requires_grad_(False)
+
+
+def _from_config(auto_class: Any, path: str, options: dict[str, Any], **changes: Any) -> Any:
+    trust = {"trust_remote_code": options.get("trust_remote_code", False)}
+    config = AutoConfig.from_pretrained(path, revision=options.get("revision") or "main", **trust, **changes)
+    dtype = options.get("dtype", "float32")
+    if dtype in ("auto", None):
+        dtype = getattr(config, "dtype", None) or torch.float32
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    return auto_class.from_config(config, dtype=dtype, attn_implementation=options.get("attn_implementation"), **trust)
+
+
+def _compute_dtype(quantization: BitsAndBytesConfig, options: dict[str, Any]) -> Any:
+    return quantization.bnb_4bit_compute_dtype if quantization.load_in_4bit else options.get("dtype", "float32")
+
+
+def unique_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Each parameter once, by its first name: tied weights are in memory once."""
+    return dict(model.named_parameters())
+
+
+def weights(model: nn.Module, quantization: BitsAndBytesConfig | None = None) -> dict[str, int]:
+    """Bytes of each parameter and buffer, by name."""
+    sizes = {name: parameter.nbytes for name, parameter in unique_parameters(model).items()}
+    if quantization is not None:
+        sizes |= {name: quantized_bytes(p.numel(), p.shape[0], quantization) for name, p in quantized(model).items()}
+    return sizes | {name: buffer.nbytes for name, buffer in model.named_buffers()}
+
+
+def quantized(model: nn.Module) -> dict[str, Tensor]:
+    """The weights that bitsandbytes keeps in 4 or 8 bit: of linear layers, but for head and adapters."""
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    head = inner.get_output_embeddings()
+    return {
+        f"{name}.weight": module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head and not module.weight.requires_grad
+        if "lora_" not in name
+    }
+
+
+def quantized_bytes(numel: int, rows: int, quantization: BitsAndBytesConfig) -> int:
+    """Of one weight: 4 bit with an fp32 scale per 64 (nested: in 8 bit, with an fp32 scale per 256 of them), or
+    8 bit with an fp32 scale per row."""
+    if quantization.load_in_8bit:
+        return numel + 4 * rows
+    blocks = -(-numel // 64)
+    scales = blocks + 4 * -(-blocks // 256) if quantization.bnb_4bit_use_double_quant else 4 * blocks
+    return numel // 2 + scales

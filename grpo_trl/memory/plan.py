@@ -1,0 +1,239 @@
+"""The memory that a run will take, by device and phase, before anything is loaded."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from psutil import virtual_memory
+
+from ..assembly import device_map
+from ..config import GRPOConfig, mapping
+from ..placement import DeviceMap
+from ..policy import causal_lm, is_packed
+from ..rewards.loading import is_reward_model
+from ..rollouts.native.engine import LOW_PRECISION_ON, key_value_bytes
+from .dry_run import FakeModel, generate_bytes, reward_bytes, rollout_bytes, scoring_bytes, update_bytes
+from .models import (
+    PolicySpec,
+    policy_of,
+    quantization_of,
+    quantized,
+    reference_of,
+    reference_options,
+    reward_model_of,
+    unique_parameters,
+    weights,
+)
+from .optimizer import is_known, optimizer_bytes, step_bytes
+
+ASSUMED_PROMPT = 512  # tokens, where max_prompt_length does not say
+
+# What is in memory throughout, and in each phase besides
+RESIDENT = ("parameters", "optimizer", "frozen models", "kept cache")
+PHASES = {
+    "rollout": ("key-value cache", "16-bit copies", "decoding", "reward passes"),
+    "scoring": ("scoring",),
+    "update": ("gradients", "activations"),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is planned: the policy, names or paths of the rewards, and the arguments, as `GRPOTrainer` takes them."""
+
+    policy: PolicySpec
+    rewards: tuple[str, ...]
+    args: GRPOConfig
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens of the longest prompt."""
+        return self.args.max_prompt_length or ASSUMED_PROMPT
+
+
+@dataclass
+class DevicePlan:
+    """Bytes on one device, by what they are for, and the bytes that there are."""
+
+    available: int
+    items: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def phases(self) -> dict[str, int]:
+        """The peak of each phase."""
+        resident = sum(self.items[name] for name in RESIDENT)
+        return {phase: resident + sum(self.items[name] for name in names) for phase, names in PHASES.items()}
+
+    @property
+    def peak(self) -> int:
+        """That of the phase that takes most."""
+        return max(self.phases.values())
+
+    @property
+    def strain(self) -> float:
+        """The peak as a part of what there is; above 1 it does not fit."""
+        return self.peak / max(1, self.available)
+
+
+@dataclass
+class Plan:
+    """Of each device, by name, and what was assumed."""
+
+    devices: dict[str, DevicePlan]
+    assumptions: list[str]
+
+    @property
+    def fits(self) -> bool:
+        """Whether every device has room for its peak."""
+        return self.fullest.strain <= 1
+
+    @property
+    def fullest(self) -> DevicePlan:
+        """The device whose peak is the largest part of what there is."""
+        return max(self.devices.values(), key=lambda device: device.strain)
+
+
+def plan_run(run: Run, memory: int | None = None) -> Plan:
+    """The plan of one rank, whose policy is whole on `args.device`.
+
+    Args:
+        memory: bytes of each device; default: what is free on it now.
+
+    Raises:
+        ValueError, OSError: models, devices or a combination that the trainer would refuse too.
+    """
+    args, device = run.args, str(run.args.device)
+    devices: dict[str, DevicePlan] = {}
+
+    def on(name: str) -> Counter[str]:
+        if name not in devices:
+            devices[name] = DevicePlan(_free(name) if memory is None else memory)
+        return devices[name].items
+
+    policy, own = policy_of(run.policy, args), on(device)
+    trained = [p for p in unique_parameters(policy).values() if p.requires_grad]
+    own["parameters"] = sum(weights(policy, run.policy.quantization_config).values())
+    own["gradients"] = sum(p.nbytes for p in trained)
+    own["optimizer"] = optimizer_bytes(args.optim, trained)
+    fake = FakeModel(policy)
+    reference = reference_of(policy, run.policy, args)
+    if not args.on_policy or (args.beta and reference is None):
+        own["scoring"] = scoring_bytes(fake, args, run.prompt_length)
+
+    for frozen in _frozen_models(run, reference):
+        for name, size in _split(weights(frozen.model, frozen.quantization), frozen.where).items():
+            on(name)["frozen models"] += size
+        items = on(_first(frozen.where))  # its passes are counted where they begin; they come one after the other
+        items[frozen.phase] = max(items[frozen.phase], frozen.pass_bytes(FakeModel(frozen.model)))
+
+    update = update_bytes(fake, args, run.prompt_length) + _dequantized(policy, run)
+    own["activations"] = max(update - own["gradients"], step_bytes(args.optim, trained, args.device.type))
+    _add_rollout(run, fake, devices[device])
+    return Plan(devices, _assumptions(run, policy))
+
+
+def _free(device: str) -> int:
+    return torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else virtual_memory().available
+
+
+@dataclass
+class _Frozen:
+    """A frozen model, where it is, the item that its passes are in, and their peak given the model on fake tensors."""
+
+    model: Any
+    quantization: Any
+    where: DeviceMap | Any
+    phase: str
+    pass_bytes: Callable[[FakeModel], int]
+
+
+def _frozen_models(run: Run, reference: Any | None) -> Iterator[_Frozen]:
+    args = run.args
+    if reference is not None:
+        options = reference_options(args)
+        where = options.get("device_map") or device_map(args, "ref_device")
+        yield _Frozen(
+            reference,
+            quantization_of(options),
+            where,
+            "scoring",
+            lambda fake: scoring_bytes(fake, args, run.prompt_length),
+        )
+    phase = "reward passes" if args.reward_overlap else "scoring"
+    for path in filter(is_reward_model, run.rewards):
+        options = mapping(args.reward_model_init_kwargs)
+        where = options.get("device_map") or device_map(args, "reward_device")
+        model = reward_model_of(path, args)
+        size = _reward_pass(run, model)
+        yield _Frozen(model, quantization_of(options), where, phase, lambda fake, size=size: reward_bytes(fake, *size))
+
+
+def _reward_pass(run: Run, model: Any) -> tuple[int, int]:
+    """The rows of a reward model's largest pass, and their tokens."""
+    args, length = run.args, run.prompt_length + run.args.max_completion_length
+    limits = (args.reward_max_length, getattr(model.config.get_text_config(), "max_position_embeddings", None))
+    rows = min(args.reward_batch_size, args.per_device_train_batch_size * args.steps_per_generation)
+    return rows, min(length, *(limit for limit in limits if limit))
+
+
+def _add_rollout(run: Run, fake: FakeModel, device: DevicePlan) -> None:
+    args, model, packed = run.args, causal_lm(fake.model), is_packed(fake.model)
+    on_device = args.device.type
+    if (args.bf16 or args.fp16) and on_device in LOW_PRECISION_ON and packed:
+        linear = [m.weight for m in model.modules() if type(m) is torch.nn.Linear]
+        device.items["16-bit copies"] = sum(2 * w.numel() for w in linear if w.dtype == torch.float32)
+    native = args.rollout_engine == "native" and packed
+    groups = prompts = args.per_device_train_batch_size * args.steps_per_generation // args.num_generations
+    if args.max_concurrent_rows:
+        groups = args.max_concurrent_rows // args.num_generations
+    elif native:
+        tokens = run.prompt_length + args.num_generations * args.max_completion_length
+        free = device.available - sum(device.items[name] for name in RESIDENT)
+        groups = free // 2 // key_value_bytes(model, tokens)
+    measure = rollout_bytes if native else generate_bytes
+    cache, work = measure(fake, args, run.prompt_length, max(1, min(prompts, groups)))
+    kept = native and args.cuda_graphs and on_device == "cuda"
+    device.items["kept cache" if kept else "key-value cache"] = cache
+    device.items["decoding"] = work
+
+
+def _assumptions(run: Run, policy: Any) -> list[str]:
+    args = run.args
+    sharded = args.distributed_state is not None and args.distributed_state.distributed_type in ("DEEPSPEED", "FSDP")
+    said = {
+        f"prompts of {ASSUMED_PROMPT} tokens: max_prompt_length is not set": args.max_prompt_length is None,
+        f"for optim={args.optim} the memory of AdamW": not is_known(args.optim),
+        "a whole policy on each rank, though DeepSpeed or FSDP may shard it": sharded,
+        "padded rows: this model cannot be run on streams of groups": not is_packed(policy),
+    }
+    return [text for text, applies in said.items() if applies]
+
+
+def _split(sizes: dict[str, int], where: DeviceMap | Any) -> dict[str, int]:
+    """Bytes by device of tensors that an accelerate device map places; what is on disk is in no memory."""
+    if not isinstance(where, dict):
+        where = {"": where}
+    result: Counter[str] = Counter()
+    for name, size in sizes.items():
+        prefixes = [p for p in where if not p or name == p or name.startswith(f"{p}.")]
+        result[_name(where[max(prefixes, key=len)] if prefixes else next(iter(where.values())))] += size
+    return {name: size for name, size in result.items() if name != "disk"}
+
+
+def _first(where: DeviceMap | Any) -> str:
+    devices = [_name(place) for place in where.values()] if isinstance(where, dict) else [_name(where)]
+    return next((name for name in devices if name != "disk"), "cpu")
+
+
+def _name(place: Any) -> str:
+    name = f"cuda:{place}" if isinstance(place, int) else str(place)
+    return "cuda:0" if name == "cuda" else name
+
+
+def _dequantized(policy: Any, run: Run) -> int:
+    """A quantised weight is unpacked to be used, one at a time."""
+    if run.policy.quantization_config is None:
+        return 0
+    return max((weight.nbytes for weight in quantized(policy).values()), default=0)

@@ -1,0 +1,234 @@
+"""A Trainer that loses nothing: complete checkpoints, and resumed runs that are the run."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from torch import nn
+from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.utils import logging
+
+from . import checkpoint, manifest
+from .callbacks import PROMPT_MEMORY_NAME, read_parquet, write_parquet
+from .config import GRPOConfig
+from .loader import RolloutLoader
+from .metrics import Metrics
+from .policy import FrozenReference, Reference
+from .prompt_memory import PromptMemory
+from .rollouts.dynamic import DynamicSampler
+
+logger = logging.get_logger(__name__)
+
+
+class ResumableTrainer(Trainer):
+    """The checkpoints of `GRPOTrainer` and the way back from them; see docs/reliability.md."""
+
+    # narrower than transformers' annotations, which are unions for every kind of trainer
+    args: GRPOConfig
+    model: Any
+    model_wrapped: Any
+    loader: RolloutLoader
+    reference: Reference | None
+    metrics: Metrics
+    num_tokens: int
+    dynamic_sampler: DynamicSampler
+    prompt_memory: PromptMemory
+    completions_log: list[dict[str, Any]]
+    _sampling_is_exact: bool | None
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._resumed: dict[str, Any] | None = None  # what the checkpoint said, until the run goes on
+        self._last_checkpoint: tuple[int, Path] | None = None  # of this run: step and folder
+        self._evaluation_is_due = False  # the last step's; it was interrupted
+        self._earlier_seconds = 0.0  # of training before the resume
+        self.add_callback(_ResumeCallback(self))
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
+    ) -> Any:
+        """As `transformers.Trainer.train`, with complete checkpoints only.
+
+        Args:
+            resume_from_checkpoint: a folder, or True: the newest complete checkpoint in `output_dir`.
+
+        Raises:
+            ValueError: there is no complete checkpoint; a file of the one that was named is missing or corrupt; or it
+                is of a run with another layout of its data.
+            SystemExit: SIGTERM or Ctrl-C came (`save_on_signal`), and a checkpoint was saved. Code 128 + signal.
+        """
+        folder = self._verified(resume_from_checkpoint) if resume_from_checkpoint else None
+        self._resumed = self._last_checkpoint = None
+        self._evaluation_is_due, self._earlier_seconds = False, 0.0
+        return super().train(folder, trial, ignore_keys_for_eval)
+
+    # ---- Writing ----
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        args, main = self.args, self.args.should_save
+        output_dir = Path(self._get_output_dir(trial))
+        folder = output_dir / f"checkpoint-{self.state.global_step}"
+        if main:
+            manifest.set_aside(folder)
+        self.accelerator.wait_for_everyone()
+        # transformers would rotate and push before the manifest makes the checkpoint complete
+        limit, push = args.save_total_limit, args.push_to_hub
+        args.save_total_limit, args.push_to_hub = None, False
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            args.save_total_limit, args.push_to_hub = limit, push
+        self.accelerator.wait_for_everyone()
+        if main:
+            torch.save(args, folder / TRAINING_ARGS_NAME)  # it was written with the two options off
+            manifest.write(folder)
+            manifest.drop_aside(folder)
+            best = self.state.best_model_checkpoint
+            manifest.rotate(output_dir, limit, [folder, *([Path(best)] if best else [])])
+        self.accelerator.wait_for_everyone()
+        self._last_checkpoint = (self.state.global_step, folder)
+        if push:
+            self._push_from_checkpoint(str(folder))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        # private, but the one place where every rank gets the folder and that save_only_model leaves out
+        super()._save_optimizer_and_scheduler(output_dir)
+        checkpoint.save(output_dir, self.accelerator.process_index, self._state())
+        if self.args.should_save:  # every rank has the same
+            write_parquet(self.prompt_memory.table(), Path(output_dir) / PROMPT_MEMORY_NAME)
+        if self.args.sync_ref_model:
+            checkpoint.save_reference(output_dir, self._synced_reference, write=self.args.should_save)
+
+    def _state(self) -> dict[str, Any]:
+        """What this rank needs to go on, beyond transformers' own files. Tensors under ["loader"]["buffer"]."""
+        return {
+            "config": checkpoint.config_values(self.args),
+            "loader": self.loader.state_dict(),
+            "metrics": self.metrics.state_dict(),
+            "num_tokens": self.num_tokens,
+            "dynamic_sampling": self.dynamic_sampler.state_dict(),
+            "sampling_is_exact": self._sampling_is_exact,
+            # a reward may have added columns of any kind
+            "completions_log": json.loads(json.dumps(self.completions_log, default=str)),
+            "evaluation_is_due": self._evaluation_is_due,
+            # transformers starts these anew at each `train()`
+            "tr_loss": self._tr_loss.item(),
+            "total_loss": self._total_loss_scalar,
+            "last_logged": self._globalstep_last_logged,
+            "initial_step": self._initial_global_step,
+            "seconds": self._earlier_seconds + time.time() - self._began,
+        }
+
+    # ---- Resuming ----
+
+    def _verified(self, resume: str | bool) -> str:
+        """The folder to resume from, found and checked by the main process; the same outcome on every rank."""
+        outcome: list[Any] = [None, None]
+        if self.is_world_process_zero():
+            try:
+                outcome[0] = str(
+                    checkpoint.newest(Path(str(self.args.output_dir)))
+                    if resume is True
+                    else checkpoint.checked(Path(str(resume)))
+                )
+            except ValueError as error:
+                outcome[1] = str(error)
+        broadcast_object_list(outcome)
+        if outcome[1] is not None:
+            raise ValueError(outcome[1])
+        return outcome[0]
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            self._load_state(checkpoint)
+        super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_state(self, folder: str) -> None:
+        # rank 0 has a file whatever the number of ranks was, so a change of it is told as such
+        of_run = checkpoint.load_numbers(folder, 0)
+        self.loader.check_layout(of_run["loader"]["layout"])
+        changed = checkpoint.changed_config(of_run["config"], checkpoint.config_values(self.args))
+        if changed and self.is_world_process_zero():
+            logger.warning(
+                "The run goes on with other settings than those of %s, so it is no longer the run that was "
+                "interrupted: %s.",
+                folder,
+                "; ".join(changed),
+            )
+        state = self._resumed = checkpoint.load(folder, self.accelerator.process_index)
+        self.loader.load_state_dict(state["loader"])
+        self.metrics.load_state_dict(state["metrics"])
+        self.num_tokens = state["num_tokens"]
+        self.dynamic_sampler.load_state_dict(state["dynamic_sampling"])
+        self.prompt_memory.load_table(read_parquet(Path(folder) / PROMPT_MEMORY_NAME))
+        self._sampling_is_exact = state["sampling_is_exact"]
+        self.completions_log = state["completions_log"]
+        if self.args.sync_ref_model:
+            checkpoint.load_reference(folder, self._synced_reference)
+        self._last_checkpoint = (self.state.global_step, Path(folder))
+
+    def _go_on(self) -> None:
+        """At the beginning of training: what transformers has just set to zero, and an evaluation that is due."""
+        self._began = time.time()
+        if self._resumed is None:
+            return
+        state, self._resumed = self._resumed, None
+        self._tr_loss.fill_(state["tr_loss"])
+        self._total_loss_scalar = state["total_loss"]
+        self._globalstep_last_logged = state["last_logged"]
+        self._initial_global_step = state["initial_step"]
+        self._earlier_seconds = state["seconds"]
+        if state["evaluation_is_due"]:
+            assert self._last_checkpoint is not None
+            self._load_rng_state(str(self._last_checkpoint[1]))
+            # saved anew with what it did to random states and to the best metric; transformers then loads that
+            self.control.should_evaluate = self.control.should_save = True
+            epoch = self.state.epoch or 0.0
+            self._maybe_log_save_evaluate(self._tr_loss, None, self.model_wrapped, None, epoch, None, self._began)
+
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
+        if skip_scheduler and self._last_checkpoint:  # eval_on_start: a resumed run has begun before
+            return {}
+        return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:  # resumed at its end: transformers would take a step more
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _finalize_training(self, trial: Any, num_train_samples: Any, start_time: float) -> Any:
+        # with the time before a resume: steps and loss are those of the whole run too
+        return super()._finalize_training(trial, num_train_samples, start_time - self._earlier_seconds)
+
+    @property
+    def _synced_reference(self) -> nn.Module:
+        assert isinstance(self.reference, FrozenReference)
+        return self.reference.model
+
+
+class _ResumeCallback(TrainerCallback):
+    """At the last step of an epoch, evaluation and checkpoint wait for the end of the epoch: the checkpoint is one
+    after all that belongs to it. Else a run killed between the two would go on without the epoch's folder and logs."""
+
+    def __init__(self, trainer: ResumableTrainer):
+        self.trainer = trainer
+        self._waiting = (False, False)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._waiting = (False, False)
+        self.trainer._go_on()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.trainer.loader.epoch_is_over or control.should_training_stop or control.should_epoch_stop:
+            self._waiting = (control.should_evaluate, control.should_save)
+            control.should_evaluate = control.should_save = False
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        control.should_evaluate |= self._waiting[0]
+        control.should_save |= self._waiting[1]
+        self._waiting = (False, False)

@@ -1,0 +1,151 @@
+"""One call of a reward function: `Call`."""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..batch import Group
+from .isolation import IsolatedFunction, RewardTimeoutError
+from .rows import describe_failure, describe_timeout, one_by_one, rows_of, to_rewards
+
+
+@dataclass
+class Call:
+    """A reward function and the groups to score with it. `run` (in any thread) or `run_async` fills in the rest."""
+
+    func: Callable[..., Any]
+    index: int  # of the function
+    name: str
+    groups: list[Group]
+    trainer_state: Any
+    rewards: Tensor = field(default_factory=lambda: torch.empty(0))  # (rows of the groups,) fp32 on the CPU
+    logs: list[tuple[str, tuple]] = field(default_factory=list)  # calls of log_extra and log_metric
+    seconds: float = 0.0
+    cancelled: bool = False  # nobody waits for it any more
+
+    def __post_init__(self):
+        self.rows = rows_of(self.groups)
+        if isinstance(self.func, IsolatedFunction):
+            self.trainer_state = _snapshot(self.trainer_state)
+
+    def run(self) -> None:
+        """Calls a plain function, without gradients.
+
+        Raises:
+            RuntimeError, RewardTimeoutError, ValueError: as `RewardScorer.score` says.
+        """
+        start = time.perf_counter()
+        try:
+            with torch.no_grad():
+                output = _read(self.func(**self._arguments()))
+        except RewardTimeoutError as error:
+            raise RewardTimeoutError(describe_timeout(error, self.rows)) from error
+        except Exception as error:
+            if self.cancelled:
+                raise
+            failing = _first_error([lambda row=row: _read(self.func(**row)) for row in self._single_rows()])
+            raise RuntimeError(describe_failure(failing, self.name, self.rows, error)) from error
+        self._take(output, start)
+
+    async def run_async(self, timeout: float | None) -> None:
+        """Awaits an async function, for at most `timeout` seconds. Raises what `run` does."""
+        start = time.perf_counter()
+        try:
+            output = await _within(timeout, self.func, self.name, self._arguments())
+        except RewardTimeoutError as error:
+            raise RewardTimeoutError(describe_timeout(error, self.rows)) from error
+        except Exception as error:
+            # all at once: one after the other, a slow judge would take as many times longer as there are rows
+            attempts = [_within(timeout, self.func, self.name, row) for row in self._single_rows()]
+            failing = await _first_async_error([asyncio.ensure_future(attempt) for attempt in attempts])
+            raise RuntimeError(describe_failure(failing, self.name, self.rows, error)) from error
+        self._take(output, start)
+
+    def _take(self, output: Any, start: float) -> None:
+        self.rewards = to_rewards(output, len(self.rows["completions"]), self.name)
+        self.seconds = time.perf_counter() - start
+
+    def _arguments(self) -> dict[str, Any]:
+        return self.rows | {
+            "trainer_state": self.trainer_state,
+            "log_extra": lambda *args: self.logs.append(("log_extra", args)),
+            "log_metric": lambda *args: self.logs.append(("log_metric", args)),
+        }
+
+    def _single_rows(self) -> list[dict[str, Any]]:
+        """The arguments for each row alone, without logs: rows that are tried again would log twice."""
+        others = {"trainer_state": self.trainer_state, "log_extra": _ignore, "log_metric": _ignore}
+        return [row | others for row in one_by_one(self.rows)]
+
+
+def in_order(calls: Sequence[Call], groups: Sequence[Group], count: int) -> Tensor:
+    """The rewards of the calls as (B, F), rows in the order of the groups."""
+    by_group: list[dict[int, Tensor]] = [{} for _ in range(count)]
+    for call in calls:
+        parts = call.rewards.split([len(group) for group in call.groups])
+        by_group[call.index] |= {id(group): part for group, part in zip(call.groups, parts, strict=True)}
+    return torch.stack([torch.cat([found[id(group)] for group in groups]) for found in by_group], dim=1)
+
+
+def replay(calls: Sequence[Call], **log: Callable[..., None] | None) -> None:
+    """Hands on what the functions logged."""
+    for call in calls:
+        for key, args in call.logs:
+            if (function := log[key]) is not None:
+                function(*args)
+
+
+def _first_error(attempts: list[Callable[[], Any]]) -> tuple[int, Exception] | None:
+    for row, attempt in enumerate(attempts):
+        try:
+            attempt()
+        except Exception as error:
+            return row, error
+    return None
+
+
+async def _first_async_error(attempts: list[asyncio.Future]) -> tuple[int, Exception] | None:
+    try:
+        for row, attempt in enumerate(attempts):
+            try:
+                await attempt
+            except Exception as error:
+                return row, error
+        return None
+    finally:
+        for attempt in attempts:
+            attempt.cancel()
+
+
+async def _within(timeout: float | None, func: Callable[..., Any], name: str, kwargs: dict[str, Any]) -> Any:
+    scope = asyncio.timeout(timeout)
+    try:
+        async with scope:
+            return _read(await func(**kwargs))
+    except TimeoutError as error:
+        if not scope.expired():  # the function's own
+            raise
+        raise RewardTimeoutError(
+            f"Async reward function {name!r} took longer than its time-out of {timeout:g} s and was cancelled. Raise "
+            "reward_timeout, or make the function return in time."
+        ) from error
+
+
+def _read(output: Any) -> Any:
+    """A generator runs when it is read: what it raises then is the function's error."""
+    return list(output) if isinstance(output, Iterator) else output
+
+
+def _snapshot(trainer_state: Any) -> Any:
+    """The trainer's state by its attributes: as a TrainerState it would make every child import transformers."""
+    return trainer_state if trainer_state is None else SimpleNamespace(**vars(trainer_state))
+
+
+def _ignore(*args: Any) -> None:
+    """Takes the place of log_extra and log_metric."""

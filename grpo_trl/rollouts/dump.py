@@ -1,0 +1,165 @@
+"""A collection on disk, as parquet: everything that an update needs, and the text. `GRPOTrainer` writes one file per
+collection and rank with `log_rollouts`, and trains on them again with `replay_rollouts`.
+
+Numbers round-trip exactly: ids are integers, log-probabilities, rewards and advantages are fp32.
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from pyarrow import parquet
+from torch import Tensor
+
+from ..batch import Group, Prompt, RolloutBatch
+
+FOLDER = "rollouts"
+REWARD = "rewards/"  # columns of the reward functions: this and their name
+NAME = re.compile(r"rollout_(\d+)_rank_(\d+)\.parquet")
+# (B, T) fields of a `RolloutBatch` that are stored, and their columns
+LOGPS = {
+    "sampling_per_token_logps": "sampling_logps",
+    "old_per_token_logps": "old_logps",
+    "ref_per_token_logps": "ref_logps",
+}
+
+
+@dataclass
+class Rollout:
+    """What was collected at once on one rank.
+
+    `groups` are those of the batch, with their text; a group whose draw is -1 fills a place that dynamic sampling left
+    empty. `rewards` is (B,), the weighted sums. `batch` holds advantages and log-probabilities.
+    """
+
+    groups: list[Group]
+    batch: RolloutBatch
+    rewards: Tensor
+    reward_names: list[str]
+
+
+def file_name(collection: int, rank: int) -> str:
+    """Of the file of a collection (numbered from 0, over all epochs) and a rank."""
+    return f"rollout_{collection:06d}_rank_{rank}.parquet"
+
+
+def write_rollout(path: Path, rollout: Rollout, *, step: int) -> None:
+    """Writes a rollout in one move, a row per completion; `step` is the number of optimizer steps made before."""
+    groups, batch = rollout.groups, rollout.batch
+    assert batch.advantages is not None
+    rows = [(group, row) for group in groups for row in range(len(group))]
+    lengths = [len(group.completion_ids[row]) for group, row in rows]
+    columns: dict[str, pa.Array] = {
+        "step": pa.array([step] * len(rows), pa.int64()),
+        "draw": pa.array([group.prompt.draw for group, _ in rows], pa.int64()),
+        "prompt": pa.array([_text(group.prompt.example.get("prompt")) for group, _ in rows], pa.string()),
+        "prompt_ids": pa.array([group.prompt.ids for group, _ in rows], pa.list_(pa.int64())),
+        "completion": pa.array(
+            [_text(group.completions[row]) if group.completions else None for group, row in rows], pa.string()
+        ),
+        "completion_ids": pa.array([group.completion_ids[row] for group, row in rows], pa.list_(pa.int64())),
+        "terminated": pa.array([group.terminated[row] for group, row in rows], pa.bool_()),
+        "loss_mask": pa.array(
+            [
+                group.loss_masks[row] if group.loss_masks else [1] * length
+                for (group, row), length in zip(rows, lengths, strict=True)
+            ],
+            pa.list_(pa.int8()),
+        ),
+    }
+    for field, column in LOGPS.items():
+        values = getattr(batch, field)
+        ragged = None if values is None else [row[:n] for row, n in zip(values.tolist(), lengths, strict=True)]
+        columns[column] = pa.array(ragged or [None] * len(rows), pa.list_(pa.float32()))
+    for index, name in enumerate(rollout.reward_names):
+        values = [
+            math.nan if group.rewards_per_func is None else float(group.rewards_per_func[row, index])
+            for group, row in rows
+        ]
+        columns[f"{REWARD}{name}"] = pa.array(values, pa.float32(), from_pandas=True)  # NaN: null, not applicable
+    columns["reward"] = pa.array(rollout.rewards.tolist(), pa.float32(), from_pandas=True)
+    columns["advantage"] = pa.array(batch.advantages.tolist(), pa.float32())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"_{path.name}")  # `_*` is what a push to the Hub leaves out
+    parquet.write_table(pa.table(columns), temporary)
+    os.replace(temporary, path)
+
+
+def read_rollout(path: Path, *, num_generations: int, pad_token_id: int, mask_truncated_completions: bool) -> Rollout:
+    """What `write_rollout` wrote. Truncated completions are masked anew; text of messages stays JSON.
+
+    Raises:
+        FileNotFoundError: there is no such file; says which collections there are.
+        ValueError: a file that is none of ours, or whose groups are not of `num_generations`.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist: {_held(path.parent)}. Set max_steps so that it suffices.")
+    table = parquet.read_table(path).to_pydict()
+    missing = {"draw", "prompt_ids", "completion_ids", "terminated", "loss_mask", "advantage"} - table.keys()
+    if missing:
+        raise ValueError(f"{path} is no rollout that log_rollouts wrote: it lacks {', '.join(sorted(missing))}.")
+    starts = range(0, len(table["draw"]), num_generations)
+    if any(len(set(table["draw"][start : start + num_generations])) > 1 for start in starts) or (
+        len(table["draw"]) % num_generations
+    ):
+        raise ValueError(
+            f"{path} does not hold groups of num_generations={num_generations}; set what it was written with."
+        )
+    names = [name.removeprefix(REWARD) for name in table if name.startswith(REWARD)]
+    groups = [_group(table, slice(start, start + num_generations), names) for start in starts]
+    batch = RolloutBatch.from_groups(
+        groups, pad_token_id=pad_token_id, mask_truncated_completions=mask_truncated_completions
+    )
+    batch.advantages = torch.tensor(table["advantage"], dtype=torch.float32)
+    for field, column in LOGPS.items():
+        if None not in table[column]:
+            setattr(batch, field, _padded(table[column], batch.completion_ids))
+    return Rollout(groups, batch, _tensor(table["reward"]), names)
+
+
+def _group(table: dict[str, list], rows: slice, reward_names: Sequence[str]) -> Group:
+    prompt = Prompt(
+        table["prompt_ids"][rows.start], {"prompt": table["prompt"][rows.start]}, table["draw"][rows.start]
+    )
+    return Group(
+        prompt,
+        table["completion_ids"][rows],
+        table["terminated"][rows],
+        loss_masks=table["loss_mask"][rows],
+        completions=table["completion"][rows],
+        rewards_per_func=torch.stack([_tensor(table[f"{REWARD}{name}"][rows]) for name in reward_names], 1),
+    )
+
+
+def _padded(rows: list[list[float]], like: Tensor) -> Tensor:
+    padded = torch.zeros_like(like, dtype=torch.float32)
+    for target, row in zip(padded, rows, strict=True):
+        target[: len(row)] = torch.tensor(row, dtype=torch.float32)
+    return padded
+
+
+def _tensor(values: list[float | None]) -> Tensor:
+    return torch.tensor([math.nan if value is None else value for value in values], dtype=torch.float32)
+
+
+def _text(value: Any) -> str | None:
+    return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _held(folder: Path) -> str:
+    """What a folder has, in words."""
+    found = [match for path in folder.glob("*.parquet") if (match := NAME.fullmatch(path.name))]
+    if not found:
+        return f"{folder} holds no rollouts"
+    collections, ranks = (sorted({int(match[part]) for match in found}) for part in (1, 2))
+    return (
+        f"{folder} holds collections {collections[0]} to {collections[-1]} of {len(ranks)} "
+        f"rank{'s' if len(ranks) > 1 else ''}"
+    )

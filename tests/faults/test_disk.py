@@ -1,0 +1,80 @@
+"""A disk that is full while a checkpoint is written: said as such, and the checkpoint before it still works.
+
+Real runs in a child process: on a tmpfs of a few hundred kB where the system lets us mount one (a mount namespace of
+its own; needs root or user namespaces), and everywhere under a limit of the size of a file, which fails in the same
+calls.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from grpo_trl.disk import disk_errors_named, is_of_the_disk
+from tests.test_trainer import trainer
+
+ROOT = Path(__file__).parents[2]
+RUN = """
+import resource, sys
+from tests.test_trainer import trainer
+from transformers import TrainerCallback
+
+output, limit = sys.argv[1], int(sys.argv[2])
+
+
+class FillsUp(TrainerCallback):
+    def on_save(self, args, state, control, **kwargs):
+        if limit and state.global_step == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+
+run = trainer(output, max_steps=8, num_iterations=1, save_strategy="steps", save_steps=2)
+run.add_callback(FillsUp())
+run.train()
+"""
+
+
+def child(command: list[str], output: Path, limit: int) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, str(output), str(limit)], cwd=ROOT, capture_output=True, text=True, timeout=200, env=environment
+    )
+
+
+@pytest.mark.parametrize("limit", [5_000, 40_000, 200_000])  # where it hits: the card, the weights, the optimizer
+def test_the_error_names_the_disk_and_the_run_goes_on_from_the_last_checkpoint(tmp_path, limit):
+    done = child([sys.executable, "-c", RUN], tmp_path, limit)
+    assert done.returncode == 1
+    error = done.stderr.strip().splitlines()[-1]
+    assert error.startswith("OSError: [Errno ") and f"{tmp_path}/checkpoint-4 could not be written" in error, error
+    assert f"the last complete one is {tmp_path}/checkpoint-2. Free space" in error
+    run = trainer(tmp_path, max_steps=4, num_iterations=1)
+    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert run.state.global_step == 4
+
+
+def test_a_tmpfs_that_fills_up(tmp_path):
+    mount = "mount -t tmpfs -o size=1400k tmpfs {0} && trap 'cp -r {0} {0}.kept' EXIT; shift; \"$@\""
+    namespace = ["unshare", "--mount", *(["--map-root-user"] if os.getuid() else []), "sh", "-c"]
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if not shutil.which("unshare") or subprocess.run([*namespace, f"mount -t tmpfs tmpfs {disk}"]).returncode:
+        pytest.skip("needs the right to mount a tmpfs in a namespace of its own")
+    done = child([*namespace, mount.format(disk), "sh", "-", sys.executable, "-c", RUN], disk, 0)
+    assert done.returncode == 1, done.stderr[-2000:]
+    error = done.stderr.strip().splitlines()[-1]
+    assert "OSError" in error and f"{disk}/checkpoint-" in error and "could not be written" in error, error
+    saved = sorted(path.name for path in Path(f"{disk}.kept").glob("checkpoint-*"))
+    assert saved[:1] == ["checkpoint-2"] and len(saved) > 1
+    run = trainer(tmp_path / "on", max_steps=4, num_iterations=1)
+    run.train(resume_from_checkpoint=f"{disk}.kept/checkpoint-2")
+    assert run.state.global_step == 4
+
+
+def test_other_errors_pass(tmp_path):
+    with pytest.raises(RuntimeError, match="of another kind"), disk_errors_named(tmp_path / "checkpoint-1", None):
+        raise RuntimeError("of another kind")
+    assert not is_of_the_disk(FileNotFoundError(2, "No such file"))

@@ -1,0 +1,341 @@
+"""Scoring beside sampling: the same rewards, in order; what overlaps and what does not; how it is broken off."""
+
+import asyncio
+import os
+import signal
+import threading
+import time
+
+import pytest
+import torch
+from trl.rewards import think_format_reward
+
+from grpo_trl import Group, GRPOTrainer, Prompt
+from grpo_trl.metrics import Metrics
+from grpo_trl.rewards import AccuracyReward, RewardModel, RewardScorer, resolve_reward, scoring
+from tests import tiny
+from tests.rewards import reward_functions as functions
+from tests.rewards.test_scoring import is_running
+from tests.test_trainer import logged, trainer
+
+TEXTS = ("7", "14/2", "eight", "it is seven, or nearly so")
+
+
+def groups_of(number: int) -> list[Group]:
+    """Groups of 4 completions of different lengths; the draws are 0, 1, 2, ..."""
+    return [
+        Group(
+            Prompt([1, 2], {"prompt": f"question {draw}" * (1 + draw % 3), "answer": "7"}, draw),
+            [[1] * (len(text) + draw) for text in TEXTS],
+            [True] * 4,
+            completions=[text + "!" * draw for text in TEXTS],
+        )
+        for draw in range(number)
+    ]
+
+
+@pytest.fixture
+def make_scorer():
+    scorers = []
+
+    def make(*funcs, per_group=True, overlap=True, **options):
+        scorers.append(RewardScorer(list(funcs), per_group=per_group, overlap=overlap, **options))
+        return scorers[-1]
+
+    yield make
+    for scorer in scorers:
+        scorer.close()
+
+
+def score(scorer, groups, *, finished=None, **options):
+    """Starts the groups in the order in which they finish; scores them in their own."""
+    for group in finished or groups:
+        scorer.start(group)
+    return scorer.score(groups, **options)
+
+
+def reward_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("reward")]
+
+
+def later_ones_first(prompts, completion_ids, **kwargs):
+    time.sleep(0.02 * (4 - len(completion_ids[0])))
+    return [float(len(ids)) for ids in completion_ids]
+
+
+async def async_later_ones_first(completion_ids, **kwargs):
+    await asyncio.sleep(0.02 * (4 - len(completion_ids[0])))
+    return [len(ids) / 3 for ids in completion_ids]
+
+
+# ---- What comes back ----
+
+
+@pytest.mark.parametrize("per_group", [False, True])
+def test_overlapped_and_sequential_rewards_are_identical(make_scorer, per_group):
+    model = RewardModel(tiny.tiny_reward_model(), tiny.tiny_tokenizer(chat=False, pair=True), batch_size=8)
+    funcs = (later_ones_first, async_later_ones_first, model, AccuracyReward(), functions.tokens)
+    groups = groups_of(4)
+    finished = [groups[i] for i in (2, 0, 3, 1)]
+    results = [
+        score(make_scorer(*funcs, per_group=per_group, overlap=overlap), groups, finished=finished)
+        for overlap in (True, False)
+    ]
+    assert results[0].shape == (16, 5) and results[0][:, 2].unique().numel() == 16
+    assert torch.equal(*results)
+    torch.testing.assert_close(make_scorer(*funcs).score(groups), results[0])  # without `start`: rounding of the model
+
+
+def test_logs_come_in_the_order_of_the_groups(make_scorer):
+    def logs(completions, log_extra, log_metric, **kwargs):
+        log_extra("text", completions)
+        log_metric("length", len(completions[0]))
+        return [0.0] * len(completions)
+
+    groups, extra, metrics = groups_of(3), [], []
+    score(
+        make_scorer(logs),
+        groups,
+        finished=groups[::-1],
+        log_extra=lambda column, values: extra.extend(values),
+        log_metric=lambda name, value: metrics.append(value),
+    )
+    assert extra == [text for group in groups for text in group.completions]
+    assert metrics == [1, 2, 3]
+
+
+def test_what_was_started_and_is_not_asked_for_is_left_out(make_scorer):
+    groups = groups_of(3)
+    scorer = make_scorer(functions.tokens)
+    rewards = score(scorer, groups[:2], finished=groups)
+    assert rewards.shape == (8, 1) and not reward_threads()
+    assert score(scorer, groups[2:]).shape == (4, 1)
+
+
+def test_a_rollout_that_nobody_scored_is_forgotten(make_scorer):
+    scorer = make_scorer(functions.tokens, functions.AsyncJudge(), per_group=False)
+    for group in groups_of(3):
+        scorer.start(group)
+    scorer.forget()
+    groups = groups_of(1)
+    assert score(scorer, groups).tolist() == [[float(len(ids)), 2.0] for ids in groups[0].completion_ids]
+
+
+# ---- Where functions run ----
+
+
+def test_which_functions_are_called_when_and_where(make_scorer):
+    calls = []
+
+    def function(prompts, **kwargs):
+        calls.append((threading.current_thread(), len(prompts), torch.is_grad_enabled()))
+        return [0.0] * len(prompts)
+
+    main = threading.main_thread()
+    score(make_scorer(function), groups_of(3))
+    assert [(count, gradients) for _, count, gradients in calls] == [(4, False)] * 3
+    assert main not in {thread for thread, *_ in calls}
+    calls.clear()
+    score(make_scorer(function, per_group=False), groups_of(3))
+    assert calls == [(main, 12, False)]
+    calls.clear()
+    score(make_scorer(function, overlap=False), groups_of(3))
+    assert calls == [(main, 4, False)] * 3
+
+
+def test_functions_of_trl_stay_in_the_main_thread(make_scorer, monkeypatch):
+    """Those that call math-verify use signals."""
+    seen = []
+    reward = resolve_reward(think_format_reward, max_completion_length=8)
+    monkeypatch.setattr(reward, "func", lambda completions, **_: seen.append(threading.current_thread()) or [0.0] * 4)
+    score(make_scorer(reward), groups_of(2))
+    assert seen == [threading.main_thread()] * 2
+
+
+def test_models_on_one_device_take_turns_and_get_whole_batches(make_scorer):
+    model = RewardModel(tiny.tiny_reward_model(), tiny.tiny_tokenizer(chat=False, pair=True), batch_size=8)
+    sizes, running, forward = [], [], model.model.forward
+
+    def watched(**batch):
+        running.append(1)
+        assert len(running) == 1
+        sizes.append(len(batch["input_ids"]))
+        result = forward(**batch)
+        running.pop()
+        return result
+
+    model.model.forward = watched
+    rewards = score(make_scorer(model, model, names=["a", "b"]), groups_of(3))
+    assert sorted(sizes) == [4, 4, 8, 8]
+    torch.testing.assert_close(rewards[:, 0], rewards[:, 1])
+
+
+def test_sampling_waits_where_scoring_is_far_behind(make_scorer, monkeypatch):
+    monkeypatch.setattr(scoring, "UNFINISHED", 2)
+    behind, done = [], []
+
+    def slow(prompts, **kwargs):
+        time.sleep(0.02)
+        done.append(1)
+        return [0.0] * len(prompts)
+
+    scorer, groups = make_scorer(slow), groups_of(6)
+    for number, group in enumerate(groups, 1):
+        scorer.start(group)
+        behind.append(number - len(done))
+    scorer.score(groups)
+    assert max(behind) <= 2 and len(done) == 6
+    assert scorer.wait_seconds > 0.04 and scorer.busy_seconds >= 0.12
+
+
+# ---- The overlap itself ----
+
+
+class Sleeping(GRPOTrainer):
+    """Decoding that takes a fixed time and no processor: a group every `SECONDS`."""
+
+    def rollout(self, prompts):
+        for prompt in prompts:
+            time.sleep(SECONDS)
+            yield Group(prompt, [[40 + prompt.draw % 8, 41]] * 4, [True] * 4)
+
+
+SECONDS = 0.1
+NUMBER = 10
+
+
+def sleeps(prompts, **kwargs):
+    time.sleep(SECONDS / 2)
+    return [0.0] * len(prompts)
+
+
+def test_scoring_hides_behind_decoding(tmp_path):
+    """Half of the decoding time, of which only what the last group takes is left."""
+    run = trainer(tmp_path, rewards=sleeps, cls=Sleeping, reward_call="group")
+    prompts = [run.encode({"prompt": "question"}, draw) for draw in range(NUMBER)]
+    decoding, whole = [], []
+    for _ in range(3):
+        start = time.perf_counter()
+        assert len(list(run.rollout(prompts))) == NUMBER
+        decoding.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        run.score(run.sample(prompts), Metrics())
+        whole.append(time.perf_counter() - start)
+    ratio = (min(whole) - SECONDS / 2) / min(decoding)
+    print(f"overlapped / decoding alone, less one group's scoring: {ratio:.3f}; one after the other: 1.45")
+    assert ratio <= 1.10
+    assert run.scorer.busy_seconds >= NUMBER * SECONDS / 2 > 4 * run.scorer.wait_seconds
+
+
+def test_both_times_are_logged(tmp_path):
+    run = trainer(tmp_path, rewards=sleeps, cls=Sleeping, reward_call="group", max_steps=1)
+    run.train()
+    (waited,), (busy,) = logged(run, "rollout/scoring_wait_seconds"), logged(run, "scoring/busy_seconds")
+    assert 0 < waited < busy and busy >= 2 * SECONDS / 2
+
+
+# ---- How it is broken off ----
+
+
+def assert_nothing_is_left(pids=()):
+    assert not reward_threads()
+    deadline = time.monotonic() + 2
+    while any(map(is_running, pids)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not any(map(is_running, pids))
+
+
+def test_an_exception_in_a_thread_ends_the_others(make_scorer):
+    class Cancelled:
+        async def __call__(self, **kwargs):
+            try:
+                await asyncio.sleep(60)
+            finally:
+                self.ended = True
+
+    def fails(completions, **kwargs):
+        raise KeyError("no such key")
+
+    judge = Cancelled()
+    scorer = make_scorer(functions.sleeps_on_slow, judge, fails, names=["slow", "judge", "fails"], timeout=None)
+    scorer._calls[0] = scoring.IsolatedFunction(functions.sleeps_on_slow, name="slow", timeout=60)
+    groups = groups_of(2)
+    groups[1].completions = ["slow"] * 4
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"'fails' failed on row 0: KeyError.*'question 0'; completion: '7'"):
+        score(scorer, groups)
+    assert time.monotonic() - start < 5
+    assert judge.ended
+    assert_nothing_is_left()
+    assert scorer._calls[0].pid is None
+
+
+def test_a_reward_that_loops_for_ever_ends_the_run(tmp_path):
+    start = time.monotonic()
+    run = trainer(
+        tmp_path, rewards=[functions.process_id, functions.loops_for_ever], reward_call="group", reward_timeout=2.0
+    )
+    start = time.monotonic()
+    with pytest.raises(
+        TimeoutError, match=r"'loops_for_ever' took longer than its time-out of 2 s.*given 4 rows.*Prompt: 'question"
+    ):
+        run.train()
+    seconds = time.monotonic() - start
+    print(f"ended after {seconds:.2f} s, with a time-out of 2 s")
+    assert seconds < 4
+    assert_nothing_is_left()
+    assert all(call.pid is None for call in run.scorer._calls)
+
+
+def test_a_rollout_that_fails_ends_the_scoring(tmp_path):
+    pids = []
+
+    class Failing(GRPOTrainer):
+        def rollout(self, prompts):
+            yield Group(prompts[0], [[40, 41]] * 4, [True] * 4)
+            while (pid := self.scorer._calls[0].pid) is None:
+                time.sleep(0.01)
+            pids.append(pid)
+            raise KeyboardInterrupt
+
+    run = trainer(tmp_path, rewards=functions.loops_for_ever, cls=Failing, reward_call="group", reward_timeout=60.0)
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    assert time.monotonic() - start < 10
+    assert_nothing_is_left(pids)
+
+
+def test_ctrl_c_while_scoring_is_waited_for(make_scorer):
+    scorer = make_scorer(functions.loops_for_ever, functions.async_forever, timeout=60)
+    timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        score(scorer, groups_of(2))
+    timer.join()
+    assert time.monotonic() - start < 10
+    assert_nothing_is_left()
+    assert scorer._calls[0].pid is None
+
+
+def test_a_function_that_nothing_can_end_is_named(make_scorer, monkeypatch):
+    monkeypatch.setattr(scoring, "GRACE", 0.1)
+    messages, entered, release = [], threading.Event(), threading.Event()
+    monkeypatch.setattr(scoring.logger, "warning", messages.append)
+
+    def stuck(prompts, **kwargs):
+        entered.set()
+        release.wait(30)
+        return [0.0] * len(prompts)
+
+    scorer = make_scorer(stuck)
+    scorer.start(groups_of(1)[0])
+    assert entered.wait(5)
+    scorer.close()
+    release.set()
+    assert len(messages) == 1 and "'reward stuck' is still in a reward function" in messages[0]
+    deadline = time.monotonic() + 5
+    while reward_threads() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not reward_threads()  # it ends with the call

@@ -1,0 +1,74 @@
+"""Reference and reward models of a run: frozen, whole, with a dtype of their own."""
+
+import copy
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from grpo_trl import GRPOTrainer
+from tests.test_trainer import config, dataset, logged, trainer
+from tests.tiny import tiny_model, tiny_tokenizer
+
+
+def test_frozen_models_are_not_prepared_optimised_or_saved(tmp_path, reward_model_dir):
+    run = GRPOTrainer(
+        tiny_model("qwen3"), reward_model_dir,
+        config(tmp_path, beta=0.1, max_steps=2, save_strategy="steps", save_steps=2),
+        dataset(), processing_class=tiny_tokenizer(),
+    )  # fmt: skip
+    (reward,) = run.scorer.reward_funcs
+    frozen = {"reference": run.reference.model, "reward": reward.model}
+    before = {name: copy.deepcopy(model.state_dict()) for name, model in frozen.items()}
+    run.train()
+    optimised = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
+    assert optimised == {id(p) for p in run.model.parameters()}
+    for name, model in frozen.items():
+        assert not any(prepared is model for prepared in run.accelerator._models)
+        assert not any(parameter.requires_grad or parameter.grad is not None for parameter in model.parameters())
+        assert all(torch.equal(value, before[name][key]) for key, value in model.state_dict().items())
+    (checkpoint,) = tmp_path.glob("checkpoint-*")
+    saved = [load_file(path) for path in checkpoint.rglob("model*.safetensors")]
+    own = sum(parameter.numel() for parameter in run.model.parameters())
+    assert sum(tensor.numel() for part in saved for tensor in part.values()) <= own
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_frozen_models_may_be_quantised_and_keep_their_dtype(tmp_path, reward_model_dir, model_dir, bits):
+    quantised = {"quantization_config": {f"load_in_{bits}bit": True}, "dtype": "bfloat16"}
+    run = GRPOTrainer(
+        model_dir, reward_model_dir,
+        config(
+            tmp_path, beta=0.1, max_steps=1, ref_model_init_kwargs=quantised, reward_model_init_kwargs=quantised
+        ),
+        dataset(), processing_class=tiny_tokenizer(),
+    )  # fmt: skip
+    (reward,) = run.scorer.reward_funcs
+    assert run.model.dtype == torch.float32
+    for model in (run.reference.model, reward.model):
+        assert getattr(model, f"is_loaded_in_{bits}bit") and model.dtype == torch.bfloat16
+    run.train()
+    kl = logged(run, "kl")[0]
+    assert 0 < kl < 1  # a quantised copy is close to the policy, not equal
+
+
+def test_a_reference_of_another_dtype(tmp_path, model_dir):
+    run = trainer(tmp_path, model_dir, beta=0.1, ref_model_init_kwargs={"dtype": "bfloat16"}, max_steps=1)
+    assert (run.model.dtype, run.reference.model.dtype) == (torch.float32, torch.bfloat16)
+    run.train()
+    assert 0 < logged(run, "kl")[0] < 0.1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ref_model_init_kwargs": {"dtype": "bfloat16"}}, "ref_model_init_kwargs has no effect: no reference"),
+        (
+            {"sync_ref_model": True, "ref_model_init_kwargs": {"quantization_config": {"load_in_4bit": True}}},
+            "which quantised ones do not allow",
+        ),
+    ],
+)
+def test_references_that_cannot_be(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, beta=0.1, **options)

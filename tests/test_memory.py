@@ -1,0 +1,354 @@
+"""The memory plan: exact where bytes are known, and the same code as the run where they are counted."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import BitsAndBytesConfig
+
+from grpo_trl import GRPOConfig, GRPOTrainer, cli
+from grpo_trl.batch import Group, Prompt, RolloutBatch
+from grpo_trl.memory import PolicySpec, Run, advice_lines, parse_size, plan_run, plan_table, ranked_changes
+from grpo_trl.memory.dry_run import FakeModel, rollout_bytes, update_bytes
+from grpo_trl.memory.models import policy_of, quantized_bytes
+from grpo_trl.memory.optimizer import optimizer_bytes
+from grpo_trl.memory.tracker import LiveBytes
+from grpo_trl.policy import prepare
+from grpo_trl.rollouts import SamplingParams, make_engine
+from tests.conftest import ROOT
+from tests.test_trainer import trainer
+from tests.tiny import tiny_model
+
+ADAPTER = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
+
+
+@pytest.fixture
+def run(model_dir, tmp_path):
+    def make(peft_config=None, rewards=(), path=model_dir, **changes):
+        options = {
+            "use_cpu": True,
+            "bf16": False,
+            "report_to": "none",
+            "per_device_train_batch_size": 8,
+            "max_prompt_length": 32,
+            "max_completion_length": 64,
+            "gradient_checkpointing": False,
+        }
+        args = GRPOConfig(str(tmp_path / "out"), **(options | changes))
+        return Run(PolicySpec(path, peft_config=peft_config), rewards, args)
+
+    return make
+
+
+def items(run):
+    return plan_run(run, 2**30).devices["cpu"].items
+
+
+def trained_bytes(model):
+    return sum(p.nbytes for p in model.parameters() if p.requires_grad)
+
+
+# ---- what is known exactly ----
+
+
+def test_full_training_holds_weights_gradients_two_moments_and_a_reference(run, qwen3):
+    own = sum(p.nbytes for p in qwen3.parameters()) + sum(b.nbytes for b in qwen3.buffers())
+    found = items(run())
+    assert found["parameters"] == found["frozen models"] == own
+    optimizer = torch.optim.AdamW(qwen3.train().parameters())
+    qwen3(torch.tensor([[5, 6, 7]])).logits.sum().backward()
+    optimizer.step()
+    assert found["gradients"] == sum(p.grad.nbytes for p in qwen3.parameters())
+    moments = [s[name] for s in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    assert found["optimizer"] == sum(m.nbytes for m in moments)
+
+
+def test_an_adapter_is_trained_alone_and_is_its_own_reference(run, qwen3):
+    model = get_peft_model(qwen3, ADAPTER)
+    found = items(run(ADAPTER))
+    assert found["gradients"] == trained_bytes(model) < found["parameters"] / 2
+    assert found["optimizer"] == 2 * trained_bytes(model)
+    assert found["frozen models"] == 0
+    assert found["parameters"] == sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
+
+
+def test_without_kl_term_there_is_no_reference(run):
+    assert items(run(beta=0.0))["frozen models"] == 0
+    assert items(run(beta=0.0, num_iterations=1))["scoring"] == 0  # on-policy: no pass at all
+    assert items(run(beta=0.0, num_iterations=4))["scoring"] > 0
+
+
+def test_dtype_of_the_policy_and_of_its_reference(run):
+    half, full = items(run(model_init_kwargs={"dtype": "bfloat16"})), items(run())
+    assert half["gradients"] * 2 == full["gradients"] and half["optimizer"] * 2 == full["optimizer"]
+    assert half["frozen models"] < full["frozen models"] * 0.51
+
+
+def test_reward_model_keeps_its_own_dtype_and_is_on_its_device(run, reward_model_dir):
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(reward_model_dir)
+    found = items(run(beta=0.0, num_iterations=1, rewards=(reward_model_dir, "accuracy")))
+    assert found["frozen models"] == sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
+    assert found["reward passes"] > 0 and found["scoring"] == 0  # beside sampling
+    after = items(run(beta=0.0, num_iterations=1, rewards=(reward_model_dir,), reward_overlap=False))
+    assert after["scoring"] == found["reward passes"]
+
+
+def test_a_reference_has_its_own_dtype(run):
+    full, half = items(run()), items(run(ref_model_init_kwargs={"dtype": "bfloat16"}))
+    assert half["frozen models"] < full["frozen models"] * 0.51 and half["parameters"] == full["parameters"]
+
+
+def test_a_frozen_model_in_4_bit_has_small_linear_layers(run, reward_model_dir):
+    options = {"quantization_config": {"load_in_4bit": True}}
+    full, small = (items(run(rewards=(reward_model_dir,), reward_model_init_kwargs=o)) for o in (None, options))
+    assert full["frozen models"] * 0.5 < small["frozen models"] < full["frozen models"]
+
+
+@pytest.mark.parametrize(("nested", "expected"), [(False, 4096 // 2 + 4 * 64), (True, 4096 // 2 + 64 + 4)])
+def test_bytes_of_4_bit_weights(nested, expected):
+    assert (
+        quantized_bytes(4096, 64, BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_use_double_quant=nested)) == expected
+    )
+
+
+def test_bytes_of_8_bit_weights():
+    assert quantized_bytes(4096, 64, BitsAndBytesConfig(load_in_8bit=True)) == 4096 + 4 * 64
+
+
+@pytest.mark.parametrize(
+    ("optim", "expected"), [("adamw_torch_fused", 800), ("sgd", 0), ("adamw_8bit", 200), ("lomo", 800)]
+)
+def test_optimizer_states(optim, expected):
+    assert optimizer_bytes(optim, [nn.Parameter(torch.zeros(100))]) == expected
+
+
+def test_an_optimizer_that_is_not_known_and_a_missing_prompt_length_are_said(run):
+    said = " ".join(plan_run(run(optim="ademamix", max_prompt_length=None), 2**30).assumptions)
+    assert "AdamW" in said and "512 tokens" in said
+    assert plan_run(run(), 2**30).assumptions == []
+
+
+# ---- what is counted by dry runs ----
+
+
+def test_live_bytes_follow_lifetimes():
+    with LiveBytes() as memory:
+        a = torch.zeros(1000)
+        b = a + 1
+        view = b[:10]
+        assert memory.live == 8000
+        del a
+        assert memory.live == 4000
+        del b
+        assert memory.live == 4000  # the view holds it
+        del view
+    assert memory.live == 0 and memory.peak == 8000
+
+
+def test_gradients_of_several_uses_are_added_in_place():
+    weight = nn.Parameter(torch.zeros(1000))
+    with LiveBytes([weight]) as memory:
+        sum((weight * 2).sum() for _ in range(3)).backward()
+    assert memory.live == weight.grad.nbytes
+    assert memory.peak < 3 * weight.nbytes + 100
+
+
+def test_cache_is_what_the_native_engine_allocates(run, qwen3, monkeypatch):
+    prepare(qwen3)
+    engine = make_engine("native", qwen3)
+    seen = []
+    real = type(engine)._memory
+    monkeypatch.setattr(type(engine), "_memory", lambda *args: seen.append(real(*args)) or seen[-1])
+    prompts = [Prompt([5] * 32, {}, draw) for draw in range(2)]
+    list(engine.generate(prompts, SamplingParams(4, 64, (1,), 0, seed=0)))
+    planned, work = rollout_bytes(FakeModel(policy_of(run().policy, run().args)), run().args, 32, 2)
+    assert planned == sum(tensor.nbytes for tensor in seen[0].tensors())
+    assert work > 0
+
+
+def test_memory_decides_how_many_groups_are_decoded(run):
+    roomy, tight = (
+        items(run(steps_per_generation=8)),
+        plan_run(run(steps_per_generation=8), 700_000).devices["cpu"].items,
+    )
+    assert tight["key-value cache"] < roomy["key-value cache"] / 4
+    assert items(run(steps_per_generation=8, max_concurrent_rows=8))["key-value cache"] < roomy["key-value cache"] / 4
+
+
+def test_update_counts_what_a_real_update_allocates(run, qwen3):
+    """The same passes on real tensors, under the same counter, hold the same bytes."""
+    from grpo_trl.policy import per_token_logps
+
+    prepare(qwen3)
+    groups = [Group(Prompt([1] * 32, {}, n), [[1] * 64] * 4, [True] * 4) for n in range(2)]
+    batch = RolloutBatch.from_groups(groups, pad_token_id=0)
+    qwen3.train()
+    with LiveBytes([*qwen3.parameters(), *qwen3.buffers()]) as memory:
+        logps, _ = per_token_logps(qwen3, batch, with_entropy=True)
+        logps.sum().backward()
+    planned = update_bytes(FakeModel(policy_of(run().policy, run().args)), run().args, 32)
+    assert planned == pytest.approx(memory.peak, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "saves", [{"gradient_checkpointing": True}, {"max_tokens_per_microbatch": 100}, {"max_completion_length": 32}]
+)
+def test_what_lowers_activations(run, saves):
+    assert items(run(**saves))["activations"] < 0.8 * items(run())["activations"]
+
+
+def test_accumulated_gradients_stay_while_others_are_made(run):
+    one, two = items(run()), items(run(gradient_accumulation_steps=2))
+    assert one["activations"] < two["activations"] <= one["activations"] + one["gradients"]
+
+
+def test_models_that_must_be_padded_are_planned_so(run, tmp_path):
+    tiny_model("gemma2").save_pretrained(tmp_path / "gemma2")
+    plan = plan_run(run(path=str(tmp_path / "gemma2")), 2**30)
+    assert "padded" in plan.assumptions[0]
+    assert plan.devices["cpu"].items["key-value cache"] > items(run())["key-value cache"]
+
+
+# ---- what a run holds ----
+
+
+def test_a_run_holds_only_its_state_and_its_batch_between_phases(run, tmp_path):
+    """Keys and values are gone before an update, activations and gradients before a rollout."""
+    held: dict[str, list[int]] = {"rollout": [], "update": []}
+
+    class Watched(GRPOTrainer):
+        def collect(self, prompts):
+            held["rollout"].append(memory.live)
+            batch = super().collect(prompts)
+            held["update"].append(memory.live)
+            return batch
+
+    options = {"per_device_train_batch_size": 8, "max_completion_length": 64, "num_iterations": 2, "max_steps": 6}
+    training = trainer(tmp_path, cls=Watched, **options)
+    with LiveBytes([*training.model.parameters(), *training.model.buffers()]) as memory:
+        training.train()
+    planned, moments = items(run()), 2 * trained_bytes(training.model)
+    (first, *later), (batch, *new_batches) = held["rollout"], held["update"]
+    assert first < planned["gradients"] / 10 and batch < planned["key-value cache"]
+    for before, after in zip(later, new_batches, strict=True):
+        assert moments < before < moments + 1.2 * batch < moments + planned["gradients"] + batch / 2
+        assert after - before < planned["key-value cache"] / 2  # the new batch takes the place of the old one
+
+
+# ---- phases, advice, command ----
+
+
+def test_phases_are_sums_of_their_parts(run):
+    (device,) = plan_run(run(), 2**30).devices.values()
+    resident = device.items["parameters"] + device.items["optimizer"] + device.items["frozen models"]
+    assert device.phases == {
+        "rollout": resident + device.items["key-value cache"] + device.items["decoding"],
+        "scoring": resident + device.items["scoring"],
+        "update": resident + device.items["gradients"] + device.items["activations"],
+    }
+    assert device.peak == device.phases["update"] and device.strain < 1
+
+
+def test_changes_are_ranked_by_what_they_save(run):
+    long = run(max_completion_length=256, num_generations=8)
+    plan = plan_run(long, 2**24)
+    ranked = ranked_changes(long, plan, 2**24)
+    changes = [advice.change for advice in ranked]
+    assert {"gradient_checkpointing: true", "max_tokens_per_microbatch: 1040"} <= set(changes[:3])
+    strains = [advice.plan.fullest.strain for advice in ranked]
+    assert strains == sorted(strains) and strains[-1] < plan.fullest.strain
+    lines = advice_lines(plan, ranked)
+    assert [line.split(". ")[1].split(": ")[0] for line in lines[1:]] == [text.split(": ")[0] for text in changes]
+
+
+def test_a_change_that_is_named_saves_what_it_says(run):
+    plan = plan_run(run(max_completion_length=256), 2**24)
+    best = ranked_changes(run(max_completion_length=256), plan, 2**24)[0]
+    name, value = best.change.split(": ")
+    again = plan_run(run(max_completion_length=256, **{name: yaml.safe_load(value)}), 2**24)
+    assert again.devices["cpu"].items == best.plan.devices["cpu"].items
+
+
+def test_no_advice_where_nothing_is_left_to_change(run):
+    bare = run(ADAPTER, beta=0.0, gradient_checkpointing=True, per_device_train_batch_size=2, num_generations=2,
+               max_tokens_per_microbatch=96)  # fmt: skip
+    plan = plan_run(bare, 2**24)
+    assert ranked_changes(bare, plan, 2**24) == []
+    assert "No single change" in advice_lines(plan, [])[0]
+
+
+@pytest.mark.parametrize(("text", "size"), [("24GiB", 24 * 2**30), ("1.5 gb", 1_500_000_000), ("512MiB", 2**29)])
+def test_sizes(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.fixture
+def recipe(tmp_path, model_dir):
+    entry = {"path": "none.jsonl", "type": "jsonl", "input": "question", "output": "answer"}
+    fields = {
+        "model_name_or_path": model_dir,
+        "train_datasets": [entry],
+        "reward_funcs": ["accuracy"],
+        "use_cpu": True,
+        "report_to": "none",
+        "output_dir": str(tmp_path / "out"),
+        "per_device_train_batch_size": 4,
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(fields))
+    return ["plan", "--config", str(path)]
+
+
+def test_command_shows_table_and_advice_without_data_or_weights(recipe, capsys):
+    cli.main([*recipe, "--memory", "1GiB", "--no_gradient_checkpointing"])
+    out = capsys.readouterr().out
+    for text in (
+        "cpu",
+        "parameters",
+        "frozen models",
+        "peak of update",
+        "1.00 GiB",
+        "yes",
+        "What helps most, one change at a time:\n1. ",
+    ):
+        assert text in out
+    assert "Assumed: prompts of 512 tokens" in out
+
+
+def test_command_ends_with_code_1_where_it_does_not_fit(recipe, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([*recipe, "--memory", "1MiB"])
+    assert exit_.value.code == 1 and "no" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--memory", "lots"], "--memory 'lots' is no size; give a number with a unit, e.g. 24GiB"),
+        (["--memory", "24"], "--memory '24' is no size"),
+        (["--memory", "0GiB"], "is no size"),
+        (["--ref_device", "cuda:9"], "'cuda:9' does not exist"),
+        (["--model_name_or_path", "models/of/mine"], "no such folder"),
+        (["--load_in_4bit"], "cannot be trained on the CPU"),
+    ],
+)
+def test_command_refuses(recipe, capsys, options, message):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([*recipe, *options])
+    assert exit_.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_table_has_a_column_for_each_device(run):
+    assert [column.header for column in plan_table(plan_run(run(), 2**30)).columns] == ["", "cpu"]
+
+
+def test_comparison_that_is_committed_is_within_15_percent():
+    rows = json.loads((ROOT / "benchmarks" / "results" / "memory_plan.json").read_text())["measurements"]
+    assert set(rows) == {"full", "lora", "reward_model"}
+    for row in rows.values():
+        assert row["planned"] >= 2**30 and 0.85 <= row["planned"] / row["measured"] <= 1.15

@@ -1,0 +1,117 @@
+"""Which checkpoint a run is resumed from, and which ones rotation leaves."""
+
+import re
+import shutil
+
+import pytest
+import torch
+
+from grpo_trl import manifest
+from tests.test_resume import build
+from tests.test_trainer import dataset, logged
+
+OPTIONS = {"num_iterations": 2, "save_strategy": "steps", "save_steps": 2, "logging_steps": 1}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a run of 4 steps with two checkpoints; to be copied."""
+    path = tmp_path_factory.mktemp("trained")
+    build(path, max_steps=4, **OPTIONS).train()
+    return path
+
+
+@pytest.fixture
+def output(trained, tmp_path):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+def resumed(output, which=True, **options):
+    run = build(output, max_steps=6, **OPTIONS | options)
+    run.train(resume_from_checkpoint=which)
+    return run
+
+
+def test_true_takes_the_newest_complete_one_and_names_those_passed_over(output, caplog):
+    (output / "checkpoint-4" / "optimizer.pt").write_bytes(b"half")
+    (output / "checkpoint-9").mkdir()
+    run = resumed(output)
+    assert logged(run, "loss") and run.state.global_step == 6
+    (message,) = [record.getMessage() for record in caplog.records if "Passed over" in record.getMessage()]
+    assert message.startswith(f"Resuming from {output}/checkpoint-2. Passed over: ")
+    assert "checkpoint-4 (optimizer.pt has 4 bytes" in message
+    assert "checkpoint-9 (manifest.json is missing: the writing of this checkpoint was interrupted" in message
+    assert manifest.is_complete(output / "checkpoint-4")  # written anew
+
+
+def test_without_a_complete_one_true_is_an_error(output):
+    for step in (2, 4):
+        (output / f"checkpoint-{step}" / "manifest.json").unlink()
+    with pytest.raises(
+        ValueError, match=r"has no complete checkpoint: checkpoint-4 \(manifest.json is missing.*Leave"
+    ):
+        resumed(output)
+    with pytest.raises(ValueError, match=r"no complete checkpoint\. Leave resume_from_checkpoint out to start anew"):
+        resumed(output / "new")
+
+
+NAMES = [
+    *("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "config.json"),
+    *("rollout_state_0.json", "rollout_buffer_0.safetensors", "prompt_memory.parquet"),
+]
+
+
+def test_a_file_that_is_corrupt_in_a_checkpoint_that_was_named_is_an_error(output):
+    folder = output / "checkpoint-2"
+    run = build(output, max_steps=6, **OPTIONS)
+    for name in NAMES:
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # one bit
+        with pytest.raises(ValueError, match=f"{re.escape(str(folder))}: {name} is corrupt"):
+            run.train(resume_from_checkpoint=str(folder))
+        (folder / name).write_bytes(content)
+    run.train(resume_from_checkpoint=str(folder))  # the same object: nothing was begun
+    assert run.state.global_step == 6
+
+
+def test_a_checkpoint_of_weights_alone_is_no_place_to_go_on(tmp_path):
+    build(tmp_path, max_steps=2, save_only_model=True, **OPTIONS).train()
+    assert manifest.is_complete(tmp_path / "checkpoint-2")
+    with pytest.raises(ValueError, match=r"it holds weights only \(save_only_model\); start from them instead"):
+        resumed(tmp_path, str(tmp_path / "checkpoint-2"))
+
+
+def test_a_run_killed_while_it_wrote_a_checkpoint_anew_has_the_old_one(output):
+    folder = output / "checkpoint-4"
+    manifest.remove(output / "checkpoint-2")
+    manifest.set_aside(folder)
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"half")
+    assert resumed(output).state.global_step == 6
+    assert not list(output.glob("_checkpoint-*"))
+
+
+def test_rotation_comes_after_the_manifest_and_keeps_the_best(tmp_path):
+    kept = []
+
+    def reward(completions, **kwargs):
+        kept.append([path.name for path in manifest.checkpoints(tmp_path) if manifest.is_complete(path)])
+        return [float(len(completions) - len(kept))] * len(completions)  # the first evaluation is the best
+
+    run = build(
+        tmp_path, max_steps=6, rewards=reward, save_total_limit=2, eval_dataset=dataset(1), eval_strategy="steps",
+        eval_steps=2, load_best_model_at_end=True, metric_for_best_model="eval_reward", greater_is_better=True,
+        **OPTIONS | {"num_iterations": 1},
+    )  # fmt: skip
+    run.train()
+    assert [path.name for path in manifest.checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-6"]
+    assert run.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
+    assert all(names for names in kept[4:])  # from the first on there always is one
+
+
+def test_a_limit_of_one_leaves_the_newest(tmp_path):
+    build(tmp_path, max_steps=4, save_total_limit=1, **OPTIONS).train()
+    assert [path.name for path in manifest.checkpoints(tmp_path)] == ["checkpoint-4"]
+    arguments = torch.load(tmp_path / "checkpoint-4" / "training_args.bin", weights_only=False)
+    assert arguments.save_total_limit == 1  # which transformers must not see while it saves

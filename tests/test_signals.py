@@ -1,0 +1,190 @@
+"""SIGTERM and Ctrl-C in real runs: a checkpoint is saved, the process exits, and the resumed run is the run."""
+
+import os
+import signal
+import time
+from functools import cache
+from pathlib import Path
+
+import pytest
+from transformers import TrainerCallback
+
+from grpo_trl import manifest
+from grpo_trl.signals import Interruption, SignalWatch
+from tests.resuming import differences, outcome
+from tests.test_resume import build, some_equal
+from tests.test_trainer import config, dataset
+from tests.test_trainer import reward_vowels as vowels
+
+PLAIN = {"num_iterations": 2, "save_strategy": "steps", "save_steps": 100}
+OPTIONS = {
+    "plain": PLAIN,
+    "saved often": PLAIN | {"save_steps": 2, "save_epochs": True},
+    "accumulated": PLAIN | {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4},
+    "prompt memory": PLAIN | {"skip_solved_after": 3},
+    "evaluated": PLAIN | {"eval_dataset": dataset(2), "eval_strategy": "steps", "eval_steps": 2},
+    "dynamic sampling": PLAIN | {
+        "rewards": some_equal, "data": lambda: dataset(8), "dynamic_sampling": True, "num_iterations": 1,
+        "max_concurrent_rows": 16, "steps_per_generation": 2, "beta": 0.0,
+    },
+}  # fmt: skip
+
+
+class Kick(TrainerCallback):
+    """Sends this process a signal when an event comes for the nth time."""
+
+    def __init__(self, event, nth, signum=signal.SIGTERM):
+        self.left, self.signum = nth, signum
+        setattr(self, event, self.kick)
+
+    def kick(self, args, state, control, **kwargs):
+        self.left -= 1
+        if not self.left:
+            os.kill(os.getpid(), self.signum)
+
+
+def kick_in_reward(nth, signum=signal.SIGTERM, wait=0.0):
+    """A reward that sends a signal in its nth call and then takes its time."""
+    calls = []
+
+    def reward_vowels(completions, **kwargs):  # the metrics are named after it
+        calls.append(1)
+        if len(calls) == nth:
+            os.kill(os.getpid(), signum)
+            time.sleep(wait)
+        return vowels(completions)
+
+    return reward_vowels
+
+
+def interrupted(run, code=128 + signal.SIGTERM):
+    with pytest.raises(SystemExit) as stop:
+        run.train(resume_from_checkpoint=True if list(Path(run.args.output_dir).glob("checkpoint-*")) else None)
+    assert stop.value.code == code
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # as it was
+    return run
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+    """name of the options -> outcome of the run that nothing disturbs."""
+
+    @cache
+    def outcome_of(name):
+        run = build(tmp_path_factory.mktemp("straight"), **OPTIONS[name])
+        run.train()
+        return outcome(run)
+
+    return outcome_of
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_in_a_rollout_the_step_is_given_up_at_once(tmp_path, expected, signum):
+    run = build(tmp_path, rewards=kick_in_reward(2, signum, wait=60), **OPTIONS["plain"])
+    begin = time.monotonic()
+    interrupted(run, 128 + signum)
+    assert time.monotonic() - begin < 30
+    assert run.state.global_step == 2  # two updates on the first rollout, the second was being scored
+    assert manifest.is_complete(tmp_path / "checkpoint-2")
+    resumed = build(tmp_path, **OPTIONS["plain"])
+    resumed.train(resume_from_checkpoint=True)
+    assert not differences(expected("plain"), outcome(resumed))
+
+
+@pytest.mark.parametrize(
+    ("name", "event", "nth", "step"),
+    [
+        ("plain", "on_step_begin", 3, 2),
+        ("plain", "on_pre_optimizer_step", 3, 3),  # the update is made first
+        ("plain", "on_optimizer_step", 4, 4),  # the end of an epoch
+        ("plain", "on_log", 1, 3),
+        ("plain", "on_epoch_end", 1, 4),
+        ("saved often", "on_save", 1, 2),
+        ("accumulated", "on_substep_end", 4, 3),
+        ("prompt memory", "on_step_begin", 3, 2),
+        ("dynamic sampling", "on_step_begin", 3, 2),
+        ("evaluated", "on_evaluate", 1, 2),
+    ],
+)
+def test_wherever_it_comes_the_resumed_run_is_the_run(tmp_path, expected, name, event, nth, step):
+    run = build(tmp_path, **OPTIONS[name])
+    run.add_callback(Kick(event, nth))
+    interrupted(run)
+    assert run.state.global_step == step
+    resumed = build(tmp_path, **OPTIONS[name])
+    resumed.train(resume_from_checkpoint=True)
+    assert not differences(expected(name), outcome(resumed))
+
+
+def test_an_interrupted_evaluation_is_made_again(tmp_path):
+    options = {
+        **PLAIN, "num_iterations": 1, "eval_dataset": dataset(2), "eval_strategy": "steps", "eval_steps": 2,
+        "save_steps": 2, "metric_for_best_model": "eval_reward", "load_best_model_at_end": True,
+    }  # fmt: skip
+    straight = build(tmp_path / "straight", **options)
+    straight.train()
+    expected = outcome(straight)
+    # calls: 2 rollouts, then the evaluation after step 2
+    run = interrupted(build(tmp_path / "cut", rewards=kick_in_reward(3, wait=60), **options))
+    assert run.state.global_step == 2 and not [log for log in run.state.log_history if "eval_reward" in log]
+    # once more, in the evaluation that is due
+    interrupted(build(tmp_path / "cut", rewards=kick_in_reward(1, wait=60), **options))
+    resumed = build(tmp_path / "cut", **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert not differences(expected, outcome(resumed))
+    best = [run.state.best_model_checkpoint.removeprefix(run.args.output_dir) for run in (straight, resumed)]
+    assert best[0] == best[1]
+
+
+def test_without_the_option_signals_are_what_they_were(tmp_path):
+    run = build(tmp_path, rewards=kick_in_reward(1, signal.SIGINT), **PLAIN | {"save_on_signal": False})
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_the_option_follows_what_is_saved(tmp_path):
+    assert config(tmp_path, save_strategy="steps").save_on_signal is True
+    assert config(tmp_path, save_strategy="no").save_on_signal is False
+    assert config(tmp_path, save_strategy="no", save_on_signal=True).save_on_signal is True
+    assert config(tmp_path, save_strategy="steps", save_only_model=True).save_on_signal is False
+    with pytest.raises(ValueError, match="save_on_signal saves what a run needs to go on, which save_only_model"):
+        config(tmp_path, save_only_model=True, save_on_signal=True)
+
+
+# ---- The watch ----
+
+
+def test_a_signal_waits_until_it_is_allowed():
+    with pytest.raises(Interruption), SignalWatch() as watch:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert watch.received == signal.SIGTERM
+        os.kill(os.getpid(), signal.SIGTERM)  # changes nothing
+        watch.allow()
+
+
+def test_an_allowed_signal_acts_at_once_and_a_forbidden_one_does_not():
+    with pytest.raises(Interruption), SignalWatch() as watch:
+        watch.allow()
+        watch.forbid()
+        watch.allow()
+        os.kill(os.getpid(), signal.SIGINT)
+        pytest.fail("not interrupted")
+
+
+def test_a_second_ctrl_c_is_pythons_own():
+    with pytest.raises(KeyboardInterrupt), SignalWatch():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_signal_that_came_too_late_acts_afterwards():
+    with pytest.raises(KeyboardInterrupt), SignalWatch():
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_watch_that_is_off_leaves_the_handlers():
+    former = signal.getsignal(signal.SIGINT)
+    with SignalWatch(enabled=False) as watch:
+        assert signal.getsignal(signal.SIGINT) is former and not watch.active
+        watch.allow()

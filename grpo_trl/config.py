@@ -26,8 +26,8 @@ from .config_checks import (
     trainer_problems,
 )
 from .config_types import type_problems
-from .generation_kwargs import FIELDS as GENERATION_FIELDS
 from .config_vllm import VLLMArguments, resolve_vllm, vllm_kwargs_problems
+from .generation_kwargs import FIELDS as GENERATION_FIELDS
 from .generation_kwargs import generation_problems
 from .refused import UNUSED, raise_all, refuse, unused
 

@@ -191,7 +191,7 @@ class GRPOTrainer(CollectingTrainer):
             args=args,
             accelerator=self.accelerator,
         )
-        self._engine_is_of: int | None = None  # the step whose weights the engine has
+        self._vllm_is_of: int | None = None  # the step whose weights vLLM has; engines on the policy itself have none
         self.dynamic_sampler = dynamic_sampler(args, self.accelerator.num_processes)
         self._sampling_is_exact = self._sampling_may_be_exact(own_rollout=type(self).rollout is GRPOTrainer.rollout)
         self.metrics = Metrics()
@@ -212,7 +212,7 @@ class GRPOTrainer(CollectingTrainer):
         """Prompts in, micro-batches out; transformers sees micro-batches only."""
         prompts = StreamedPrompts if isinstance(self.train_dataset, IterableDataset) else IndexedPrompts
         self.metrics, self.num_tokens = Metrics(), 0
-        self._engine_is_of = None
+        self._vllm_is_of = None
         self._accumulated: list[RolloutBatch] = []
         self.prompt_memory = prompt_memory(self.args)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
@@ -249,7 +249,9 @@ class GRPOTrainer(CollectingTrainer):
         `sampling_per_token_logps` and `completions` (what the rewards read; default: decoded) are optional.
         """
         with weights_for_generation(self.model_wrapped, self.accelerator, self.args, self.replica) as model:
-            self.engine.sync_weights(model)
+            if not (self.args.use_vllm and self._vllm_is_of == self.state.global_step):
+                self.engine.sync_weights(model)
+                self._vllm_is_of = self.state.global_step
             yield from self.engine.generate(prompts, self.sampling)
 
     # ---- Update ----
@@ -370,13 +372,13 @@ class GRPOTrainer(CollectingTrainer):
         if isinstance(datasets, str):
             datasets = {datasets: self.eval_dataset[datasets]}
         self.sampling = self.eval_sampling
-        self._engine_is_of = None  # a callback may have put in other weights, a moving average say
+        self._vllm_is_of = None  # a callback may have put in other weights, a moving average say
         try:
             with evaluation_mode(self.model):
                 metrics = evaluate_sets(self, datasets, metric_key_prefix)
         finally:
             self.sampling = self.train_sampling
-            self._engine_is_of = None
+            self._vllm_is_of = None
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 

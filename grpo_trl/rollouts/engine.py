@@ -13,7 +13,8 @@ from ..policy.logprobs import is_packed
 from .hf_generate import HFGenerateEngine
 from .native import NativeEngine
 from .sampling import SamplingParams
-from .vllm import VLLMEngine, check_vllm
+from .vllm import VLLMEngine
+from .vllm_checks import check_vllm
 
 logger = logging.get_logger(__name__)
 

@@ -4,8 +4,6 @@
 per prompt, with all its completions and a seed of its own, from the rank that the group belongs to.
 """
 
-import importlib.metadata
-import importlib.util
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -15,25 +13,15 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from packaging.version import Version
-from peft import PeftModel
 from transformers import PreTrainedModel
-from transformers.trainer_utils import get_last_checkpoint
-from transformers.utils import logging
-from trl.distributed import DistributedBackend
 
+from .. import manifest
 from ..batch import Group, Prompt
 from ..config import GRPOConfig
 from .sampling import SamplingParams, row_keys
+from .vllm_checks import check_ranks, check_vllm, check_weights, takes_adapters
 
-logger = logging.get_logger(__name__)
-
-OLDEST, NEWEST = "0.22.0", "0.31.0"  # the versions that trl 1.16 speaks to
 REQUESTS = 64  # at a time from one rank; as many connections as TRL's client keeps
-SERVE = (
-    "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs "
-    """--weight-transfer-config '{"backend": "nccl"}'"""
-)
 
 
 class VLLMEngine:
@@ -64,25 +52,22 @@ class VLLMEngine:
         cuda_graphs: bool = False,
     ):
         check_vllm()
-        check_policy(model, args, accelerator)
-        from .vllm_connection import Connection, connect_rank  # imports vLLM
+        check_ranks(model, accelerator)
+        from .vllm_connection import Adapters, Connection, connect  # imports vLLM
 
         self.args, self.accelerator, self.max_concurrent_rows = args, accelerator, max_concurrent_rows
-        self.client: Any = None  # of the server; else there is a copy
-        try:
+        self.client: Any = connect(args) if args.vllm_mode == "server" else None  # else there is a copy
+        if self.client is not None and takes_adapters(self.client, model):
+            self.connection: Any = Adapters(self.client, model, args, accelerator)  # pyright: ignore[reportArgumentType]
+        else:
+            check_weights(model, args)
             self.connection = Connection(model, args, accelerator, max_concurrent_rows)
-            if args.vllm_mode == "server":
-                self.client = connect_rank(self.connection, args)
-        except ConnectionError as error:
-            raise ConnectionError(f"{error} Start it with `{SERVE}`, or raise vllm_server_timeout.") from error
-        if self.client is not None:
-            check_server(self.client)
         self.copy_sleeps = args.vllm_enable_sleep_mode and self.client is None
         self.copy_is_asleep = self.copy_sleeps
 
     def sync_weights(self, model: PreTrainedModel) -> None:
-        """Sends the policy's weights, adapters merged into them. Every rank calls it: shards are gathered, and none
-        samples meanwhile."""
+        """Sends the policy's weights with its adapter merged into them, or the adapter alone. Every rank calls it:
+        shards are gathered, and none samples meanwhile."""
         self.accelerator.wait_for_everyone()
         with self._or_newest_checkpoint("send weights to"):
             self.connection.sync_weights()
@@ -148,9 +133,9 @@ class VLLMEngine:
         except OSError as error:  # those of `requests` are OSErrors
             if self.client is None:
                 raise
-            folder = self.args.output_dir or "."
-            checkpoint = get_last_checkpoint(folder) if Path(folder).is_dir() else None
-            found = f"from {checkpoint} (resume_from_checkpoint)" if checkpoint else f"anew: no checkpoint in {folder}"
+            folder = Path(self.args.output_dir or ".")
+            complete = [path for path in manifest.checkpoints(folder) if manifest.is_complete(path)]
+            found = f"from {complete[-1]} (resume_from_checkpoint)" if complete else f"anew: no checkpoint in {folder}"
             raise ConnectionError(
                 f"Could not {purpose} the vLLM server at {self.client.base_url}, after several attempts: {error}. "
                 f"Look at its log, start it again, and go on {found}."
@@ -190,38 +175,3 @@ def as_group(prompt: Prompt, completion_ids: list[Any], logprobs: list[Any], sam
         terminated=[bool(ids) and ids[-1] in sampling.eos_token_ids for ids in completion_ids] * copies,
         sampling_per_token_logps=logps * copies,
     )
-
-
-def check_vllm() -> None:
-    """Raises a ValueError when vLLM is not installed here, or too old."""
-    remedy = f"pip install 'vllm>={OLDEST},<={NEWEST}', or use rollout_engine native"
-    if importlib.util.find_spec("vllm") is None:
-        raise ValueError(f"rollout_engine 'vllm' needs vLLM, which is not installed (the client too); {remedy}.")
-    version = importlib.metadata.version("vllm")
-    if Version(Version(version).base_version) < Version(OLDEST):
-        raise ValueError(f"rollout_engine 'vllm' needs vLLM {OLDEST} to {NEWEST}, and {version} is installed; {remedy}.")
-
-
-def check_server(client: Any) -> None:
-    """Raises a ValueError when the server is too old, or its log-probabilities are not those of what it samples."""
-    mode = client.get_server_info()["model_config"]["logprobs_mode"]
-    if mode != "processed_logprobs":
-        raise ValueError(
-            f"The vLLM server at {client.base_url} runs with --logprobs-mode {mode}: log-probabilities without "
-            f"temperature and truncation, not of what it samples. Start it with `{SERVE}`."
-        )
-    theirs, ours = client._get(f"{client.base_url}/version")["version"], importlib.metadata.version("vllm")
-    if Version(Version(theirs).base_version) < Version(OLDEST):
-        raise ValueError(f"The vLLM server at {client.base_url} is version {theirs}; use {OLDEST} to {NEWEST}.")
-    if theirs != ours:
-        logger.warning(f"The vLLM server is version {theirs}, and the trainer has {ours}: weights may not get across.")
-
-
-def check_policy(model: Any, args: GRPOConfig, accelerator: Accelerator) -> None:
-    """Raises a ValueError for a policy whose weights vLLM cannot be given."""
-    if getattr(model, "is_quantized", False):
-        raise ValueError("vLLM cannot be sent the weights of a quantised policy; use rollout_engine native for QLoRA.")
-    if isinstance(model, PeftModel) and DistributedBackend(accelerator).is_fsdp:
-        raise ValueError("Adapters cannot be merged into shards of FSDP for vLLM; use DDP or DeepSpeed.")
-    if args.vllm_mode == "colocate" and not model.name_or_path:
-        raise ValueError("vllm_mode 'colocate' loads the model by its path or id; pass one as `model`, not an object.")

@@ -1,6 +1,9 @@
-"""TRL's connection to vLLM, set up from a `GRPOConfig`. Imports vLLM, so it is itself imported only where that samples."""
+"""TRL's connection to vLLM, set up from a `GRPOConfig`, and what crosses it. Imports vLLM, so it is itself imported only
+where that samples."""
 
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
@@ -14,17 +17,34 @@ from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
 from vllm.sampling_params import StructuredOutputsParams  # pyright: ignore[reportMissingImports]
 
 from ..config import GRPOConfig
+from .vllm_checks import SERVE, check_server
 
-__all__ = ["Connection", "as_vllm_params", "connect_rank", "extract_logprobs", "merged_weights"]
+__all__ = ["Adapters", "Connection", "as_vllm_params", "connect", "extract_logprobs", "merged_weights"]
+
+
+def connect(args: GRPOConfig) -> VLLMClient:
+    """A client of the server, which is waited for and checked.
+
+    Raises:
+        ConnectionError: no server after `vllm_server_timeout` seconds.
+        ValueError: see `check_server`.
+    """
+    url = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
+    try:
+        client = VLLMClient(base_url=url, connection_timeout=args.vllm_server_timeout)
+    except OSError as error:  # those of `requests` are OSErrors
+        raise ConnectionError(f"{error} Start it with `{SERVE}`, or raise vllm_server_timeout.") from error
+    check_server(client)
+    return client
 
 
 class Connection(VLLMGeneration):
-    """TRL's `VLLMGeneration`: starts a copy (`llm`) or finds the server (`vllm_client`, on rank 0), and sends weights
+    """TRL's `VLLMGeneration`: starts a copy (`llm`) or joins the server's group of ranks (on rank 0), and sends weights
     (`sync_weights`). Of adapters it gets a merged copy."""
 
     def __init__(self, model: Any, args: GRPOConfig, accelerator: Accelerator, max_concurrent_rows: int | None):
         tensor_parallel = args.vllm_tensor_parallel_size
-        rollout = args.per_device_train_batch_size * args.steps_per_generation * tensor_parallel
+        rollout = args.per_device_train_batch_size * (args.steps_per_generation or 1) * tensor_parallel
         super().__init__(
             model,
             accelerator,
@@ -53,12 +73,49 @@ class Connection(VLLMGeneration):
             yield from merged_weights(self.model)
 
 
-def connect_rank(connection: Connection, args: GRPOConfig) -> VLLMClient:
-    """This rank's client: TRL's on rank 0, over which the weights go too; on others one of their own for sampling."""
-    if connection.accelerator.is_main_process:
-        return connection.vllm_client
-    url = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
-    return VLLMClient(base_url=url, connection_timeout=args.vllm_server_timeout)
+class Adapters:
+    """Gives a server the policy's adapter alone, as files in `output_dir/vllm_adapter`, which it must be able to read.
+
+    Each state of the adapter has a name of its own, so that nothing cached for a former one is used.
+    """
+
+    def __init__(self, client: VLLMClient, model: PeftModel, args: GRPOConfig, accelerator: Accelerator):
+        self.client, self.model, self.accelerator = client, model, accelerator
+        self.folder = Path(args.output_dir or ".").resolve() / "vllm_adapter"
+        self.name: str | None = None  # of what is loaded
+        self.loaded = 0
+
+    def sync_weights(self) -> None:
+        """Every rank calls it; rank 0 writes the files and has them loaded.
+
+        Raises:
+            ValueError: the server does not load them.
+        """
+        self.loaded += 1
+        former, self.name = self.name, f"policy_{self.loaded}"
+        active = str(self.model.active_adapter)
+        with DistributedBackend(self.accelerator).gather_params(list(self.model.parameters())):
+            if self.accelerator.is_main_process:
+                shutil.rmtree(self.folder, ignore_errors=True)
+                self.model.save_pretrained(
+                    str(self.folder), selected_adapters=[active], save_embedding_layers=False
+                )
+        if self.accelerator.is_main_process:
+            if former is not None:
+                self._post("unload_lora_adapter", {"lora_name": former}, absent_is_fine=True)
+            path = self.folder if active == "default" else self.folder / active  # as peft writes it
+            self._post("load_lora_adapter", {"lora_name": self.name, "lora_path": str(path)})
+        self.client.model = self.name  # what requests ask for
+
+    def _post(self, endpoint: str, request: dict[str, str], *, absent_is_fine: bool = False) -> None:
+        response = self.client.session.post(f"{self.client.base_url}/v1/{endpoint}", json=request)
+        if response.status_code == 200 or (absent_is_fine and response.status_code == 404):
+            return
+        raise ValueError(
+            f"The vLLM server at {self.client.base_url} refuses {endpoint} {request}: {response.status_code}, "
+            f"{response.text}. It must be able to read {self.folder}; started without --enable-lora it is sent merged "
+            "weights instead."
+        )
 
 
 def as_vllm_params(options: dict[str, Any]) -> SamplingParams:

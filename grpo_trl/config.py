@@ -26,7 +26,7 @@ from .config_checks import (
     trainer_problems,
 )
 from .config_types import type_problems
-from .config_vllm import VLLMArguments, resolve_vllm, vllm_kwargs_problems
+from .config_vllm import VLLMArguments, resolve_vllm, vllm_generation_kwargs, vllm_kwargs_problems
 from .generation_kwargs import FIELDS as GENERATION_FIELDS
 from .generation_kwargs import generation_problems
 from .refused import UNUSED, raise_all, refuse, unused
@@ -133,7 +133,8 @@ class GRPOConfig(VLLMArguments):
     generation_kwargs: dict | str | None = _help("More arguments of `transformers.GenerationConfig`.")
     cache_implementation: str | None = _help("Cache of `model.generate`, e.g. static.")
     rollout_engine: str = _help(
-        "How completions are sampled: native, hf_generate or vllm. Default: native, unless cache_implementation is set."
+        "How completions are sampled: native, hf_generate, vllm or transformers_cb. Default: native, unless "
+        "cache_implementation is set."
     )
     max_concurrent_rows: int | None = _help(
         "Completions that are decoded at a time. Default: native: what fits into half of the free memory; else all."
@@ -371,8 +372,7 @@ class GRPOConfig(VLLMArguments):
         for name, own in GENERATION_FIELDS.items():
             if name in options:
                 setattr(self, own, options.pop(name))
-        if self.use_vllm and self.vllm_structured_outputs_regex is not None:
-            options["structured_outputs"] = {"regex": self.vllm_structured_outputs_regex}
+        options |= vllm_generation_kwargs(self)
         self.generation_kwargs = options or None
         of_fields = type_problems(self, self._typed() & set(GENERATION_FIELDS.values()))
         of_options = vllm_kwargs_problems(options) if self.use_vllm else generation_problems(options)

@@ -80,6 +80,13 @@ def resolve_vllm(args: Any) -> list[str]:
     return problems
 
 
+def vllm_generation_kwargs(args: Any) -> dict[str, Any]:
+    """What options of vLLM become of its SamplingParams; {} where it does not sample."""
+    if not args.use_vllm or args.vllm_structured_outputs_regex is None:
+        return {}
+    return {"structured_outputs": {"regex": args.vllm_structured_outputs_regex}}
+
+
 def vllm_kwargs_problems(options: dict[str, Any]) -> list[str]:
     """`generation_kwargs` that vLLM gets: any of its SamplingParams, but those that the trainer sets."""
     return [

@@ -13,6 +13,7 @@ from ..policy.logprobs import is_packed
 from .hf_generate import HFGenerateEngine
 from .native import NativeEngine
 from .sampling import SamplingParams
+from .transformers_cb import TransformersCBEngine
 from .vllm import VLLMEngine
 from .vllm_checks import check_vllm
 
@@ -47,6 +48,7 @@ ENGINES: dict[str, type[RolloutEngine]] = {
     "native": NativeEngine,
     "hf_generate": HFGenerateEngine,
     "vllm": VLLMEngine,
+    "transformers_cb": TransformersCBEngine,
 }
 
 

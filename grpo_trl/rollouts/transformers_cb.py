@@ -72,10 +72,11 @@ class TransformersCBEngine:
                 warmup=False,
             )
         results = list(outputs.values())
-        if failed := [result.error for result in results if result.error] or len(results) < len(prompts) * count:
+        errors = [result.error for result in results if result.error]
+        if errors or len(results) < len(prompts) * count:
             raise RuntimeError(
-                f"Continuous batching gave {len(results)} completions of {len(prompts) * count}: {failed}. Its log says "
-                "more; where memory ran out, set max_concurrent_rows."
+                f"Continuous batching gave {len(results)} of {len(prompts) * count} completions, with the errors "
+                f"{errors}; its log says more. Where memory ran out, set max_concurrent_rows."
             )
         return [
             Group(

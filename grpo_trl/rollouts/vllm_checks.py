@@ -28,7 +28,9 @@ def check_vllm() -> None:
         raise ValueError(f"rollout_engine 'vllm' needs vLLM, which is not installed (the client too); {remedy}.")
     version = importlib.metadata.version("vllm")
     if _is_too_old(version):
-        raise ValueError(f"rollout_engine 'vllm' needs vLLM {OLDEST} to {NEWEST}, and {version} is installed; {remedy}.")
+        raise ValueError(
+            f"rollout_engine 'vllm' needs vLLM {OLDEST} to {NEWEST}, and {version} is installed; {remedy}."
+        )
 
 
 def check_server(client: Any) -> None:

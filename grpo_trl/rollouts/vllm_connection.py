@@ -97,9 +97,7 @@ class Adapters:
         with DistributedBackend(self.accelerator).gather_params(list(self.model.parameters())):
             if self.accelerator.is_main_process:
                 shutil.rmtree(self.folder, ignore_errors=True)
-                self.model.save_pretrained(
-                    str(self.folder), selected_adapters=[active], save_embedding_layers=False
-                )
+                self.model.save_pretrained(str(self.folder), selected_adapters=[active], save_embedding_layers=False)
         if self.accelerator.is_main_process:
             if former is not None:
                 self._post("unload_lora_adapter", {"lora_name": former}, absent_is_fine=True)

@@ -34,7 +34,9 @@ class SGLang(Server):
 
 @pytest.fixture
 def code() -> str:
-    (block,) = re.findall(r"```python\n((?:(?!```).)*class SGLangEngine.*?)```", (ROOT / "docs/rollouts.md").read_text(), re.S)
+    (block,) = re.findall(
+        r"```python\n((?:(?!```).)*class SGLangEngine.*?)```", (ROOT / "docs/rollouts.md").read_text(), re.S
+    )
     return block
 
 

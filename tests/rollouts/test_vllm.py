@@ -24,9 +24,7 @@ from tests.tiny import IM_END, PAD, VOCAB_SIZE, tiny_model
 pytest.importorskip("requests", reason="TRL's client of vLLM needs requests, which is in the extra `dev`")
 
 MANY_EOS = tuple(range(1, VOCAB_SIZE, 8))
-SAMPLING = SamplingParams(
-    num_generations=4, max_completion_length=6, eos_token_ids=MANY_EOS, pad_token_id=PAD, seed=7
-)
+SAMPLING = SamplingParams(num_generations=4, max_completion_length=6, eos_token_ids=MANY_EOS, pad_token_id=PAD, seed=7)
 PROMPTS = [Prompt([10 + i, 11, 12 + i], {"prompt": f"number {i}"}, draw=i) for i in range(3)]
 MERGED = {"max_lora_rank": None}  # a server without LoRA, which is sent merged weights
 

@@ -66,7 +66,9 @@ class LLM:
     def generate(self, prompts: list[dict], sampling_params: list[SamplingParams], use_tqdm: bool) -> list[Any]:
         assert self.awake == {"weights", "kv_cache"}
         return [
-            SimpleNamespace(outputs=[_output(*row) for row in complete(self.model, prompt["prompt_token_ids"], vars(p))])
+            SimpleNamespace(
+                outputs=[_output(*row) for row in complete(self.model, prompt["prompt_token_ids"], vars(p))]
+            )
             for prompt, p in zip(prompts, sampling_params, strict=True)
         ]
 

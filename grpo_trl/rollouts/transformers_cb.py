@@ -123,7 +123,7 @@ def _batching_config(prompts: Sequence[Prompt], sampling: SamplingParams) -> Con
 @contextlib.contextmanager
 def _plain_attention(model: PreTrainedModel) -> Iterator[None]:
     """transformers' own, which continuous batching knows; streams of groups are for the update."""
-    own = model.config._attn_implementation
+    own: Any = model.config._attn_implementation
     model.set_attn_implementation("sdpa")
     try:
         yield

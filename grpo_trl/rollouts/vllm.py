@@ -95,7 +95,7 @@ class VLLMEngine:
 
     def _complete(self, prompt: Prompt, sampling: SamplingParams) -> Group:
         options = request_options(sampling, prompt.draw)
-        found = self.client.generate([prompt.ids], n=options["n"], generation_kwargs=options)
+        found: Any = self.client.generate([prompt.ids], n=options["n"], generation_kwargs=options)
         return as_group(prompt, found["completion_ids"], found["logprobs"], sampling)
 
     def _from_copy(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> Iterator[Group]:
@@ -117,7 +117,7 @@ class VLLMEngine:
         for prompt, output in zip(asked, outputs, strict=True):
             if prompt.draw in own:
                 ids = [list(completion.token_ids) for completion in output.outputs]
-                yield as_group(own[prompt.draw], ids, extract_logprobs([output])[0], sampling)
+                yield as_group(own[prompt.draw], ids, extract_logprobs([output])[0] or [], sampling)
 
     def _prompts_of_copy(self, prompts: list[Prompt]) -> list[Prompt]:
         parts: list[Any] = [None] * self.args.vllm_tensor_parallel_size

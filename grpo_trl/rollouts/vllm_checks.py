@@ -50,7 +50,7 @@ def check_server(client: Any) -> None:
 
 def takes_adapters(client: Any, model: Any) -> bool:
     """Whether the server can load the policy's adapter as it is, instead of whole merged weights."""
-    config = model.peft_config[model.active_adapter] if isinstance(model, PeftModel) else None
+    config = model.peft_config[str(model.active_adapter)] if isinstance(model, PeftModel) else None
     if not isinstance(config, LoraConfig) or config.use_dora or config.modules_to_save:
         return False  # no adapter, or one of a kind that vLLM does not load
     info = client._get(f"{client.base_url}/server_info", params={"config_format": "json"})

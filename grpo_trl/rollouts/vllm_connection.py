@@ -1,5 +1,7 @@
-"""TRL's connection to vLLM, set up from a `GRPOConfig`, and what crosses it. Imports vLLM, so it is itself imported only
-where that samples."""
+"""TRL's connection to vLLM, set up from a `GRPOConfig`, and what crosses it.
+
+Imports vLLM, so it is itself imported only where that samples.
+"""
 
 import shutil
 from collections.abc import Iterator
@@ -39,8 +41,8 @@ def connect(args: GRPOConfig) -> VLLMClient:
 
 
 class Connection(VLLMGeneration):
-    """TRL's `VLLMGeneration`: starts a copy (`llm`) or joins the server's group of ranks (on rank 0), and sends weights
-    (`sync_weights`). Of adapters it gets a merged copy."""
+    """TRL's `VLLMGeneration`: starts a copy (`llm`) or joins the server's group of ranks (on rank 0), and sends
+    weights (`sync_weights`). Of adapters it gets a merged copy."""
 
     def __init__(self, model: Any, args: GRPOConfig, accelerator: Accelerator, max_concurrent_rows: int | None):
         tensor_parallel = args.vllm_tensor_parallel_size

@@ -19,6 +19,7 @@ from grpo_trl.rollouts.vllm_checks import NEWEST, OLDEST
 from tests.rollouts.vllm_server import Server
 from tests.rollouts.vllm_stand_in import free_port, installed, weights_without_cuda
 from tests.test_trainer import config, dataset, logged, trainer, weights
+from tests.test_two_ranks import run as run_on_ranks
 from tests.tiny import IM_END, PAD, VOCAB_SIZE, tiny_model
 
 pytest.importorskip("requests", reason="TRL's client of vLLM needs requests, which is in the extra `dev`")
@@ -33,6 +34,9 @@ MERGED = {"max_lora_rank": None}  # a server without LoRA, which is sent merged 
 def stand_in(tmp_path_factory):
     with installed(tmp_path_factory.mktemp("vllm")), pytest.MonkeyPatch.context() as patch:
         weights_without_cuda(patch)
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):  # which TRL sets for a copy
+            patch.setenv(name, "")
+            patch.delenv(name)
         yield
 
 
@@ -302,6 +306,19 @@ def test_without_weights_sent_a_run_shows_the_gap(tmp_path, serve, monkeypatch):
     run.train()
     gaps = logged(run, "sampling/logp_gap")
     assert gaps[0] < 1e-4 and gaps[2] > 1e-3
+
+
+def test_two_ranks_sample_what_one_samples(tmp_path, serve):
+    """Each rank asks for its own groups; the server's weights come from rank 0."""
+    options = {"num_iterations": 1, "max_steps": 3, "optim": "sgd", "script": "tests/rollouts/vllm_on_ranks.py"}
+    found = {}
+    for ranks in (1, 2):
+        server = serve(tiny_model("qwen3"))
+        found[ranks] = run_on_ranks(tmp_path / str(ranks), ranks, 8 // ranks, **options | of_server(server))
+        assert server.calls.count("/finish_weight_update") == 4  # three rollouts, and the evaluation between two
+    assert found[1]["sampled"] == found[2]["sampled"] and len(found[1]["sampled"]) == 6
+    gaps = [entry["sampling/logp_gap"] for entry in found[2]["log"] if "sampling/logp_gap" in entry]
+    assert len(gaps) == 3 and max(gaps) < 1e-4
 
 
 def test_evaluation_samples_from_the_same_server(tmp_path, serve):

@@ -46,7 +46,7 @@ class Group:
 
     def __init__(self, address: str, port: int, rank: int, world_size: int):
         self.store = TCPStore(address, port, world_size, is_master=rank == 0, timeout=timedelta(seconds=30))
-        self.gloo = ProcessGroupGloo(self.store, rank, world_size, timedelta(seconds=30))
+        self.gloo: Any = ProcessGroupGloo(self.store, rank, world_size, timedelta(seconds=30))
         self.group = self  # where TRL finds what it closes
         self.socket = None
 

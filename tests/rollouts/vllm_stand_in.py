@@ -128,10 +128,6 @@ def installed(folder: Path, version: str = "0.31.0") -> Iterator[None]:
             patch.setitem(sys.modules, name, module)
         for name in IMPORTERS:
             patch.delitem(sys.modules, name, raising=False)
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):  # which TRL sets
-            patch.delenv(name, raising=False)
-            patch.setenv(name, "")
-            patch.delenv(name)
         try:
             yield
         finally:

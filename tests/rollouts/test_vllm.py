@@ -315,7 +315,7 @@ def test_two_ranks_sample_what_one_samples(tmp_path, serve):
     for ranks in (1, 2):
         server = serve(tiny_model("qwen3"))
         found[ranks] = run_on_ranks(tmp_path / str(ranks), ranks, 8 // ranks, **options | of_server(server))
-        assert server.calls.count("/finish_weight_update") == 4  # three rollouts, and the evaluation between two
+        assert server.calls.count("/finish_weight_update") == 5  # of three rollouts and two evaluations
     assert found[1]["sampled"] == found[2]["sampled"] and len(found[1]["sampled"]) == 6
     gaps = [entry["sampling/logp_gap"] for entry in found[2]["log"] if "sampling/logp_gap" in entry]
     assert len(gaps) == 3 and max(gaps) < 1e-4

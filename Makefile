@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 # One thread per test process: sums of a fixed order, and no fight over the cores.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-BENCHMARKS := step_vs_trl demo_vs_trl learner_vs_trl rollout_vs_trl scaling memory_between_phases memory_plan
+BENCHMARKS := step_vs_trl demo_vs_trl learner_vs_trl rollout_vs_trl scaling scaling_ranks memory_between_phases memory_plan
 
 .PHONY: env demo test slow bench lint format
 

@@ -192,7 +192,6 @@ def dynamic_sampler(args: GRPOConfig, world_size: int) -> DynamicSampler:
     """What fills batches with informative groups, by `dynamic_sampling_filter` or by the spread of their rewards."""
     size = args.num_generations
     own = None if args.dynamic_sampling_filter is None else filter_named(args.dynamic_sampling_filter)
-    passes = _passes(args)
 
     def is_informative(scored: Scored) -> bool:
         if own is not None:
@@ -201,7 +200,6 @@ def dynamic_sampler(args: GRPOConfig, world_size: int) -> DynamicSampler:
 
     return DynamicSampler(
         is_informative,
-        passes=lambda scored: passes(max(scored.rewards)),
         max_rounds=args.dynamic_sampling_max_rounds,
         max_age=args.dynamic_sampling_max_age or 0,
         round_size=(args.max_concurrent_rows or 0) // size * world_size,
@@ -210,14 +208,7 @@ def dynamic_sampler(args: GRPOConfig, world_size: int) -> DynamicSampler:
 
 def prompt_memory(args: GRPOConfig) -> PromptMemory:
     """An empty one, with the rules of `skip_solved_after` and `skip_hopeless_after`."""
-    return PromptMemory(
-        _passes(args), skip_solved_after=args.skip_solved_after, skip_hopeless_after=args.skip_hopeless_after
-    )
-
-
-def _passes(args: GRPOConfig) -> Callable[[float], bool]:
-    """Whether a completion passes, by its rewards taken together."""
-    return lambda reward: reward >= args.eval_pass_threshold
+    return PromptMemory(skip_solved_after=args.skip_solved_after, skip_hopeless_after=args.skip_hopeless_after)
 
 
 def filter_named(path: str) -> Callable[..., Any]:

@@ -1,11 +1,12 @@
-"""`grpo-trl train --config recipe.yaml [--field value ...]`: from a recipe to a trained model, or with `plan` to the
-memory that it takes."""
+"""`grpo-trl train --config recipe.yaml [--field value ...]`: from a recipe to a trained model, with `plan` to the
+memory that it takes, and with `check` to a self-test."""
 
 import argparse
 import difflib
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, NoReturn
@@ -324,12 +325,47 @@ def plan(argv: Sequence[str]) -> None:
         raise SystemExit(1)
 
 
+# ---- check ----
+
+
+def check(argv: Sequence[str]) -> None:
+    """Tries a recipe's model, data and rewards on a few completions; trains nothing and keeps nothing. Ends with code
+    1 if there is something to fix."""
+    from .selfcheck import check_table, reward_table, run_checks, shortened, verdict
+
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--model", dest="model_name_or_path")
+    options, rest = own.parse_known_args(argv)
+    if options.model_name_or_path is not None:
+        rest += ["--model_name_or_path", options.model_name_or_path]
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        try:
+            script_args, args, model_args = parse_recipe(rest, "grpo-trl check")
+            results, trial = run_checks(make_trainer(script_args, shortened(args, folder), model_args))
+        except (ValueError, OSError, yaml.YAMLError) as error:
+            print(error, file=sys.stderr)
+            raise SystemExit(2) from error
+    console = Console(highlight=False)
+    console.print(check_table(results))
+    if results["rewards"].passed:
+        console.print(reward_table(trial))
+    lines, ready = verdict(results)
+    for line in lines:
+        console.print(line, soft_wrap=True, markup=False)
+    if not ready:
+        raise SystemExit(1)
+
+
 # A new subcommand is one entry: name -> (function of the remaining arguments, what it does).
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "train": (train, "train as a recipe says: grpo-trl train --config recipe.yaml [--field value ...]"),
     "plan": (
         plan,
         "say what memory that takes, and whether it fits: grpo-trl plan --config recipe.yaml [--memory 24GiB]",
+    ),
+    "check": (
+        check,
+        "try model, data and rewards in about a minute: grpo-trl check --config recipe.yaml [--model path]",
     ),
 }
 

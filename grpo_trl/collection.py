@@ -6,7 +6,7 @@ from dataclasses import asdict
 from functools import partial
 from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import gather_object
@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from .algorithm import AGGREGATIONS, group_advantages
+from .algorithm import AGGREGATIONS, group_advantages, passed
 from .batch import Group, Prompt, RolloutBatch
 from .config import GRPOConfig
 from .hooks import TrainerHooks
@@ -56,7 +56,7 @@ class CollectingTrainer(TrainerHooks):
 
     def collect(self, prompts: list[Prompt]) -> RolloutBatch:
         """Samples, scores and compares the completions of this rank's prompts: everything an update needs."""
-        groups, rewards_per_func, compared = self._sample_and_score(prompts)
+        groups, rewards_per_func, compared, _ = self._sample_and_score(prompts)
         batch = self._batch(groups, compared)
         if not self.args.on_policy:
             batch.old_per_token_logps = self._old_per_token_logps(batch)
@@ -73,13 +73,12 @@ class CollectingTrainer(TrainerHooks):
         columns: dict[str, list[Any]] = {}
 
         def sample(count: int) -> list[Scored]:
-            groups, rewards_per_func, compared = self._sample_and_score(take(count))
+            groups, rewards_per_func, compared, verdicts = self._sample_and_score(take(count))
             sampled.append((groups, rewards_per_func))
             for column, values in self.extra_columns.items():
                 columns.setdefault(column, []).extend(values)
-            return [
-                Scored(group, row, step) for group, row in zip(groups, compared.view(-1, size).tolist(), strict=True)
-            ]
+            rows = zip(groups, compared.view(-1, size), verdicts.view(-1, size), strict=True)
+            return [Scored(group, row.tolist(), step, bool(seen.nanmean() == 1)) for group, row, seen in rows]
 
         wanted = args.generation_batch_size // size
         chosen, cost = self.dynamic_sampler.fill(wanted, step, sample, gather_object, world_size)
@@ -162,8 +161,9 @@ class CollectingTrainer(TrainerHooks):
         dump.write_rollout(Path(str(self.args.output_dir)) / dump.FOLDER / name, rollout, step=step)
         return batch
 
-    def _sample_and_score(self, prompts: list[Prompt]) -> tuple[list[Group], Tensor, Tensor]:
-        """Groups, the rewards of their completions by each function (B, F), and what is compared of them (B,)."""
+    def _sample_and_score(self, prompts: list[Prompt]) -> tuple[list[Group], Tensor, Tensor, Tensor]:
+        """Groups, the rewards of their completions by each function (B, F), what is compared of them (B,), and which
+        of them passed (B,)."""
         groups = self.sample(prompts)
         rewards_per_func = self.score(groups, self.metrics)
         compared, rewards = (
@@ -175,15 +175,21 @@ class CollectingTrainer(TrainerHooks):
         self.metrics.add("rollout/scoring_wait_seconds", self.scorer.wait_seconds)
         self.metrics.add("scoring/busy_seconds", self.scorer.busy_seconds)
         self._record(groups, rewards_per_func, rewards, self.reward_names)
-        self._remember(groups, rewards)
-        return groups, rewards_per_func, compared
+        verdicts = passed(rewards_per_func, self.reward_weights, self.args.eval_pass_threshold)
+        self._remember(groups, verdicts)
+        return groups, rewards_per_func, compared, verdicts
 
     def _record(
         self, groups: list[Group], rewards_per_func: Tensor, rewards: Tensor, reward_names: Sequence[str]
     ) -> None:
         record_rollout(self.metrics, groups, rewards_per_func, rewards, reward_names)
         lengths = [len(group.prompt.ids) + len(ids) for group in groups for ids in group.completion_ids]
-        self.num_tokens += int(self.all_reduce(torch.tensor(sum(lengths), device=self.args.device)))
+        # of each rank; the update waits for the one that has most
+        mine = torch.tensor([float(sum(lengths))], device=self.args.device)
+        tokens = cast(Tensor, self.accelerator.gather(mine))
+        self.num_tokens += int(tokens.sum())
+        if len(tokens) > 1 and tokens.any():
+            self.metrics.add("rollout/token_imbalance", float(tokens.max() / tokens.mean()))
 
     def sample(self, prompts: list[Prompt]) -> list[Group]:
         """`rollout`, with the groups in the order of the prompts and decoded; refuses an incomplete one. Each group is
@@ -318,9 +324,9 @@ class CollectingTrainer(TrainerHooks):
                 groups, rewards_per_func, advantages, self.reward_names, self.extra_columns
             )
 
-    def _remember(self, groups: list[Group], rewards: Tensor) -> None:
-        """Counts a rollout in the prompt memory. rewards (B,): weighted sums."""
-        by_group = rewards.view(len(groups), -1).tolist()
+    def _remember(self, groups: list[Group], verdicts: Tensor) -> None:
+        """Counts a rollout in the prompt memory. verdicts (B,): as of `passed`."""
+        by_group = verdicts.view(len(groups), -1).tolist()
         self.prompt_memory.update(groups, by_group, self.state.global_step, gather_object)
         if self.prompt_memory.can_skip:
             skipped, taken = self.loader.passed_over, len(groups) * self.accelerator.num_processes

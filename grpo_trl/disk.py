@@ -20,7 +20,7 @@ _WORDS = (
 
 
 @contextlib.contextmanager
-def disk_errors_named(folder: Path, last_checkpoint: str | None) -> Iterator[None]:
+def disk_errors_named(folder: Path, last_checkpoint: Path | None) -> Iterator[None]:
     """What goes wrong with the disk while a checkpoint is written into `folder` is an OSError that says so, with the
     space left and the checkpoint to go on from. Other errors pass."""
     try:

@@ -47,7 +47,7 @@ class TrainerHooks(InterruptibleTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self.create_model_card()  # in output_dir too, as TRL does: a push sends that folder
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        with disk_errors_named(folder, self.nonfinite_updates.last_checkpoint):
+        with disk_errors_named(folder, self.last_checkpoint):
             super()._save_checkpoint(model, trial)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:

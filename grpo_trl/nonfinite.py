@@ -23,15 +23,14 @@ class NonFiniteUpdates(TrainerCallback):
     inside its backward pass: there the next rollout says that the weights have diverged.
 
     Args:
-        trainer: its `optimizer`, `metrics`, `state`, `args`, `accelerator` and `all_reduce` are used.
+        trainer: its `optimizer`, `metrics`, `state`, `args`, `last_checkpoint` and `all_reduce` are used.
     """
 
     def __init__(self, trainer: Any):
         self.trainer = trainer
         self.active = not trainer.is_deepspeed_enabled and not trainer.args.fp16
         self.in_a_row = 0
-        self.last_checkpoint: str | None = None
-        self._before_the_row: str | None = None
+        self._before_the_row: Path | None = None  # the last checkpoint then
         self._losses: list[Tensor] = []
 
     def add_loss(self, loss: Tensor) -> None:
@@ -56,7 +55,7 @@ class NonFiniteUpdates(TrainerCallback):
             self.in_a_row = 0
             return
         if not self.in_a_row:
-            self._before_the_row = self.last_checkpoint
+            self._before_the_row = trainer.last_checkpoint
         self.in_a_row += 1
         trainer.optimizer.zero_grad(set_to_none=True)  # optimizers pass over parameters without a gradient
         step = trainer.state.global_step + 1
@@ -83,8 +82,3 @@ class NonFiniteUpdates(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.in_a_row, self._losses = 0, []
-        resumed = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        self.last_checkpoint = str(resumed) if state.global_step and resumed.is_dir() else None
-
-    def on_save(self, args, state, control, **kwargs):
-        self.last_checkpoint = str(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")

@@ -41,19 +41,11 @@ class PromptMemory:
     """The records of all prompts drawn, in the order of their first draws.
 
     Args:
-        passes: whether a reward is that of a completion that passes.
         skip_solved_after: draws in a row, every completion passed, after which a prompt is passed over; None: never.
         skip_hopeless_after: the same for draws with no completion passed.
     """
 
-    def __init__(
-        self,
-        passes: Callable[[float], bool],
-        *,
-        skip_solved_after: int | None = None,
-        skip_hopeless_after: int | None = None,
-    ):
-        self.passes = passes
+    def __init__(self, *, skip_solved_after: int | None = None, skip_hopeless_after: int | None = None):
         self.skip_solved_after, self.skip_hopeless_after = skip_solved_after, skip_hopeless_after
         self.records: dict[str, PromptRecord] = {}
 
@@ -75,7 +67,7 @@ class PromptMemory:
     def update(
         self,
         groups: Sequence[Group],
-        rewards: Sequence[Sequence[float]],
+        verdicts: Sequence[Sequence[float]],
         step: int,
         gather: Callable[[list[Any]], list[Any]],
     ) -> None:
@@ -83,11 +75,11 @@ class PromptMemory:
 
         Args:
             groups: those of this rank.
-            rewards: one per completion of each group. NaN: no reward applies; the completion is not counted.
+            verdicts: one per completion of each group: 1 passed, 0 did not, NaN is not counted (`algorithm.passed`).
             step: optimizer steps made so far.
             gather: concatenates lists over ranks; every rank calls it equally often.
         """
-        outcomes = [self._outcome(group.prompt, row) for group, row in zip(groups, rewards, strict=True)]
+        outcomes = [self._outcome(group.prompt, row) for group, row in zip(groups, verdicts, strict=True)]
         for outcome in sorted(gather(outcomes), key=lambda outcome: outcome.draw):
             record = self.records.get(outcome.key, PromptRecord(outcome.prompt or ""))
             solved = outcome.completions > 0 and outcome.passed == outcome.completions
@@ -116,11 +108,11 @@ class PromptMemory:
         columns = [table[field.name] for field in fields(PromptRecord)]
         self.records = {key: PromptRecord(*values) for key, *values in zip(table["key"], *columns, strict=True)}
 
-    def _outcome(self, prompt: Prompt, rewards: Sequence[float]) -> Outcome:
+    def _outcome(self, prompt: Prompt, verdicts: Sequence[float]) -> Outcome:
         key = key_of(prompt)
         text = None if key in self.records else _readable(prompt.example["prompt"])
-        judged = [reward for reward in rewards if reward == reward]  # not NaN
-        return Outcome(prompt.draw, key, text, len(judged), sum(map(self.passes, judged)))
+        judged = [verdict for verdict in verdicts if verdict == verdict]  # not NaN
+        return Outcome(prompt.draw, key, text, len(judged), sum(map(int, judged)))
 
     def _is_skipped(self, record: PromptRecord) -> bool:
         return _reached(record.solved_streak, self.skip_solved_after) or _reached(

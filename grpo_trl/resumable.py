@@ -66,6 +66,11 @@ class ResumableTrainer(Trainer):
         self._evaluation_is_due, self._earlier_seconds = False, 0.0
         return super().train(folder, trial, ignore_keys_for_eval)
 
+    @property
+    def last_checkpoint(self) -> Path | None:
+        """Folder of this run's newest checkpoint, or of the one that it was resumed from."""
+        return self._last_checkpoint[1] if self._last_checkpoint else None
+
     # ---- Writing ----
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -183,15 +188,14 @@ class ResumableTrainer(Trainer):
         self._initial_global_step = state["initial_step"]
         self._earlier_seconds = state["seconds"]
         if state["evaluation_is_due"]:
-            assert self._last_checkpoint is not None
-            self._load_rng_state(str(self._last_checkpoint[1]))
+            self._load_rng_state(str(self.last_checkpoint))
             # saved anew with what it did to random states and to the best metric; transformers then loads that
             self.control.should_evaluate = self.control.should_save = True
             epoch = self.state.epoch or 0.0
             self._maybe_log_save_evaluate(self._tr_loss, None, self.model_wrapped, None, epoch, None, self._began)
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
-        if skip_scheduler and self._last_checkpoint:  # eval_on_start: a resumed run has begun before
+        if skip_scheduler and self.last_checkpoint:  # eval_on_start: a resumed run has begun before
             return {}
         return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
 

@@ -10,9 +10,21 @@ from pathlib import Path
 
 import common
 import pytest
-from common import LOADS, SHAPES, Load, build_prompts, build_tokenizer, check_same_work, eos_ids, loads_of, ratios
+from common import (
+    LOADS,
+    SHAPES,
+    Load,
+    build_model,
+    build_prompts,
+    build_tokenizer,
+    check_same_work,
+    eos_ids,
+    loads_of,
+    ratios,
+)
 from learner_vs_trl import completions_of
 from rollout_vs_trl import floor_seconds
+from scaling_ranks import expected_max, imbalance, predicted
 from step_vs_trl import Clock
 
 from tests.conftest import ROOT
@@ -104,6 +116,15 @@ def test_floor_of_a_rollout():
     assert floor_seconds(load, 1024, 4.3e12) == pytest.approx(1.24, rel=0.02)
 
 
+def test_the_model_of_more_ranks():
+    assert expected_max([1.0, 3.0], 1) == 2.0
+    assert expected_max([3.0, 1.0], 2) == pytest.approx((1 + 3 + 3 + 3) / 4)
+    assert predicted([1.0, 3.0], 1e9, 1e9, ranks=1) == 1.0
+    assert predicted([2.0], 1e9, 1e9, ranks=2) == pytest.approx(2 / 3)  # half of 1 GB each way: a second
+    assert predicted([2.0], 1e9, 1e9, ranks=4) == pytest.approx(2 / 3.5)
+    assert imbalance([{"tokens": [10, 20]}, {"tokens": [30, 20]}]) == pytest.approx((1.5 + 1) / 2)
+
+
 SMALL = "--shape tiny --prompts 2 --group 4 --prompt-len 5,9 --completion-len 16 --steps 1"
 
 
@@ -167,6 +188,20 @@ def test_demo_vs_trl_trains_both_sides(tmp_path: Path):
     peer, ours = json.loads(output.read_text())["measurements"]
     assert peer["accuracy_before"] == ours["accuracy_before"]
     assert 0 < ours["accuracy_after"] < 1
+
+
+@pytest.mark.slow
+def test_scaling_ranks_counts_what_two_ranks_exchange(tmp_path: Path):
+    output = tmp_path / "small.json"
+    command = [sys.executable, "benchmarks/scaling_ranks.py", *SMALL.split(), "--output", str(output)]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=500)
+    result = json.loads(output.read_text())
+    assert [len(ranks) for ranks in result["measurements"].values()] == [1, 2, 2]
+    weights = sum(weight.numel() for weight in build_model(replace(TINY, prompts=2)).parameters())
+    assert result["gradient_bytes_per_round"] == 4 * weights  # fp32, each once
+    assert 0 < result["other_bytes_per_round"] < 1e5
+    assert result["token_imbalance"] >= 1 and 0 < result["efficiency"] < 1.5
+    assert list(result["model"].values()) == sorted(result["model"].values(), reverse=True)
 
 
 @pytest.mark.slow

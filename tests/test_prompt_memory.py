@@ -19,7 +19,7 @@ NAN = float("nan")
 
 
 def memory(**options):
-    return PromptMemory(lambda reward: reward >= 1, **options)
+    return PromptMemory(**options)
 
 
 def group(draw, *ids, prompt=None):
@@ -31,7 +31,7 @@ def alone(values):
 
 
 def remember(kept, *rows, ids=(5,), step=0):
-    """Draws of one prompt, one after the other, with these rewards."""
+    """Draws of one prompt, one after the other, with these verdicts."""
     for draw, row in enumerate(rows):
         kept.update([group(draw, *ids)], [row], step, alone)
     return kept.records[key_of(Prompt(list(ids), {}, 0))]
@@ -41,7 +41,7 @@ def remember(kept, *rows, ids=(5,), step=0):
 
 
 def test_counts_by_hand():
-    record = remember(memory(), [1, 1, 0.9, 0], [2, 1, 1, 1], [1, NAN, 1, NAN], step=7)
+    record = remember(memory(), [1, 1, 0, 0], [1, 1, 1, 1], [1, NAN, 1, NAN], step=7)
     assert (record.draws, record.completions, record.passed) == (3, 10, 8)
     assert (record.solved_streak, record.hopeless_streak, record.last_step) == (2, 0, 7)
     assert record.prompt == "text (5,)"

@@ -44,11 +44,15 @@ OPTIONS = {
         "dynamic_sampling": True, "dynamic_sampling_filter": "tests.train_on_ranks.odd_draws",
         "max_concurrent_rows": 16, "skip_solved_after": 1, "eval_pass_threshold": 1.5,
     },
+    "an adapter, in the second epoch, within a buffer, with accumulation and a schedule": {
+        "lora": True, "num_iterations": 1, "gradient_accumulation_steps": 2, "steps_per_generation": 4,
+        "lr_scheduler_type": "cosine", "warmup_steps": 2,
+    },
 }  # fmt: skip
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [pytest.param("plain", marks=pytest.mark.ci), "dynamic"])
+@pytest.mark.parametrize("name", [pytest.param("plain", marks=pytest.mark.ci), *list(OPTIONS)[1:]])
 def test_two_ranks_cut_in_two_are_the_run(tmp_path, trained, name):
     options = {**OPTIONS[name], "max_steps": 6, "logging_steps": 4}
     expected = trained("straight", save_strategy="steps", save_steps=3, **options)

@@ -43,6 +43,7 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
 
 
+IMBALANCE = "rollout/token_imbalance"  # a metric of several ranks alone
 SLOW = (pytest.mark.slow, pytest.mark.ci)
 
 
@@ -85,9 +86,11 @@ def test_two_ranks_train_what_one_rank_trains(tmp_path, options):
     # AdamW makes of gradients near 0 steps of full size, so that the weights differ by more than their gradients do
     for name, weight in one["weights"].items():
         torch.testing.assert_close(two["weights"][name], weight, rtol=1e-4, atol=1e-5, msg=name)
+    imbalances = [entry[IMBALANCE] for entry in two["log"] if IMBALANCE in entry]
+    assert min(imbalances) >= 1 and max(imbalances) < 2  # all tokens on one of two ranks
     assert any("eval_reward" in entry for entry in one["log"])
     for first, second in zip(one["log"], two["log"], strict=True):
-        assert first.keys() == second.keys()
+        assert first.keys() == second.keys() - {IMBALANCE}
         for name, value in first.items():
             # times differ, and total_flos counts padding, which depends on the rows of a micro-batch
             if not any(part in name for part in ("runtime", "per_second", "_seconds", "total_flos")):

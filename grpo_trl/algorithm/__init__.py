@@ -1,6 +1,6 @@
 """The mathematics of GRPO: pure functions on tensors, with torch and the standard library only."""
 
-from .advantages import AGGREGATIONS, combine_rewards, group_advantages, informative_groups
+from .advantages import AGGREGATIONS, combine_rewards, group_advantages, informative_groups, passed
 from .loss import KL_ESTIMATORS, SAMPLER_CORRECTIONS, SURROGATES, entropy_bonus, policy_loss, top_entropy_mask
 from .token_weights import token_weights
 from .variants import LOSS_TYPES, VARIANTS, Variant
@@ -17,6 +17,7 @@ __all__ = [
     "entropy_bonus",
     "group_advantages",
     "informative_groups",
+    "passed",
     "policy_loss",
     "token_weights",
     "top_entropy_mask",

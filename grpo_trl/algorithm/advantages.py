@@ -19,6 +19,17 @@ def combine_rewards(rewards_per_func: Tensor, weights: Tensor) -> Tensor:
     return torch.where(rewards_per_func.isnan().all(1), torch.nan, total)
 
 
+def passed(rewards_per_func: Tensor, weights: Tensor, threshold: float) -> Tensor:
+    """Which completions are right: 1 where the weighted rewards reach the threshold, else 0; NaN where no function
+    applies. (B, F), (F,) -> (B,).
+
+    Negative ones are left out of the sum: they are penalties (DAPO's for length, arXiv 2503.14476, section 3.4, say),
+    under which a right answer is still right.
+    """
+    credit = combine_rewards((rewards_per_func * weights).clamp(min=0), torch.ones_like(weights))
+    return torch.where(credit.isnan(), torch.nan, (credit >= threshold).to(credit.dtype))
+
+
 def decoupled_rewards(rewards_per_func: Tensor, weights: Tensor, num_generations: int) -> Tensor:
     """Weighted sum of rewards that are normalised within their groups first, each function by itself: one with a
     wide range does not drown the others. (B, F), (F,) -> (B,). GDPO, arXiv 2601.05242; its last step,

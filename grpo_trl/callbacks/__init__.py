@@ -1,7 +1,7 @@
 """What a run shows and leaves behind: what is where, plot, completions, epoch folders, prompt memory, diagnoses, and
 the reference that follows the policy."""
 
-from .completions import log_completions, read_parquet, write_parquet
+from .completions import log_completions, printable, read_parquet, write_parquet
 from .device_table import DeviceTableCallback, ModelRow, device_table, model_rows
 from .epoch_export import EpochExportCallback, recipe_yaml
 from .loss_note import LossNoteCallback, loss_note
@@ -27,6 +27,7 @@ __all__ = [
     "mix_into_reference",
     "model_rows",
     "plot_metrics",
+    "printable",
     "read_parquet",
     "recipe_yaml",
     "write_parquet",

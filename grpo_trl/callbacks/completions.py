@@ -44,12 +44,12 @@ def log_completions(rows: Sequence[Mapping[str, Any]], *, args: Any, state: Trai
     shown = {name: [values[i] for i in chosen] for name, values in columns.items()}
     if chosen:
         print_prompt_completions_sample(
-            _printable(shown["prompt"]),
-            _printable(shown["completion"]),
+            printable(shown["prompt"]),
+            printable(shown["completion"]),
             {name: [math.nan if value is None else value for value in shown[name]] for name in rewards},
             None if None in shown["advantage"] else shown["advantage"],  # an evaluation has none
             f"{state.global_step} {mark}".strip(),  # pyright: ignore[reportArgumentType] - printed as it is
-            extra={name: _printable(shown[name]) for name in extra},
+            extra={name: printable(shown[name]) for name in extra},
         )
     # the order of TRL's files: advantage last
     table = {name: columns[name] for name in ["prompt", "completion", *rewards, *extra, "advantage"]}
@@ -72,13 +72,13 @@ def read_parquet(path: Path) -> dict[str, list]:
     return pyarrow.parquet.read_table(path).to_pydict()
 
 
-def _printable(value: Any) -> Any:
+def printable(value: Any) -> Any:
     """Texts without the control characters by which they could clear or rewrite the terminal; in messages too."""
     if isinstance(value, str):
         return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", value)
     if isinstance(value, list):
-        return [_printable(item) for item in value]
-    return {key: _printable(item) for key, item in value.items()} if isinstance(value, dict) else value
+        return [printable(item) for item in value]
+    return {key: printable(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def _arrow(values: list) -> pa.Array:

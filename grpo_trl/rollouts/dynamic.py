@@ -23,6 +23,7 @@ class Scored:
     group: Group
     rewards: list[float]
     born: int  # optimizer steps made before
+    solved: bool = False  # every completion passed
 
 
 @dataclass
@@ -31,8 +32,8 @@ class Cost:
 
     drawn: int = 0
     kept: int = 0  # in the batch, carried ones included
-    all_right: int = 0  # equal rewards that pass, of those drawn
-    all_wrong: int = 0  # equal rewards that do not
+    all_right: int = 0  # not informative and solved, of those drawn
+    all_wrong: int = 0  # not informative, not solved
     carried: int = 0  # in the batch, from a former one
     expired: int = 0  # were to be carried and grew too old
     rounds: int = 0
@@ -46,14 +47,12 @@ class DynamicSampler:
 
     Args:
         is_informative: whether a group has a gradient.
-        passes: whether equal rewards are those of a solved prompt.
         max_rounds: rounds of drawing per batch; the first is one of them.
         max_age: optimizer steps after which a surplus group is no longer used; 0: none is kept.
         round_size: least number of prompts of a round, over all ranks: what the engine decodes at a time anyway.
     """
 
     is_informative: Callable[[Scored], bool]
-    passes: Callable[[Scored], bool]
     max_rounds: int
     max_age: int
     round_size: int = 1
@@ -85,7 +84,7 @@ class DynamicSampler:
             new = sample(self._next_round(wanted, wanted - found, world_size))
             informative = [scored for scored in new if self.is_informative(scored)]
             pool += informative
-            equal = [self.passes(scored) for scored in new if not self.is_informative(scored)]
+            equal = [scored.solved for scored in new if not self.is_informative(scored)]
             tokens = sum(len(ids) for scored in new for ids in scored.group.completion_ids)
             seen = gather([(len(new), len(informative), sum(equal), len(equal) - sum(equal), tokens)])
             drawn, accepted, right, wrong, tokens = (sum(column) for column in zip(*seen, strict=True))

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from grpo_trl.algorithm import AGGREGATIONS, combine_rewards, group_advantages, informative_groups
+from grpo_trl.algorithm import AGGREGATIONS, combine_rewards, group_advantages, informative_groups, passed
 from grpo_trl.algorithm.advantages import SCALE_REWARDS
 
 NAN = math.nan
@@ -123,6 +123,18 @@ def test_informative_groups():
     rewards = torch.cat([torch.full((16,), 0.7), torch.full((16,), 0.95), torch.arange(16) / 16])
     assert informative_groups(rewards, 16).tolist() == [False, False, True]
     assert informative_groups(torch.tensor(5 * [0.1] + [0.2], dtype=torch.float64), 3).tolist() == [False, True]
+
+
+def test_a_right_answer_under_a_penalty_passes():
+    right, half, wrong, long, unknown = 1.0, 0.5, 0.0, -1.0, NAN
+    rewards = torch.tensor([[right, 0], [right, long], [half, long], [wrong, 0], [unknown, long], [unknown, unknown]])
+    verdicts = [passed(rewards, torch.tensor(weights), threshold=1.0) for weights in ([1.0, 1.0], [2.0, 0.5])]
+    assert [verdict[:5].tolist() for verdict in verdicts] == [[1, 1, 0, 0, 0], [1, 1, 1, 0, 0]]
+    assert all(verdict[5].isnan() for verdict in verdicts)
+
+
+def test_rewards_at_the_threshold_pass():
+    assert passed(torch.tensor([[0.7], [0.6999]]), torch.ones(1), threshold=0.7).tolist() == [1, 0]
 
 
 def test_missing_rewards_do_not_make_a_group_uninformative():

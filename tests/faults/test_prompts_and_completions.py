@@ -55,7 +55,7 @@ def test_an_empty_prompt_of_a_stream_is_refused_when_it_comes(tmp_path):
         run.train()
 
 
-def test_a_prompt_longer_than_a_table_of_positions_is_refused_before_training(tmp_path):
+def test_a_prompt_longer_than_a_table_of_positions_is_refused_with_both_lengths(tmp_path):
     model = tiny_model("gpt2", max_position_embeddings=64)
     rows = [{"prompt": "short"}, {"prompt": "x" * 60}]
     with pytest.raises(ValueError, match=r"prompt of 60 tokens and max_completion_length=8 need more than the 64"):

@@ -29,11 +29,8 @@ from .assembly import (
     limit,
     load_models,
     load_tokenizer,
-    named_datasets,
     policy_limit,
-    problems,
     prompt_memory,
-    prompt_problems,
     reward_specs,
     train_sampling,
 )
@@ -56,6 +53,7 @@ from .prompts import encode_prompt, truncate_prompt
 from .refused import raise_all, uncalled
 from .rewards import RewardScorer, load_rewards
 from .rollouts import make_engine, make_replica, weights_for_generation
+from .trainer_checks import named_datasets, problems, prompt_problems
 
 logger = logging.get_logger(__name__)
 

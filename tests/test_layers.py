@@ -23,7 +23,7 @@ LAYERS = [
     ["resumable"],
     ["interruptible"],
     ["assembly", "hooks"],
-    ["collection"],
+    ["collection", "trainer_checks"],
     ["trainer", "memory"],
     ["selfcheck"],
     ["cli", "__main__"],

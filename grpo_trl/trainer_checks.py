@@ -14,6 +14,7 @@ from .prompts import check_prompt_dataset, check_template_kwargs, encode_prompt,
 from .rewards import check_rewards
 from .rewards.rows import RESERVED
 from .rollouts import check_engine
+from .rollouts.transformers_cb import check_options
 
 
 def named_datasets(train_dataset: Any, eval_dataset: Any) -> dict[str, Any]:
@@ -72,6 +73,7 @@ def problems(
         partial(device_map, args, "ref_device"),
         partial(device_map, args, "reward_device"),
         partial(check_engine, args.rollout_engine),
+        partial(_check_sampling_options, args),
         partial(check_rewards, rewards, reward_processing_classes, args),
         *([partial(filter_named, args.dynamic_sampling_filter)] if args.dynamic_sampling_filter else []),
         *(partial(check_prompt_dataset, dataset, where=name) for name, dataset in datasets.items()),
@@ -87,6 +89,11 @@ def zero3_problems(ref_device: str | dict | None) -> list[str]:
         f"ref_device={ref_device!r}: under ZeRO-3 the reference is sharded over the ranks like the policy and has "
         "no device of its own; leave ref_device at auto, or use ZeRO-2."
     ]
+
+
+def _check_sampling_options(args: GRPOConfig) -> None:
+    if args.rollout_engine == "transformers_cb":
+        check_options(args.repetition_penalty, mapping(args.generation_kwargs))
 
 
 def check_path(model: Any) -> None:

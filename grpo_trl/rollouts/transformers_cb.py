@@ -49,11 +49,7 @@ class TransformersCBEngine:
             ValueError: options that continuous batching would leave out.
             RuntimeError: a completion that failed, with what transformers says of it.
         """
-        if sampling.history_processors or sampling.generation_kwargs:
-            raise ValueError(
-                "rollout_engine 'transformers_cb' has no repetition_penalty, generation_kwargs and logits_processors; "
-                "use native or hf_generate for them."
-            )
+        check_options(sampling.repetition_penalty, sampling.generation_kwargs, sampling.logits_processors)
         rows = self.max_concurrent_rows or len(prompts) * sampling.num_generations
         size = max(1, rows // sampling.num_generations)
         for start in range(0, len(prompts), size):
@@ -88,6 +84,17 @@ class TransformersCBEngine:
             for i, prompt in enumerate(prompts)
             for group in [results[i * count : (i + 1) * count]]
         ]
+
+
+def check_options(
+    repetition_penalty: float, generation_kwargs: dict[str, Any], logits_processors: Sequence[Any] = ()
+) -> None:
+    """Raises a ValueError for options of sampling that continuous batching would leave out."""
+    if repetition_penalty != 1 or generation_kwargs or logits_processors:
+        raise ValueError(
+            "rollout_engine 'transformers_cb' has no repetition_penalty, generation_kwargs and logits_processors; "
+            "use native or hf_generate for them."
+        )
 
 
 def _count(sampling: SamplingParams) -> int:

@@ -99,7 +99,9 @@ class VLLMEngine:
         return as_group(prompt, found["completion_ids"], found["logprobs"], sampling)
 
     def _from_copy(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> Iterator[Group]:
-        from .vllm_connection import as_vllm_params, extract_logprobs
+        from trl.generation.vllm_generation import extract_logprobs
+
+        from .vllm_connection import as_vllm_params
 
         own, llm = {prompt.draw: prompt for prompt in prompts}, self.connection.llm
         asked = list(prompts)
@@ -117,7 +119,9 @@ class VLLMEngine:
         for prompt, output in zip(asked, outputs, strict=True):
             if prompt.draw in own:
                 ids = [list(completion.token_ids) for completion in output.outputs]
-                yield as_group(own[prompt.draw], ids, extract_logprobs([output])[0] or [], sampling)
+                logprobs, _ = extract_logprobs([output])
+                assert logprobs is not None  # they are asked for
+                yield as_group(own[prompt.draw], ids, logprobs, sampling)
 
     def _prompts_of_copy(self, prompts: list[Prompt]) -> list[Prompt]:
         parts: list[Any] = [None] * self.args.vllm_tensor_parallel_size

@@ -14,14 +14,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from trl.distributed import DistributedBackend
 from trl.generation.vllm_client import VLLMClient
-from trl.generation.vllm_generation import VLLMGeneration, extract_logprobs
+from trl.generation.vllm_generation import VLLMGeneration
 from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
 from vllm.sampling_params import StructuredOutputsParams  # pyright: ignore[reportMissingImports]
 
 from ..config import GRPOConfig
 from .vllm_checks import SERVE, check_server
-
-__all__ = ["Adapters", "Connection", "as_vllm_params", "connect", "extract_logprobs", "merged_weights"]
 
 
 def connect(args: GRPOConfig) -> VLLMClient:

@@ -42,27 +42,12 @@ def problems(
         for name, value in refused.items()
         if value is not None
     ]
-    if args.sync_ref_model and with_adapter:
-        found.append(
-            "sync_ref_model=True needs a reference model of its own, but a policy with an adapter is its own "
-            "reference; set sync_ref_model=False, or train all weights."
-        )
+    found += _reference_problems(model, args, with_adapter)
     evaluates = args.eval_strategy != "no" or args.eval_on_start
     if evaluates and datasets.keys() == {"train_dataset"}:
         found.append(
             "eval_strategy or eval_on_start asks for evaluation, but there is no eval_dataset; pass one, or set "
             "eval_strategy='no' and eval_on_start=False."
-        )
-    loaded_reference = args.beta and (args.ref_model_name_or_path or (isinstance(model, str) and not with_adapter))
-    if args.ref_model_init_kwargs and not loaded_reference:
-        found.append(
-            "ref_model_init_kwargs has no effect: no reference is loaded from a path here; set "
-            "ref_model_name_or_path (and beta above 0), or leave it out."
-        )
-    if args.sync_ref_model and "quantization_config" in mapping(args.ref_model_init_kwargs):
-        found.append(
-            "sync_ref_model=True mixes the policy into the reference's weights, which quantised ones do not allow; "
-            "leave quantization_config out of ref_model_init_kwargs, or set sync_ref_model=False."
         )
     if is_zero3(args.deepspeed_plugin):
         found += zero3_problems(args.ref_device)
@@ -78,6 +63,27 @@ def problems(
         *([partial(filter_named, args.dynamic_sampling_filter)] if args.dynamic_sampling_filter else []),
         *(partial(check_prompt_dataset, dataset, where=name) for name, dataset in datasets.items()),
     )
+    return found
+
+
+def _reference_problems(model: Any, args: GRPOConfig, with_adapter: bool) -> list[str]:
+    found = []
+    if args.sync_ref_model and with_adapter:
+        found.append(
+            "sync_ref_model=True needs a reference model of its own, but a policy with an adapter is its own "
+            "reference; set sync_ref_model=False, or train all weights."
+        )
+    loaded_reference = args.beta and (args.ref_model_name_or_path or (isinstance(model, str) and not with_adapter))
+    if args.ref_model_init_kwargs and not loaded_reference:
+        found.append(
+            "ref_model_init_kwargs has no effect: no reference is loaded from a path here; set "
+            "ref_model_name_or_path (and beta above 0), or leave it out."
+        )
+    if args.sync_ref_model and "quantization_config" in mapping(args.ref_model_init_kwargs):
+        found.append(
+            "sync_ref_model=True mixes the policy into the reference's weights, which quantised ones do not allow; "
+            "leave quantization_config out of ref_model_init_kwargs, or set sync_ref_model=False."
+        )
     return found
 
 

@@ -1,10 +1,9 @@
-"""What the trainer is put together from: checked arguments, tokenizer, sampling parameters, devices, callbacks."""
+"""What the trainer is put together from: arguments, tokenizer, models, sampling parameters, devices, callbacks."""
 
 import os
 import pydoc
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedType
-from datasets import IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
@@ -29,14 +27,12 @@ from .callbacks import (
     SyncReferenceCallback,
 )
 from .config import GRPOConfig, mapping
-from .placement import DeviceMap, is_zero3, resolve_device_map
+from .placement import DeviceMap, resolve_device_map
 from .policy import disable_dropout, freeze_adapter, load_policy, load_reference_model, prepare
 from .prompt_memory import PromptMemory
-from .prompts import check_prompt_dataset, check_template_kwargs, encode_prompt, first_rows, limit_prompts
-from .rewards import check_rewards
+from .prompts import encode_prompt, limit_prompts
 from .rewards.registry import TRL_NAMES
-from .rewards.rows import RESERVED
-from .rollouts import EVAL_STREAM, SamplingParams, check_engine
+from .rollouts import EVAL_STREAM, SamplingParams
 from .rollouts.dynamic import DynamicSampler, Scored
 from .token_limit import TokenLimit
 
@@ -65,79 +61,6 @@ def reward_specs(reward_funcs: Any, processing_classes: Any, args: GRPOConfig) -
     return specs, processing_classes
 
 
-def named_datasets(train_dataset: Any, eval_dataset: Any) -> dict[str, Any]:
-    """Every dataset under the name that messages use for it."""
-    datasets = {"train_dataset": train_dataset}
-    if isinstance(eval_dataset, dict):
-        datasets |= {f"eval_dataset {name!r}": dataset for name, dataset in eval_dataset.items()}
-    elif eval_dataset is not None:
-        datasets["eval_dataset"] = eval_dataset
-    return datasets
-
-
-def problems(
-    model: Any,
-    args: GRPOConfig,
-    rewards: list[Any],
-    reward_processing_classes: Any,
-    datasets: dict[str, Any],
-    with_adapter: bool,
-    refused: dict[str, Any],
-) -> list[str]:
-    """Everything that can be known to be wrong without a tokenizer or a model."""
-    found = [
-        f"{name} is a TRL argument that is not available here; override GRPOTrainer.rollout (see docs/rollouts.md)."
-        for name, value in refused.items()
-        if value is not None
-    ]
-    if args.sync_ref_model and with_adapter:
-        found.append(
-            "sync_ref_model=True needs a reference model of its own, but a policy with an adapter is its own "
-            "reference; set sync_ref_model=False, or train all weights."
-        )
-    evaluates = args.eval_strategy != "no" or args.eval_on_start
-    if evaluates and datasets.keys() == {"train_dataset"}:
-        found.append(
-            "eval_strategy or eval_on_start asks for evaluation, but there is no eval_dataset; pass one, or set "
-            "eval_strategy='no' and eval_on_start=False."
-        )
-    loaded_reference = args.beta and (args.ref_model_name_or_path or (isinstance(model, str) and not with_adapter))
-    if args.ref_model_init_kwargs and not loaded_reference:
-        found.append(
-            "ref_model_init_kwargs has no effect: no reference is loaded from a path here; set "
-            "ref_model_name_or_path (and beta above 0), or leave it out."
-        )
-    if args.sync_ref_model and "quantization_config" in mapping(args.ref_model_init_kwargs):
-        found.append(
-            "sync_ref_model=True mixes the policy into the reference's weights, which quantised ones do not allow; "
-            "leave quantization_config out of ref_model_init_kwargs, or set sync_ref_model=False."
-        )
-    if is_zero3(args.deepspeed_plugin):
-        found += zero3_problems(args.ref_device)
-    if isinstance(datasets["train_dataset"], IterableDataset) and args.max_steps <= 0:
-        found.append("train_dataset is a stream, whose length is not known; set max_steps.")
-    found += _errors_of(
-        partial(check_path, model),
-        partial(device_map, args, "ref_device"),
-        partial(device_map, args, "reward_device"),
-        partial(check_engine, args.rollout_engine),
-        partial(check_rewards, rewards, reward_processing_classes, args),
-        *([partial(filter_named, args.dynamic_sampling_filter)] if args.dynamic_sampling_filter else []),
-        *(partial(check_prompt_dataset, dataset, where=name) for name, dataset in datasets.items()),
-    )
-    return found
-
-
-def zero3_problems(ref_device: str | dict | None) -> list[str]:
-    """What cannot be placed under ZeRO-3, which shards the reference over the ranks."""
-    if ref_device in (None, "auto", "same"):
-        return []
-    return [
-        f"ref_device={ref_device!r}: under ZeRO-3 the reference is sharded over the ranks like the policy and has "
-        "no device of its own; leave ref_device at auto, or use ZeRO-2."
-    ]
-
-
 def with_overlong_penalty(rewards: list[Any], processing_classes: Any, args: GRPOConfig) -> tuple[list[Any], Any]:
     """Adds the reward `soft_overlong` with weight 1, unless it is there already."""
     if not rewards or any(TRL_NAMES.get(spec, spec) == "soft_overlong" for spec in rewards if isinstance(spec, str)):
@@ -147,23 +70,6 @@ def with_overlong_penalty(rewards: list[Any], processing_classes: Any, args: GRP
     if isinstance(processing_classes, Sequence):
         processing_classes = [*processing_classes, None]
     return [*rewards, "soft_overlong"], processing_classes
-
-
-def prompt_problems(
-    datasets: dict[str, Any], tokenizer: Any, chat_options: dict[str, Any], remove_unused_columns: bool | None
-) -> list[str]:
-    """What is wrong with the first text and the first conversation of each dataset once they meet the tokenizer (no
-    chat template, say), with its `chat_template_kwargs`, and with columns named as an argument of every reward."""
-    found = []
-    for name, dataset in datasets.items():
-        rows = first_rows(dataset)
-        checks = [partial(encode_prompt, row, tokenizer, **chat_options) for row in rows]
-        errors = _errors_of(*checks, partial(check_template_kwargs, dataset))
-        found += [f"{name}: {error}" for error in dict.fromkeys(errors)]
-        taken = [] if remove_unused_columns else sorted(set(RESERVED) & set(rows[0]))
-        if taken:
-            found.append(f"{name} has columns {', '.join(taken)}, which rewards get as arguments; rename them.")
-    return found
 
 
 def limit(dataset: Any, tokenizer: Any, chat_options: dict[str, Any], args: GRPOConfig) -> Any:
@@ -224,28 +130,6 @@ def filter_named(path: str) -> Callable[..., Any]:
             "the dotted path of a function (group, rewards) -> bool, its package on sys.path."
         )
     return found
-
-
-def check_path(model: Any) -> None:
-    """Raises FileNotFoundError for a model that can only be a path, not an id of the Hub, and does not exist."""
-    if not isinstance(model, str):
-        return
-    is_path = model.startswith((".", "~", os.sep)) or model.count("/") > 1
-    if is_path and not os.path.exists(model):
-        raise FileNotFoundError(
-            f"model {model!r}: no such folder (current directory: {os.getcwd()}); give the path of a saved model, or "
-            "an id of the Hub (organisation/name)."
-        )
-
-
-def _errors_of(*checks: Callable[[], Any]) -> list[str]:
-    errors = []
-    for check in checks:
-        try:
-            check()
-        except (ValueError, TypeError, OSError) as error:
-            errors.append(str(error))
-    return errors
 
 
 def load_models(

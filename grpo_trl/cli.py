@@ -19,10 +19,10 @@ from trl.scripts.utils import TrlParser
 from trl.trainer.model_config import ModelConfig
 from trl.trainer.utils import get_peft_config, get_quantization_config
 
-from .assembly import check_path
 from .config import GRPOConfig
 from .data import load_datasets, parse_entries
 from .refused import raise_all, refuse
+from .trainer_checks import check_path
 
 # Options of TRL's GRPO script that this one does not have: name -> what to do instead.
 REFUSED_SCRIPT_OPTIONS = {

@@ -26,6 +26,7 @@ from .config_checks import (
     trainer_problems,
 )
 from .config_types import type_problems
+from .config_vllm import VLLMArguments, resolve_vllm, vllm_generation_kwargs, vllm_kwargs_problems
 from .generation_kwargs import FIELDS as GENERATION_FIELDS
 from .generation_kwargs import generation_problems
 from .refused import UNUSED, raise_all, refuse, unused
@@ -57,7 +58,7 @@ def _help(text: str, default: Any = None) -> Any:
 
 
 @dataclass
-class GRPOConfig(TrainingArguments):
+class GRPOConfig(VLLMArguments):
     """Arguments of [`GRPOTrainer`]: those of `transformers.TrainingArguments` and TRL's `GRPOConfig`, and a few more.
 
     `docs/configuration.md` lists the fields with their effect, and what differs from TRL. Batch sizes count
@@ -132,7 +133,8 @@ class GRPOConfig(TrainingArguments):
     generation_kwargs: dict | str | None = _help("More arguments of `transformers.GenerationConfig`.")
     cache_implementation: str | None = _help("Cache of `model.generate`, e.g. static.")
     rollout_engine: str = _help(
-        "How completions are sampled: native or hf_generate. Default: native, unless cache_implementation is set."
+        "How completions are sampled: native, hf_generate, vllm or transformers_cb. Default: native, unless "
+        "cache_implementation is set."
     )
     max_concurrent_rows: int | None = _help(
         "Completions that are decoded at a time. Default: native: what fits into half of the free memory; else all."
@@ -258,7 +260,7 @@ class GRPOConfig(TrainingArguments):
         if self.world_size > 1 and self.device.type == "cpu":
             # transformers hands ddp_timeout on to GPU ranks only: CPU ranks would wait half an hour whatever it says
             _set_pg_timeout(timedelta(seconds=self.ddp_timeout))
-        problems += self._resolve_objective() + self._resolve_generation_kwargs()
+        problems += self._resolve_objective() + resolve_vllm(self) + self._resolve_generation_kwargs()
         if self.save_on_signal is None:
             self.save_on_signal = self.save_strategy != "no" and not self.save_only_model
         if self.rollout_engine is None:
@@ -370,9 +372,11 @@ class GRPOConfig(TrainingArguments):
         for name, own in GENERATION_FIELDS.items():
             if name in options:
                 setattr(self, own, options.pop(name))
+        options |= vllm_generation_kwargs(self)
         self.generation_kwargs = options or None
         of_fields = type_problems(self, self._typed() & set(GENERATION_FIELDS.values()))
-        return [f"generation_kwargs: {problem}" for problem in of_fields] + generation_problems(options)
+        of_options = vllm_kwargs_problems(options) if self.use_vllm else generation_problems(options)
+        return [f"generation_kwargs: {problem}" for problem in of_fields] + of_options
 
 
 def _accept_trl_options(cls: type) -> None:

@@ -3,7 +3,6 @@
 from dataclasses import fields
 from typing import Any
 
-_NO_VLLM = "remove it: rollouts run in this process; see `rollout_engine`"
 _NO_ENTROPY = "remove it: `entropy_coef` stays what it is set to"
 
 # TRL options that this package does not have: name -> (values that change nothing here, what to do instead).
@@ -11,27 +10,10 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "router_aux_loss_coef": ((None, 0.0), "remove it: no load-balancing loss is added to the objective"),
     "cast_lm_head_to_fp32": ((False,), "remove it: log-softmax is in fp32; load with dtype float32 for an fp32 head"),
     "pad_to_multiple_of": ((None, "auto"), "remove it: batches are padded to their own longest row"),
-    "use_vllm": ((False,), _NO_VLLM),
-    "vllm_mode": (("colocate",), _NO_VLLM),
-    "vllm_model_impl": (("vllm",), _NO_VLLM),
-    "vllm_enable_sleep_mode": ((False,), _NO_VLLM),
-    "vllm_structured_outputs_regex": ((None,), _NO_VLLM),
-    "vllm_server_base_url": ((None,), _NO_VLLM),
-    "vllm_server_host": (("0.0.0.0",), _NO_VLLM),
-    "vllm_server_port": ((8000,), _NO_VLLM),
-    "vllm_server_timeout": ((240.0,), _NO_VLLM),
-    "vllm_group_port": ((51216,), _NO_VLLM),
-    "vllm_gpu_memory_utilization": ((0.3,), _NO_VLLM),
-    "vllm_max_model_length": ((None,), _NO_VLLM),
-    "vllm_tensor_parallel_size": ((1,), _NO_VLLM),
-    "vllm_importance_sampling_correction": ((True, False), _NO_VLLM),
-    "vllm_importance_sampling_mode": (("sequence_mask",), _NO_VLLM),
-    "vllm_importance_sampling_clip_max": ((3.0,), _NO_VLLM),
-    "vllm_importance_sampling_clip_min": ((None,), _NO_VLLM),
-    "vllm_importance_sampling_cap": ((None,), _NO_VLLM),
-    "use_transformers_continuous_batching": ((False,), "remove it; see `rollout_engine`"),
-    "transformers_continuous_batching_config": ((None,), "remove it; see `rollout_engine`"),
-    "use_transformers_paged": ((False,), "remove it; see `rollout_engine`"),
+    "vllm_importance_sampling_cap": ((None,), "use `vllm_importance_sampling_clip_max`, its new name in TRL"),
+    "use_transformers_continuous_batching": ((False,), "use `rollout_engine: transformers_cb`"),
+    "transformers_continuous_batching_config": ((None,), "remove it: the cache is sized to each rollout"),
+    "use_transformers_paged": ((False,), "use `rollout_engine: transformers_cb`, its new name in TRL"),
     "use_adaptive_entropy": ((False,), _NO_ENTROPY),
     "entropy_coef_min": ((0.0,), _NO_ENTROPY),
     "entropy_coef_max": ((1.0,), _NO_ENTROPY),
@@ -138,8 +120,6 @@ UNCALLED: dict[str, str] = {
 
 def refuse(options: dict[str, Any]) -> dict[str, Any]:
     """Drops TRL options that change nothing here and raises one ValueError for all that would."""
-    if not options.get("use_vllm"):  # then the others of vLLM change nothing in TRL either
-        options = {name: value for name, value in options.items() if not name.startswith("vllm_")}
     problems = []
     kept = {}
     for name, value in options.items():

@@ -29,11 +29,8 @@ from .assembly import (
     limit,
     load_models,
     load_tokenizer,
-    named_datasets,
     policy_limit,
-    problems,
     prompt_memory,
-    prompt_problems,
     reward_specs,
     train_sampling,
 )
@@ -56,6 +53,7 @@ from .prompts import encode_prompt, truncate_prompt
 from .refused import raise_all, uncalled
 from .rewards import RewardScorer, load_rewards
 from .rollouts import make_engine, make_replica, weights_for_generation
+from .trainer_checks import named_datasets, problems, prompt_problems
 
 logger = logging.get_logger(__name__)
 
@@ -188,7 +186,10 @@ class GRPOTrainer(CollectingTrainer):
             max_concurrent_rows=args.max_concurrent_rows,
             cache_implementation=args.cache_implementation,
             cuda_graphs=args.cuda_graphs,
+            args=args,
+            accelerator=self.accelerator,
         )
+        self._vllm_is_of: int | None = None  # the step whose weights vLLM has; engines on the policy itself have none
         self.dynamic_sampler = dynamic_sampler(args, self.accelerator.num_processes)
         self._sampling_is_exact = self._sampling_may_be_exact(own_rollout=type(self).rollout is GRPOTrainer.rollout)
         self.metrics = Metrics()
@@ -209,6 +210,7 @@ class GRPOTrainer(CollectingTrainer):
         """Prompts in, micro-batches out; transformers sees micro-batches only."""
         prompts = StreamedPrompts if isinstance(self.train_dataset, IterableDataset) else IndexedPrompts
         self.metrics, self.num_tokens = Metrics(), 0
+        self._vllm_is_of = None
         self._accumulated: list[RolloutBatch] = []
         self.prompt_memory = prompt_memory(self.args)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
@@ -245,7 +247,9 @@ class GRPOTrainer(CollectingTrainer):
         `sampling_per_token_logps` and `completions` (what the rewards read; default: decoded) are optional.
         """
         with weights_for_generation(self.model_wrapped, self.accelerator, self.args, self.replica) as model:
-            self.engine.sync_weights(model)
+            if not (self.args.use_vllm and self._vllm_is_of == self.state.global_step):
+                self.engine.sync_weights(model)
+                self._vllm_is_of = self.state.global_step
             yield from self.engine.generate(prompts, self.sampling)
 
     # ---- Update ----
@@ -366,11 +370,13 @@ class GRPOTrainer(CollectingTrainer):
         if isinstance(datasets, str):
             datasets = {datasets: self.eval_dataset[datasets]}
         self.sampling = self.eval_sampling
+        self._vllm_is_of = None  # a callback may have put in other weights, a moving average say
         try:
             with evaluation_mode(self.model):
                 metrics = evaluate_sets(self, datasets, metric_key_prefix)
         finally:
             self.sampling = self.train_sampling
+            self._vllm_is_of = None
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 

@@ -122,25 +122,24 @@ def test_json_that_is_no_mapping_names_its_field(write, name, value):
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_trl_option_names_its_remedy(write, name):
     remedy = REFUSED[name][1]
-    vllm = {"use_vllm": True} if name.startswith("vllm_") else {}  # without it they mean nothing
-    plain = write(**vllm)
-    for argv in ([*plain, f"--{name}", "unusual"], [*plain, f"--{name}=unusual"], write(**vllm, **{name: "unusual"})):
+    plain = write()
+    for argv in ([*plain, f"--{name}", "unusual"], [*plain, f"--{name}=unusual"], write(**{name: "unusual"})):
         with pytest.raises(ValueError) as error:
             cli.parse_recipe(argv)
         assert f"{name}='unusual'" in str(error.value) and remedy in str(error.value)
 
 
 def test_harmless_trl_options_are_dropped(write):
-    harmless = {"use_vllm": False, "vllm_mode": "server", "top_entropy_quantile": 1.0}
+    harmless = {"use_transformers_paged": False, "router_aux_loss_coef": 0.0, "top_entropy_quantile": 1.0}
     args = cli.parse_recipe(write(**harmless))[1]
-    assert not hasattr(args, "use_vllm")
+    assert not hasattr(args, "use_transformers_paged")
     argv = ["--use_vllm", "false", "--vllm_server_port=8001", "--router_aux_loss_coef", "none", "--max_steps", "3"]
     assert cli.parse_recipe([*write(), *argv])[1].max_steps == 3
 
 
 def test_a_bare_refused_flag_means_true(write):
-    with pytest.raises(ValueError, match=r"use_vllm=True.*rollout_engine"):
-        cli.parse_recipe([*write(), "--use_vllm", "--max_steps", "3"])
+    with pytest.raises(ValueError, match=r"use_transformers_paged=True.*rollout_engine"):
+        cli.parse_recipe([*write(), "--use_transformers_paged", "--max_steps", "3"])
 
 
 def test_misspelt_fields_name_the_closest_one_all_in_one_error(write):

@@ -47,17 +47,60 @@ def test_refused_options_name_a_remedy():
 def test_refused_options(config, name):
     assert not hasattr(config(**{name: default_of(TRL_FIELDS[name])}), name)  # what TRL does anyway changes nothing
     with pytest.raises(ValueError) as error:
-        config(**({"use_vllm": True} | {name: "something else"}))
+        config(**{name: "something else"})
     assert f"{name}='something else' is a TRL option that is not available here; {REFUSED[name][1]}." in str(
         error.value
     )
 
 
-def test_options_of_vllm_mean_nothing_without_it(config):
-    options = {name: "something else" for name in REFUSED if name.startswith("vllm_")}
-    assert len(options) > 10
-    for switch in ({}, {"use_vllm": False}):
-        assert not any(hasattr(config(**switch, **options), name) for name in options)
+# ---- vLLM ----
+
+
+@pytest.mark.parametrize("options", [{"use_vllm": True}, {"rollout_engine": "vllm"}])
+def test_vllm_is_asked_for_by_either_name_and_corrected_for(config, options):
+    args = config(**options)
+    assert (args.use_vllm, args.rollout_engine) == (True, "vllm")
+    correction = args.sampler_correction, args.sampler_correction_min, args.sampler_correction_max
+    assert correction == ("sequence_mask", None, 3.0)  # TRL's defaults
+    again = config(**{name: getattr(args, name) for name in ("use_vllm", "rollout_engine", "sampler_correction")})
+    assert again.sampler_correction == "sequence_mask"
+
+
+def test_correction_for_vllm_by_trls_names(config):
+    args = config(
+        use_vllm=True, vllm_importance_sampling_mode="token_truncate", vllm_importance_sampling_clip_max=2.0,
+        vllm_importance_sampling_clip_min=0.5,
+    )  # fmt: skip
+    correction = args.sampler_correction, args.sampler_correction_min, args.sampler_correction_max
+    assert correction == ("token_truncate", 0.5, 2.0)
+    assert config(use_vllm=True, vllm_importance_sampling_correction=False).sampler_correction is None
+    assert config(use_vllm=True, sampler_correction="token_mask").sampler_correction == "token_mask"
+    assert config().sampler_correction is None  # our own engines need none
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"use_vllm": True, "rollout_engine": "native"}, "use_vllm=True and rollout_engine='native' contradict"),
+        ({"vllm_mode": "elsewhere"}, "vllm_mode='elsewhere'"),
+        ({"vllm_server_port": 0}, r"vllm_server_port=0 is out of range: expected in \[1, 65535\]"),
+        ({"vllm_gpu_memory_utilization": 0.0}, r"vllm_gpu_memory_utilization=0.0 is out of range"),
+        ({"vllm_importance_sampling_mode": "tis"}, "sampler_correction='tis'"),
+        ({"cache_implementation": "static"}, "vLLM has its own cache"),
+        ({"generation_kwargs": {"n": 2}}, "generation_kwargs n is set by the trainer where vLLM samples; use num_gen"),
+    ],
+)
+def test_options_of_vllm_that_are_refused(config, options, message):
+    with pytest.raises(ValueError, match=message):
+        config(**{"use_vllm": True} | options)
+
+
+def test_generation_kwargs_of_vllm(config):
+    args = config(
+        use_vllm=True, generation_kwargs={"presence_penalty": 0.1, "top_k": 5}, vllm_structured_outputs_regex="[0-9]+"
+    )
+    assert args.top_k == 5
+    assert args.generation_kwargs == {"presence_penalty": 0.1, "structured_outputs": {"regex": "[0-9]+"}}
 
 
 def test_an_unknown_option_is_a_type_error(config):

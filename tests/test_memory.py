@@ -180,6 +180,14 @@ def test_memory_decides_how_many_groups_are_decoded(run):
     assert items(run(steps_per_generation=8, max_concurrent_rows=8))["key-value cache"] < roomy["key-value cache"] / 4
 
 
+def test_vllm_takes_its_share_of_the_device_or_nothing(run):
+    beside = items(run(use_vllm=True))
+    assert beside["kept cache"] == int(0.3 * 2**30) and "decoding" not in beside
+    sleeping = items(run(use_vllm=True, vllm_enable_sleep_mode=True))
+    assert sleeping["key-value cache"] == int(0.3 * 2**30) and "kept cache" not in sleeping
+    assert not {"kept cache", "key-value cache", "decoding"} & items(run(use_vllm=True, vllm_mode="server")).keys()
+
+
 def test_update_counts_what_a_real_update_allocates(run, qwen3):
     """The same passes on real tensors, under the same counter, hold the same bytes."""
     from grpo_trl.policy import per_token_logps

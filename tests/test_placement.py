@@ -7,8 +7,8 @@ from torch import nn
 from transformers import Trainer
 
 from grpo_trl import GRPOConfig
-from grpo_trl.assembly import zero3_problems
 from grpo_trl.placement import freeze, input_device, place, resolve_device_map
+from grpo_trl.trainer_checks import zero3_problems
 from tests.tiny import tiny_model
 
 CPU = torch.device("cpu")

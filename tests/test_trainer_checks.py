@@ -42,6 +42,10 @@ def test_all_that_is_wrong_is_said_before_a_model_is_loaded(tmp_path):
         ({"eval_on_start": True}, "there is no eval_dataset; pass one"),
         ({"eval_on_start": True, "eval_dataset": {}}, "there is no eval_dataset; pass one"),
         ({"data": dataset().to_iterable_dataset(), "max_steps": -1}, "train_dataset is a stream.*set max_steps"),
+        (
+            {"rollout_engine": "transformers_cb", "repetition_penalty": 1.2},
+            "'transformers_cb' has no repetition_penalty, .*use native or hf_generate",
+        ),
         ({"model": "./no/such/model"}, r"model './no/such/model': no such folder \(current directory: /"),
         (
             {"data": Dataset.from_dict({"prompt": ["a", "b"], "chat_template_kwargs": [None, "{}"]})},

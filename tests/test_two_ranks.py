@@ -13,13 +13,15 @@ ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "accelerate_configs" / "cpu_two_ranks.yaml"
 
 
-def run(output: Path, world_size: int, per_device_train_batch_size: int, **options) -> dict:
+def run(
+    output: Path, world_size: int, per_device_train_batch_size: int, script="tests/train_on_ranks.py", **options
+) -> dict:
     """Trains in child processes; returns the first gradient, the weights, all completions by draw, and the log."""
     output.mkdir()
     launch = [sys.executable]
     if world_size > 1:
         launch += ["-m", "accelerate.commands.launch", "--config_file", str(CONFIG)]
-    command = [*launch, "tests/train_on_ranks.py", str(output), str(per_device_train_batch_size), json.dumps(options)]
+    command = [*launch, script, str(output), str(per_device_train_batch_size), json.dumps(options)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=_environment())
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     ranks = [json.loads(path.read_text()) for path in sorted(output.glob("sampled_*.json"))]
@@ -37,7 +39,8 @@ def run(output: Path, world_size: int, per_device_train_batch_size: int, **optio
 
 
 def _environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
 
 
 IMBALANCE = "rollout/token_imbalance"  # a metric of several ranks alone

@@ -180,6 +180,11 @@ def _reward_pass(run: Run, model: Any) -> tuple[int, int]:
 
 def _add_rollout(run: Run, fake: FakeModel, device: DevicePlan) -> None:
     args, model, packed = run.args, causal_lm(fake.model), is_packed(fake.model)
+    if args.use_vllm:
+        if args.vllm_mode == "colocate":
+            item = "key-value cache" if args.vllm_enable_sleep_mode else "kept cache"
+            device.items[item] = int(args.vllm_gpu_memory_utilization * device.available)
+        return
     on_device = args.device.type
     if (args.bf16 or args.fp16) and on_device in LOW_PRECISION_ON and packed:
         linear = [m.weight for m in model.modules() if type(m) is torch.nn.Linear]

@@ -78,7 +78,8 @@ def weights_for_generation(
     model: nn.Module, accelerator: Accelerator, args: GRPOConfig, replica: Replica | None = None
 ) -> Iterator[PreTrainedModel]:
     """The unwrapped policy with all of its weights, gathered once for the whole rollout where they are sharded, so
-    that every rank must enter it. With `ds3_gather_for_generation=False` they stay in shards under ZeRO-3.
+    that every rank must enter it. With `ds3_gather_for_generation=False` they stay in shards under ZeRO-3, and for
+    vLLM, which gathers what it sends by itself.
 
     Raises:
         RuntimeError: an engine shards when training begins, and it has not begun.
@@ -89,11 +90,11 @@ def weights_for_generation(
             "ZeRO-3 and FSDP2 shard the policy when train() begins, and nothing can be sampled before: use "
             "eval_on_start instead of evaluate() before train()."
         )
-    if replica is not None:
+    if replica is not None and not args.use_vllm:
         with replica.filled(model) as whole:
             yield whole
         return
-    if not zero3:
+    if not zero3 or args.use_vllm:
         yield cast(PreTrainedModel, accelerator.unwrap_model(model))
         return
     with unwrap_model_for_generation(

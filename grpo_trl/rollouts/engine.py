@@ -3,20 +3,26 @@
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
+from accelerate import Accelerator
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..batch import Group, Prompt
+from ..config import GRPOConfig
 from ..policy.logprobs import is_packed
 from .hf_generate import HFGenerateEngine
 from .native import NativeEngine
 from .sampling import SamplingParams
+from .transformers_cb import TransformersCBEngine
+from .vllm import VLLMEngine
+from .vllm_checks import check_vllm
 
 logger = logging.get_logger(__name__)
 
 
 class RolloutEngine(Protocol):
-    """What an entry of `ENGINES` must offer. It is built with the unwrapped policy, whose weights it samples from."""
+    """What an entry of `ENGINES` must offer. It is built with the unwrapped policy, whose weights it samples from, the
+    options of engines in this process, and the run's arguments and accelerator."""
 
     def __init__(
         self,
@@ -25,6 +31,8 @@ class RolloutEngine(Protocol):
         max_concurrent_rows: int | None = None,
         cache_implementation: str | None = None,
         cuda_graphs: bool = False,
+        args: GRPOConfig,
+        accelerator: Accelerator,
     ): ...
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> Iterator[Group]:
@@ -32,11 +40,16 @@ class RolloutEngine(Protocol):
         ...
 
     def sync_weights(self, model: PreTrainedModel) -> None:
-        """Takes over the policy's current weights; called before each rollout."""
+        """Takes over the policy's current weights; called before a rollout when they may have changed."""
         ...
 
 
-ENGINES: dict[str, type[RolloutEngine]] = {"native": NativeEngine, "hf_generate": HFGenerateEngine}
+ENGINES: dict[str, type[RolloutEngine]] = {
+    "native": NativeEngine,
+    "hf_generate": HFGenerateEngine,
+    "vllm": VLLMEngine,
+    "transformers_cb": TransformersCBEngine,
+}
 
 
 def make_engine(name: str, model: PreTrainedModel, *, sharded: bool = False, **options: Any) -> RolloutEngine:
@@ -58,6 +71,8 @@ def make_engine(name: str, model: PreTrainedModel, *, sharded: bool = False, **o
 
 
 def check_engine(name: str) -> None:
-    """Raises a ValueError when there is no engine of this name."""
+    """Raises a ValueError when there is no engine of this name, or it is not installed."""
     if name not in ENGINES:
         raise ValueError(f"rollout_engine={name!r} is unknown; use one of {', '.join(ENGINES)}.")
+    if name == "vllm":
+        check_vllm()

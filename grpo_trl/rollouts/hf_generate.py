@@ -27,7 +27,7 @@ class HFGenerateEngine:
         max_concurrent_rows: completions per call of `generate`, rounded down to whole groups, of which there is at
             least one. Default: all.
         cache_implementation: the cache of `generate`, e.g. "static".
-        cuda_graphs: of the native engine, without effect here.
+        cuda_graphs, args, accelerator: of other engines, without effect here.
     """
 
     def __init__(
@@ -37,6 +37,8 @@ class HFGenerateEngine:
         max_concurrent_rows: int | None = None,
         cache_implementation: str | None = None,
         cuda_graphs: bool = False,
+        args: Any = None,
+        accelerator: Any = None,
     ):
         self.model: Any = model
         self.max_concurrent_rows = max_concurrent_rows

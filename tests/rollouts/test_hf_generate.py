@@ -246,7 +246,9 @@ def test_weights_that_are_synchronised_are_those_that_sample(qwen3):
 
 
 def test_unknown_engine():
-    with pytest.raises(ValueError, match=r"rollout_engine='magic' is unknown; use one of native, hf_generate"):
+    with pytest.raises(
+        ValueError, match=r"rollout_engine='magic' is unknown; use one of native, hf_generate, vllm, transformers_cb"
+    ):
         make_engine("magic", torch.nn.Linear(1, 1))
 
 

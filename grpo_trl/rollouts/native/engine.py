@@ -48,6 +48,7 @@ class NativeEngine:
             least one. Default: as many as keep their keys and values in half of the free memory.
         cache_implementation: of `model.generate`, for what is left to it (see `generate`).
         cuda_graphs: capture decoding steps (CUDA); the memory of a rollout is then kept for the next.
+        args, accelerator: of other engines, without effect here.
     """
 
     def __init__(
@@ -57,6 +58,8 @@ class NativeEngine:
         max_concurrent_rows: int | None = None,
         cache_implementation: str | None = None,
         cuda_graphs: bool = False,
+        args: Any = None,
+        accelerator: Any = None,
     ):
         self.model: Any = model
         self.max_concurrent_rows = max_concurrent_rows

@@ -1,0 +1,96 @@
+"""Options of vLLM, by TRL's names and with TRL's meanings. All but `use_vllm` act only where vLLM samples."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from .config_checks import Range, choice_problems, range_problems
+
+VLLM_RANGES = {
+    "vllm_server_port": Range(1, 65535),
+    "vllm_group_port": Range(1, 65535),
+    "vllm_server_timeout": Range(0, hint=" seconds"),
+    "vllm_gpu_memory_utilization": Range(0, 1, above=True),
+    "vllm_max_model_length": Range(1, hint=" token"),
+    "vllm_tensor_parallel_size": Range(1),
+}
+VLLM_CHOICES = {
+    "vllm_mode": ("colocate", "server"),
+    "vllm_model_impl": ("vllm", "transformers"),
+}
+# Sampling parameters of vLLM that the trainer sets: name -> what to do instead
+SET_BY_TRAINER = {
+    "n": "num_generations",
+    "max_tokens": "max_completion_length",
+    "seed": "seed; each draw gets one of its own from it",
+    "logprobs": "nothing: those of the sampled tokens come anyway",
+    "stop_token_ids": "the tokenizer's and the generation config's EOS tokens",
+    "ignore_eos": "the tokenizer's and the generation config's EOS tokens",
+}
+
+
+def _help(text: str, default: Any = None) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class VLLMArguments(TrainingArguments):
+    """The part of `GRPOConfig` that is about vLLM."""
+
+    use_vllm: bool = _help("TRL's name for rollout_engine: vllm.", False)
+    vllm_mode: str = _help("colocate: on the policy's devices; server: a `vllm serve` elsewhere.", "colocate")
+    vllm_model_impl: str = _help("Colocate: vllm, or transformers for vLLM's wrapper of that model class.", "vllm")
+    vllm_enable_sleep_mode: bool = _help("Colocate: give vLLM's memory back between rollouts.", False)
+    vllm_structured_outputs_regex: str | None = _help("Regular expression that completions must match.")
+    vllm_server_base_url: str | None = _help("Server: its URL; instead of host and port.")
+    vllm_server_host: str = _help("Server: its host.", "0.0.0.0")
+    vllm_server_port: int = _help("Server: its port.", 8000)
+    vllm_server_timeout: float = _help("Server: seconds to wait for it at the start.", 240.0)
+    vllm_group_port: int = _help("Server: port of the group over which weights are sent.", 51216)
+    vllm_gpu_memory_utilization: float = _help("Colocate: share of the GPU's memory that vLLM takes.", 0.3)
+    vllm_max_model_length: int | None = _help("Colocate: longest prompt and completion. Default: the model's own.")
+    vllm_tensor_parallel_size: int = _help("Colocate: ranks that share a copy of the model.", 1)
+    vllm_importance_sampling_correction: bool = _help(
+        "Where vLLM samples and sampler_correction is not set: correct for its log-probabilities.", True
+    )
+    vllm_importance_sampling_mode: str = _help("The sampler_correction that is then used.", "sequence_mask")
+    vllm_importance_sampling_clip_max: float | None = _help("The sampler_correction_max that is then used.", 3.0)
+    vllm_importance_sampling_clip_min: float | None = _help("The sampler_correction_min that is then used.")
+
+
+def resolve_vllm(args: Any) -> list[str]:
+    """Makes `use_vllm` and `rollout_engine` say the same and, where vLLM samples, fills `sampler_correction` by TRL's
+    names for it. Returns what is wrong."""
+    if args.use_vllm and args.rollout_engine not in (None, "vllm"):
+        return [
+            f"use_vllm=True and rollout_engine={args.rollout_engine!r} contradict each other; leave one of them out."
+        ]
+    args.use_vllm = args.use_vllm or args.rollout_engine == "vllm"
+    if not args.use_vllm:
+        return []
+    args.rollout_engine = "vllm"
+    if args.sampler_correction is None and args.vllm_importance_sampling_correction:
+        args.sampler_correction = args.vllm_importance_sampling_mode
+        args.sampler_correction_max = args.vllm_importance_sampling_clip_max
+        args.sampler_correction_min = args.vllm_importance_sampling_clip_min
+    problems = range_problems(args, VLLM_RANGES) + choice_problems(args, VLLM_CHOICES)
+    if args.cache_implementation:
+        problems.append("cache_implementation is of model.generate and vLLM has its own cache; leave it out.")
+    return problems
+
+
+def vllm_generation_kwargs(args: Any) -> dict[str, Any]:
+    """What options of vLLM become of its SamplingParams; {} where it does not sample."""
+    if not args.use_vllm or args.vllm_structured_outputs_regex is None:
+        return {}
+    return {"structured_outputs": {"regex": args.vllm_structured_outputs_regex}}
+
+
+def vllm_kwargs_problems(options: dict[str, Any]) -> list[str]:
+    """`generation_kwargs` that vLLM gets: any of its SamplingParams, but those that the trainer sets."""
+    return [
+        f"generation_kwargs {name} is set by the trainer where vLLM samples; use {SET_BY_TRAINER[name]}."
+        for name in options
+        if name in SET_BY_TRAINER
+    ]

@@ -1,0 +1,88 @@
+"""What must hold before vLLM samples: that it is there, not too old, set up right, and can be given the policy."""
+
+import importlib.metadata
+import importlib.util
+from typing import Any
+
+from accelerate import Accelerator
+from packaging.version import Version
+from peft import LoraConfig, PeftModel
+from transformers.utils import logging
+from trl.distributed import DistributedBackend
+
+from ..config import GRPOConfig
+
+logger = logging.get_logger(__name__)
+
+OLDEST, NEWEST = "0.22.0", "0.31.0"  # the versions that trl 1.16 speaks to; as in the extra `vllm`
+SERVE = (
+    "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs "
+    """--weight-transfer-config '{"backend": "nccl"}'"""
+)
+
+
+def check_vllm() -> None:
+    """Raises a ValueError when vLLM is not installed here, or too old."""
+    remedy = "pip install 'grpo-trl[vllm]', or use rollout_engine native"
+    if importlib.util.find_spec("vllm") is None:
+        raise ValueError(f"rollout_engine 'vllm' needs vLLM, which is not installed (the client too); {remedy}.")
+    version = importlib.metadata.version("vllm")
+    if _is_too_old(version):
+        raise ValueError(
+            f"rollout_engine 'vllm' needs vLLM {OLDEST} to {NEWEST}, and {version} is installed; {remedy}."
+        )
+
+
+def check_server(client: Any) -> None:
+    """Raises a ValueError when the server is too old, or its log-probabilities are not those of what it samples."""
+    mode = client.get_server_info()["model_config"]["logprobs_mode"]
+    if mode != "processed_logprobs":
+        raise ValueError(
+            f"The vLLM server at {client.base_url} runs with --logprobs-mode {mode}: log-probabilities without "
+            f"temperature and truncation, not of what it samples. Start it with `{SERVE}`."
+        )
+    theirs, ours = client._get(f"{client.base_url}/version")["version"], importlib.metadata.version("vllm")
+    if _is_too_old(theirs):
+        raise ValueError(f"The vLLM server at {client.base_url} is version {theirs}; use {OLDEST} to {NEWEST}.")
+    if theirs != ours:
+        logger.warning(f"The vLLM server is version {theirs}, and the trainer has {ours}: weights may not get across.")
+
+
+def takes_adapters(client: Any, model: Any) -> bool:
+    """Whether the server can load the policy's adapter as it is, instead of whole merged weights."""
+    config = model.peft_config[str(model.active_adapter)] if isinstance(model, PeftModel) else None
+    if not isinstance(config, LoraConfig) or config.use_dora or config.modules_to_save:
+        return False  # no adapter, or one of a kind that vLLM does not load
+    info = client._get(f"{client.base_url}/server_info", params={"config_format": "json"})
+    lora = info["vllm_config"].get("lora_config")
+    ranks = (config.r, *(config.rank_pattern or {}).values())
+    if not lora or not info.get("vllm_env", {}).get("VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
+        return False
+    if max(ranks) > lora["max_lora_rank"]:
+        logger.warning(
+            f"The vLLM server takes adapters up to rank {lora['max_lora_rank']} and this one has {max(ranks)}: whole "
+            "merged weights are sent. Start it with a higher --max-lora-rank to send the adapter alone."
+        )
+        return False
+    return True
+
+
+def check_ranks(model: Any, accelerator: Accelerator) -> None:
+    """Raises a ValueError for adapters in shards that cannot be put together."""
+    if isinstance(model, PeftModel) and DistributedBackend(accelerator).is_fsdp:
+        raise ValueError("Adapters cannot be gathered from shards of FSDP for vLLM; use DDP or DeepSpeed.")
+
+
+def check_weights(model: Any, args: GRPOConfig) -> None:
+    """Raises a ValueError for a policy whose whole weights vLLM cannot be given."""
+    if getattr(model, "is_quantized", False):
+        raise ValueError(
+            "vLLM cannot be sent the weights of a quantised policy; use rollout_engine native for QLoRA, or a server "
+            "that loads adapters (VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, --enable-lora)."
+        )
+    if args.vllm_mode == "colocate" and not model.name_or_path:
+        raise ValueError("vllm_mode 'colocate' loads the model by its path or id; pass one as `model`, not an object.")
+
+
+def _is_too_old(version: str) -> bool:
+    return Version(Version(version).base_version) < Version(OLDEST)

@@ -54,6 +54,7 @@ SHAPES: dict[str, dict[str, int]] = {
     },
 }
 
+OURS = {"plot_metrics": False, "save_epochs": False}  # of our GRPOConfig: no files that TRL does not write
 OBJECTIVE = {"loss_type": "dapo", "scale_rewards": "group", "beta": 0.01, "use_bias_correction_kl": True}
 HELD_EQUAL = (
     "weights of policy and reference, dtype, tokenizer",
@@ -218,11 +219,6 @@ def trainer_options(load: Load, seed: int) -> dict[str, Any]:
         "disable_tqdm": True,
         **OBJECTIVE,
     }
-
-
-def our_options(load: Load) -> dict[str, Any]:
-    """Arguments of our GRPOConfig besides: no files that TRL does not write, and decoding steps captured on CUDA."""
-    return {"plot_metrics": False, "save_epochs": False, "cuda_graphs": load.device == "cuda"}
 
 
 def copy_bandwidth() -> float:

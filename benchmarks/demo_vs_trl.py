@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, alternate, module_of, ratios, report, show
+from common import OURS, RESULTS, alternate, module_of, ratios, report, show
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 
 sys.path.append(str(Path(__file__).parents[1] / "recipes" / "demo"))
 from arithmetic import build_tokenizer, correct_answer, question, questions, splits
 from warm_start import build_policy, warm_start
 
-SIDES = {"trl": {}, "grpo_trl": {"plot_metrics": False, "save_epochs": False}}
+SIDES = {"trl": {}, "grpo_trl": OURS}
 OPTIONS = {
     "per_device_train_batch_size": 128,
     "num_generations": 8,

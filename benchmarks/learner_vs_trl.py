@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from common import (
     HELD_EQUAL,
+    OURS,
     SHAPES,
     Load,
     alternate,
@@ -25,7 +26,6 @@ from common import (
     loads_of,
     matrix_rate,
     module_of,
-    our_options,
     parser,
     peak_memory,
     ratios,
@@ -124,7 +124,7 @@ SIDES = {"trl": trl_trainer, "grpo_trl": our_trainer}
 def measure(load: Load, folder: str, seed: int, side: str) -> dict[str, float]:
     """Trains one side."""
     module, clock = module_of(side), Clock(load)
-    extras = our_options(load) if side == "grpo_trl" else {}
+    extras = OURS if side == "grpo_trl" else {}
     options = trainer_options(load, seed) | {
         "logging_strategy": "steps",
         "logging_steps": 1,

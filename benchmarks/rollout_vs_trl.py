@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from common import (
+    OURS,
     SHAPES,
     Load,
     alternate,
@@ -24,7 +25,6 @@ from common import (
     describe,
     loads_of,
     module_of,
-    our_options,
     parser,
     peak_memory,
     ratios,
@@ -43,7 +43,7 @@ HELD_EQUAL = (
 SIDES = {
     "generate": ("trl", {}),
     "continuous_batching": ("trl", {"use_transformers_continuous_batching": True}),
-    "native": ("grpo_trl", {}),
+    "native": ("grpo_trl", OURS),
 }
 RATIOS = ("tokens_per_second", "seconds", "peak_memory_mib")
 
@@ -68,7 +68,6 @@ def measure(load: Load, folder: str, seed: int, side: str) -> dict[str, float]:
     module = module_of(package)
     prompts = build_prompts(load, load.steps + 1)
     with tempfile.TemporaryDirectory() as output_dir:
-        extras = our_options(load) if package == "grpo_trl" else extras
         args = module.GRPOConfig(output_dir, **trainer_options(load, seed) | {"beta": 0.0} | extras)
         dataset = Dataset.from_dict({"prompt": prompts})
         trainer = module.GRPOTrainer(folder, lambda completions, **kwargs: [0.0] * len(completions), args, dataset)

@@ -23,11 +23,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from common import (
+    OURS,
     Load,
     build_prompts,
     describe,
     loads_of,
-    our_options,
     parser,
     report,
     save_model,
@@ -123,7 +123,7 @@ def work(load: Load, folder: str, output: Path) -> None:
     torch.set_num_threads(1)
     clock = Clock(load.mu, load.device)
     with tempfile.TemporaryDirectory() as output_dir:
-        args = GRPOConfig(output_dir, **trainer_options(load, seed=0), **our_options(load))
+        args = GRPOConfig(output_dir, **trainer_options(load, seed=0), **OURS)
         dataset = Dataset.from_dict({"prompt": build_prompts(load, (load.steps + 1) * args.world_size)})
         trainer = GRPOTrainer(folder, clock.reward, args, dataset, callbacks=[clock])
         trainer.remove_callback(PrinterCallback)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from common import (
+    OURS,
     Load,
     alternate,
     build_prompts,
@@ -20,7 +21,6 @@ from common import (
     describe,
     loads_of,
     module_of,
-    our_options,
     parser,
     peak_memory,
     ratios,
@@ -95,7 +95,7 @@ class Clock(TrainerCallback):
 def measure(load: Load, folder: str, seed: int, side: str) -> dict[str, float]:
     """Trains one side."""
     module, clock = module_of(side), Clock(load.mu, load.device)
-    extras = our_options(load) if side == "grpo_trl" else {}
+    extras = OURS if side == "grpo_trl" else {}
     with tempfile.TemporaryDirectory() as output_dir:
         args = module.GRPOConfig(output_dir, **trainer_options(load, seed), **extras)
         dataset = Dataset.from_dict({"prompt": build_prompts(load, load.steps + 1)})

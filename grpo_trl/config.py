@@ -139,9 +139,9 @@ class GRPOConfig(VLLMArguments):
     max_concurrent_rows: int | None = _help(
         "Completions that are decoded at a time. Default: native: what fits into half of the free memory; else all."
     )
-    cuda_graphs: bool = _help(
-        "Native engine on CUDA: capture decoding steps as graphs; keys and values stay allocated between rollouts.",
-        False,
+    cuda_graphs: bool | None = _help(
+        "Native engine on CUDA: capture decoding steps as graphs; keys and values stay allocated between rollouts. "
+        "Default: on CUDA."
     )
     max_tokens_per_microbatch: int | None = _help(
         "Run each micro-batch in pieces of at most this many tokens, whole groups where they fit: same gradient, less "

@@ -199,7 +199,7 @@ def _add_rollout(run: Run, fake: FakeModel, device: DevicePlan) -> None:
         groups = free // 2 // key_value_bytes(model, tokens)
     measure = rollout_bytes if native else generate_bytes
     cache, work = measure(fake, args, run.prompt_length, max(1, min(prompts, groups)))
-    kept = native and args.cuda_graphs and on_device == "cuda"
+    kept = native and on_device == "cuda" and args.cuda_graphs is not False
     device.items["kept cache" if kept else "key-value cache"] = cache
     device.items["decoding"] = work
 

@@ -4,6 +4,7 @@ On a few rows a GPU takes longer to begin an operation than to run it. Each kern
 transformers do, or less often. Sizes of heads are powers of two from 16 on (`fits`).
 """
 
+# pyright: reportIndexIssue=false, reportInvalidTypeForm=false
 import importlib
 import importlib.util
 from functools import cache

@@ -34,10 +34,18 @@ MERGED = {"max_lora_rank": None}  # a server without LoRA, which is sent merged 
 def stand_in(tmp_path_factory):
     with installed(tmp_path_factory.mktemp("vllm")), pytest.MonkeyPatch.context() as patch:
         weights_without_cuda(patch)
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):  # which TRL sets for a copy
-            patch.setenv(name, "")
-            patch.delenv(name)
         yield
+
+
+@pytest.fixture(autouse=True)
+def no_rank_left(monkeypatch):
+    """For a copy TRL names this process's rank in the environment, of which the next trainer would make a group."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @pytest.fixture

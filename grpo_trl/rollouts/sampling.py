@@ -111,7 +111,8 @@ def inverse_cdf(probs: Tensor, u: Tensor) -> Tensor:
     part of a decoding step on CUDA. Sums are in fp64: parallel ones round neighbours differently, and in fp32 (2^-24,
     the grain of u) that would give excluded tokens a height. right=True skips what has none.
     """
-    blocks = pad(probs, (0, -probs.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    missing = -probs.shape[-1] % BLOCK
+    blocks = (pad(probs, (0, missing)) if missing else probs).unflatten(-1, (-1, BLOCK))  # `pad` copies in any case
     ends = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
     target = u[:, None] * ends[:, -1:]  # of the sum itself, which is not 1
     block = torch.searchsorted(ends, target, right=True).clamp(max=ends.shape[-1] - 1)  # a NaN is below no number

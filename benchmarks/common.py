@@ -288,11 +288,12 @@ def ratios(rows: list[dict[str, Any]], ours: str, peer: str, names: Sequence[str
     return {name: [round(a[name] / b[name], 3) for a, b in pairs] for name in names}
 
 
-def check_same_work(rows: list[dict[str, Any]], name: str, tolerance: float) -> None:
-    """Raises when a figure that must be equal on all sides differs by more than the tolerance, relatively."""
+def check_same_work(rows: list[dict[str, Any]], name: str, tolerance: float, rounding: float = 0.0) -> None:
+    """Raises when a figure that must be equal on all sides differs by more than the tolerance, relatively, and by more
+    than rounding, absolutely."""
     means = {side: mean(row[name] for row in rows if row["side"] == side) for side in {row["side"] for row in rows}}
     low, high = min(means.values()), max(means.values())
-    if high - low > tolerance * max(abs(high), abs(low)):
+    if high - low > max(rounding, tolerance * max(abs(high), abs(low))):
         raise RuntimeError(f"The sides did not do the same work: {name} {means} differ by more than {tolerance:.0%}.")
 
 

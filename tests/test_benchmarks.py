@@ -108,6 +108,7 @@ def test_other_work_is_an_error():
     check_same_work(rows, "tokens", 0.2)
     with pytest.raises(RuntimeError, match="did not do the same work: tokens"):
         check_same_work(rows, "tokens", 0.1)
+    check_same_work(rows, "tokens", 0.1, rounding=20.0)
 
 
 def test_floor_of_a_rollout():

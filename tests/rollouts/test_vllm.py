@@ -316,6 +316,8 @@ def test_without_weights_sent_a_run_shows_the_gap(tmp_path, serve, monkeypatch):
     assert gaps[0] < 1e-4 and gaps[2] > 1e-3
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_two_ranks_sample_what_one_samples(tmp_path, serve):
     """Each rank asks for its own groups; the server's weights come from rank 0."""
     options = {"num_iterations": 1, "max_steps": 3, "optim": "sgd", "script": "tests/rollouts/vllm_on_ranks.py"}

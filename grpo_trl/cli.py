@@ -75,10 +75,10 @@ class RecipeParser(TrlParser):
     Every error is a ValueError. TRL options that would change nothing are dropped, as `GRPOConfig` does.
     """
 
-    def __init__(self, prog: str = "grpo-trl train"):
+    def __init__(self, prog: str = "grpo-trl train", own_options: str = ""):
         dataclass_types: Any = (ScriptArguments, GRPOConfig, ModelConfig)
         # no abbreviations: a misspelt `--num_gen` would otherwise set num_generations
-        usage = f"{prog} --config YAML [--field value ...]"
+        usage = f"{prog} --config YAML {own_options}[--field value ...]"
         super().__init__(dataclass_types, prog=prog, usage=usage, allow_abbrev=False)
         self.field_names = [f.name for cls in dataclass_types for f in fields(cls) if f.init]
         self._unknown: dict[str, Any] = {}
@@ -116,8 +116,9 @@ class RecipeParser(TrlParser):
 Recipe = tuple[ScriptArguments, GRPOConfig, ModelConfig]
 
 
-def parse_recipe(argv: Sequence[str], prog: str = "grpo-trl train") -> Recipe:
+def parse_recipe(argv: Sequence[str], prog: str = "grpo-trl train", own_options: str = "") -> Recipe:
     """`--config recipe.yaml --field value ...` -> checked arguments; nothing is loaded. The command line wins.
+    `own_options` are shown only: they have been taken out of `argv`.
 
     Raises:
         ValueError: unknown fields, refused TRL options, values that do not fit; no model, data or rewards.
@@ -125,7 +126,7 @@ def parse_recipe(argv: Sequence[str], prog: str = "grpo-trl train") -> Recipe:
     argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
     if argv[-1:] == ["--config"]:
         raise ValueError("--config needs the path of a recipe's YAML file.")
-    script_args, args, model_args = RecipeParser(prog).parse_args_and_config(argv)
+    script_args, args, model_args = RecipeParser(prog, own_options).parse_args_and_config(argv)
     # the command line has text only; True: the last checkpoint
     switches: dict[str, Any] = {"true": True, "false": False}
     resume = args.resume_from_checkpoint
@@ -303,7 +304,7 @@ def plan(argv: Sequence[str]) -> None:
     options, rest = own.parse_known_args(argv)
     try:
         memory = None if options.memory is None else parse_size(options.memory)
-        script_args, args, model_args = parse_recipe(rest, "grpo-trl plan")
+        script_args, args, model_args = parse_recipe(rest, "grpo-trl plan", "[--memory 24GiB] ")
         check_path(model_args.model_name_or_path)
         args.model_init_kwargs = _model_init_kwargs(args, model_args)
         spec = PolicySpec(
@@ -340,7 +341,7 @@ def check(argv: Sequence[str]) -> None:
         rest += ["--model_name_or_path", options.model_name_or_path]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         try:
-            script_args, args, model_args = parse_recipe(rest, "grpo-trl check")
+            script_args, args, model_args = parse_recipe(rest, "grpo-trl check", "[--model PATH] ")
             results, trial = run_checks(make_trainer(script_args, shortened(args, folder), model_args))
         except (ValueError, OSError, yaml.YAMLError) as error:
             print(error, file=sys.stderr)

@@ -372,10 +372,9 @@ class GRPOConfig(VLLMArguments):
         for name, own in GENERATION_FIELDS.items():
             if name in options:
                 setattr(self, own, options.pop(name))
-        options |= vllm_generation_kwargs(self)
-        self.generation_kwargs = options or None
+        self.generation_kwargs = vllm_generation_kwargs(self) | options or None
         of_fields = type_problems(self, self._typed() & set(GENERATION_FIELDS.values()))
-        of_options = vllm_kwargs_problems(options) if self.use_vllm else generation_problems(options)
+        of_options = vllm_kwargs_problems(self) if self.use_vllm else generation_problems(options)
         return [f"generation_kwargs: {problem}" for problem in of_fields] + of_options
 
 

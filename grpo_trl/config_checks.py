@@ -238,6 +238,11 @@ def combination_problems(args: Any) -> list[str]:
             "range leaves free, and a lower one would narrow that range; raise it, or leave it out.",
         ),
         (
+            (args.sampler_correction_min or 0) > (args.sampler_correction_max or math.inf),
+            f"sampler_correction_min={args.sampler_correction_min} is above sampler_correction_max="
+            f"{args.sampler_correction_max}, so that no weight is left; lower it.",
+        ),
+        (
             args.metric_for_best_model in ("loss", "eval_loss"),
             f"metric_for_best_model={args.metric_for_best_model!r}: evaluation samples and scores, so there is no "
             "eval_loss; use eval_reward, eval_<set>_reward or another metric of docs/configuration.md, Evaluation.",

@@ -1,6 +1,6 @@
 """Options of vLLM, by TRL's names and with TRL's meanings. All but `use_vllm` act only where vLLM samples."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from transformers import TrainingArguments
@@ -70,14 +70,26 @@ def resolve_vllm(args: Any) -> list[str]:
     if not args.use_vllm:
         return []
     args.rollout_engine = "vllm"
+    problems = range_problems(args, VLLM_RANGES) + choice_problems(args, VLLM_CHOICES)
     if args.sampler_correction is None and args.vllm_importance_sampling_correction:
+        problems += _bounds_that_would_be_lost(args)
         args.sampler_correction = args.vllm_importance_sampling_mode
         args.sampler_correction_max = args.vllm_importance_sampling_clip_max
         args.sampler_correction_min = args.vllm_importance_sampling_clip_min
-    problems = range_problems(args, VLLM_RANGES) + choice_problems(args, VLLM_CHOICES)
     if args.cache_implementation:
         problems.append("cache_implementation is of model.generate and vLLM has its own cache; leave it out.")
     return problems
+
+
+def _bounds_that_would_be_lost(args: Any) -> list[str]:
+    """Bounds of `sampler_correction` without it: those of TRL's names would silently take their place."""
+    defaults = {field.name: field.default for field in fields(args)}
+    return [
+        f"sampler_correction_{end}={value!r} acts with sampler_correction, which is not set; set that too, or use "
+        f"vllm_importance_sampling_clip_{end}."
+        for end in ("min", "max")
+        if (value := getattr(args, name := f"sampler_correction_{end}")) != defaults[name]
+    ]
 
 
 def vllm_generation_kwargs(args: Any) -> dict[str, Any]:
@@ -87,9 +99,17 @@ def vllm_generation_kwargs(args: Any) -> dict[str, Any]:
     return {"structured_outputs": {"regex": args.vllm_structured_outputs_regex}}
 
 
-def vllm_kwargs_problems(options: dict[str, Any]) -> list[str]:
-    """`generation_kwargs` that vLLM gets: any of its SamplingParams, but those that the trainer sets."""
-    return [
+def vllm_kwargs_problems(args: Any) -> list[str]:
+    """`generation_kwargs` that vLLM gets: any of its SamplingParams, but those that the trainer sets or that
+    `vllm_generation_kwargs` says otherwise."""
+    options = args.generation_kwargs or {}
+    twice = [
+        f"generation_kwargs {name}={options[name]!r} and vllm_structured_outputs_regex="
+        f"{args.vllm_structured_outputs_regex!r} say different things; leave one of them out."
+        for name, value in vllm_generation_kwargs(args).items()
+        if options.get(name, value) != value
+    ]
+    return twice + [
         f"generation_kwargs {name} is set by the trainer where vLLM samples; use {SET_BY_TRAINER[name]}."
         for name in options
         if name in SET_BY_TRAINER

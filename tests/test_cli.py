@@ -268,6 +268,13 @@ def test_help(argv, capsys):
     assert ("--num_generations" in out) is (argv[0] == "train")
 
 
+@pytest.mark.parametrize(("command", "option"), [("plan", "[--memory 24GiB]"), ("check", "[--model PATH]")])
+def test_help_of_a_command_names_its_own_option(command, option, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    assert f"grpo-trl {command} --config YAML {option} [--field value ...]" in capsys.readouterr().out
+
+
 # ---- data ----
 
 

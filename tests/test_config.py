@@ -86,6 +86,13 @@ def test_correction_for_vllm_by_trls_names(config):
         ({"vllm_server_port": 0}, r"vllm_server_port=0 is out of range: expected in \[1, 65535\]"),
         ({"vllm_gpu_memory_utilization": 0.0}, r"vllm_gpu_memory_utilization=0.0 is out of range"),
         ({"vllm_importance_sampling_mode": "tis"}, "sampler_correction='tis'"),
+        ({"sampler_correction_max": 2.0}, "sampler_correction_max=2.0 acts with sampler_correction, which is not set"),
+        ({"sampler_correction_min": 0.5}, "or use vllm_importance_sampling_clip_min"),
+        ({"vllm_importance_sampling_clip_min": 4.0}, "sampler_correction_min=4.0 is above sampler_correction_max=3.0"),
+        (
+            {"vllm_structured_outputs_regex": "a", "generation_kwargs": {"structured_outputs": {"regex": "b"}}},
+            "generation_kwargs structured_outputs=.* and vllm_structured_outputs_regex='a' say different things",
+        ),
         ({"cache_implementation": "static"}, "vLLM has its own cache"),
         ({"generation_kwargs": {"n": 2}}, "generation_kwargs n is set by the trainer where vLLM samples; use num_gen"),
     ],

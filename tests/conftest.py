@@ -1,6 +1,7 @@
 """Environment and fixtures shared by all tests: tiny models built on the spot, no network, one thread."""
 
 import os
+import signal
 from pathlib import Path
 
 # before torch and the Hugging Face libraries read them
@@ -15,6 +16,10 @@ from tests import tiny
 
 # Many threads on tiny tensors only cost time, and sums of a fixed order make runs repeat bit for bit.
 torch.set_num_threads(1)
+
+# A job that a shell starts in the background ignores Ctrl-C, and Python then has no KeyboardInterrupt to raise.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -105,7 +105,7 @@ def test_frozen_models_whose_memory_runs_out_score_the_same(tmp_path):
     assert max(sizes) > 60 and sum(tokens > 60 for tokens in sizes) <= 6
     (reward,) = result.scorer.reward_funcs
     assert reward.limit.tokens and result.reference.passes.limit.tokens and result.policy_limit.tokens is None
-    assert_equal(same, gradients)
+    assert_equal(same, gradients, relative=1e-5)  # rewards are rounded, and then divided by how little they differ
     assert numbers(result)[0]["reward"] == pytest.approx(numbers(expected)[0]["reward"], abs=1e-5)
 
 

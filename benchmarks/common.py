@@ -78,6 +78,7 @@ class Load:
     micro_batches: int = 1  # gradient_accumulation_steps: a rollout's completions are trained on in so many parts
     device: str = "cpu"
     dtype: str = "float32"  # of the weights of policy and reference
+    liger: bool = False  # use_liger_kernel
     steps: int = 2  # timed rounds (a rollout and its mu updates), after one to warm up
 
     def __str__(self) -> str:
@@ -115,6 +116,7 @@ def parser(description: str, output: str, *, loads: str = "a") -> argparse.Argum
     add("--micro-batches", type=int, help="gradient_accumulation_steps, in which a rollout is trained on")
     add("--device", choices=["cpu", "cuda"])
     add("--dtype", choices=["float32", "bfloat16"], help="of the weights")
+    add("--liger", action="store_const", const=True, help="use_liger_kernel on both sides (CUDA)")
     add("--steps", type=int, help="timed rounds, after one to warm up")
     add("--repeats", type=int, default=1, help="measurements of each side, alternating, each with a seed of its own")
     add("--output", type=Path, default=RESULTS / output, help="JSON")
@@ -211,6 +213,7 @@ def trainer_options(load: Load, seed: int) -> dict[str, Any]:
         "bf16": load.device == "cuda",
         "model_init_kwargs": {"dtype": load.dtype},
         "use_cpu": load.device == "cpu",
+        "use_liger_kernel": load.liger,
         "seed": seed,
         "shuffle_dataset": False,
         "save_strategy": "no",
@@ -300,12 +303,14 @@ def check_same_work(rows: list[dict[str, Any]], name: str, tolerance: float, rou
 def report(options: argparse.Namespace, results: dict[str, Any], held_equal: Sequence[str] = HELD_EQUAL) -> None:
     """Writes the JSON: the command with every setting that was given, versions, device, results. No path of this
     machine."""
-    given = {name: value for name, value in vars(options).items() if name != "output" and value is not None}
+    unset = (None, False)
+    given = {k: v for k, v in vars(options).items() if k != "output" and not any(v is value for value in unset)}
     text = {name: ",".join(map(str, value)) if isinstance(value, tuple) else value for name, value in given.items()}
+    words = [f"--{k.replace('_', '-')}" + ("" if v is True else f" {v}") for k, v in text.items()]
     script = f"benchmarks/{Path(sys.argv[0]).name}"
     on_cuda = getattr(options, "device", None) == "cuda"
     result = {
-        "command": " ".join(["python", script, *(f"--{k.replace('_', '-')} {v}" for k, v in text.items())]),
+        "command": " ".join(["python", script, *words]),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "trl", "grpo_trl")},
         "python": platform.python_version(),
         "device": torch.cuda.get_device_name() if on_cuda else platform.machine(),

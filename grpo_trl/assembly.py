@@ -14,6 +14,7 @@ from accelerate.utils import DistributedType
 from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
+from transformers.integrations.liger import apply_liger_kernel
 from trl.trainer.utils import get_config_model_id
 
 from .algorithm import informative_groups
@@ -154,6 +155,8 @@ def load_models(
         )
     if reference_model is not None:
         prepare(reference_model)
+        if args.use_liger_kernel and reference_model.device.type != "cpu":
+            apply_liger_kernel(reference_model, args.liger_kernel_config)  # transformers does it for the policy
     return policy, reference_model, adapter
 
 

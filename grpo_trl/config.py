@@ -75,6 +75,7 @@ class GRPOConfig(VLLMArguments):
         "reward_model_init_kwargs",
         "generation_kwargs",
         "chat_template_kwargs",
+        "liger_kernel_config",
         "ref_device",
         "reward_device",
     ]
@@ -270,6 +271,8 @@ class GRPOConfig(VLLMArguments):
         if self.dynamic_sampling_max_age is None and not problems:
             self.dynamic_sampling_max_age = self.optimizer_steps_per_rollout
         problems += combination_problems(self) + optimizer_problems(self)
+        if self.use_liger_kernel:  # its forward would take the place of the one that scores completions
+            self.liger_kernel_config = {**(self.liger_kernel_config or {}), "fused_linear_cross_entropy": False}
         raise_all(problems + refused)
         if hints and self.process_index == 0:
             logger.warning("Without effect here: %s.", "; ".join(hints))

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import Trainer, get_scheduler
 from transformers.trainer_pt_utils import AcceleratorConfig
-from transformers.utils import strtobool
+from transformers.utils import is_liger_kernel_available, strtobool
 
 from .algorithm import SAMPLER_CORRECTIONS
 from .config_types import set_to_default
@@ -178,6 +178,7 @@ def combination_problems(args: Any) -> list[str]:
     """Values that are right by themselves and cannot work here, or together."""
     processes = os.environ.get("WORLD_SIZE", 1)
     highest = 1 + (args.epsilon_high or 0)
+    liger = args.liger_kernel_config or {}
     rows = (
         (
             int(processes) > args.world_size,
@@ -201,6 +202,25 @@ def combination_problems(args: Any) -> list[str]:
         (
             args.cuda_graphs and args.device.type != "cuda",
             f"cuda_graphs=True needs a CUDA device, and this run is on {args.device}; leave it out.",
+        ),
+        (
+            args.use_liger_kernel and not is_liger_kernel_available(),
+            "use_liger_kernel=True needs the package liger-kernel: pip install 'grpo_trl[liger]'.",
+        ),
+        (
+            args.use_liger_kernel and args.device.type == "cpu",
+            "use_liger_kernel=True puts Triton kernels into the layers, and this run is on the CPU; leave it out.",
+        ),
+        (
+            args.use_liger_kernel and liger.get("fused_linear_cross_entropy"),
+            "liger_kernel_config: fused_linear_cross_entropy replaces the model's forward, and with it the scores of "
+            "the update; leave it out.",
+        ),
+        (
+            args.use_liger_kernel and liger.get("rope", True) and _is_on_cpu(args.ref_device, args.reward_device),
+            "use_liger_kernel=True replaces the rotation of all models of the policy's class, also of those on "
+            "ref_device='cpu' or reward_device='cpu', where its kernel does not run; set "
+            "liger_kernel_config={'rope': False}.",
         ),
         (
             args.max_tokens_per_microbatch and args.deepspeed_plugin is not None,
@@ -249,6 +269,11 @@ def combination_problems(args: Any) -> list[str]:
         ),
     )
     return [message for wrong, message in rows if wrong]
+
+
+def _is_on_cpu(*places: str | dict[str, Any] | None) -> bool:
+    """Whether one of these devices, or device maps, names the CPU."""
+    return any("cpu" in (place.values() if isinstance(place, dict) else [place]) for place in places)
 
 
 def json_problems(args: Any, dict_fields: list[str]) -> list[str]:

@@ -210,3 +210,14 @@ def test_rollout_vs_trl_runs_all_sides(tmp_path: Path):
     (result,) = run("rollout_vs_trl", tmp_path / "small.json", "--load", "a").values()
     assert [row["side"] for row in result["measurements"]] == ["generate", "continuous_batching", "native"]
     assert {"native / generate", "native / continuous_batching"} <= result.keys()
+
+
+@pytest.mark.slow
+def test_by_phase_divides_a_step_into_its_phases(tmp_path: Path):
+    (result,) = run("by_phase", tmp_path / "small.json", "--load", "a", "--steps", "2").values()
+    seconds = result["seconds"]
+    phases = {"rollout", "waiting for rewards", "reference", "update", "optimizer"}
+    assert seconds.keys() == phases | {"the rest", "step"}
+    assert all(0 < seconds[name] < seconds["step"] for name in phases)
+    assert 2 * 4 <= result["tokens_per_step"] <= 2 * 4 * 16
+    assert result["planned_mib"].keys() == {"rollout", "scoring", "update"} and result["peak_mib"] == {}

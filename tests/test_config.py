@@ -9,7 +9,7 @@ import torch
 import trl
 from transformers import TrainingArguments
 
-from grpo_trl import VARIANTS, GRPOConfig, GRPOTrainer
+from grpo_trl import VARIANTS, GRPOConfig, GRPOTrainer, config_checks
 from grpo_trl.config import FIELD_NAMES, GOVERNED
 from grpo_trl.refused import REFUSED, UNUSED
 from tests.fields import reads_of_this_package, reads_of_transformers
@@ -501,6 +501,27 @@ def test_all_problems_are_in_one_error(config):
         "reward_call",
         "sync_ref_model",
     ]
+
+
+LIGER = {
+    "without the package": (False, {}, "use_liger_kernel=True needs the package liger-kernel"),
+    "on the CPU": (True, {}, "use_liger_kernel=True puts Triton kernels into the layers, and this run is on the CPU"),
+    "its own loss": (True, {"fused_linear_cross_entropy": True}, "fused_linear_cross_entropy replaces the model's"),
+    "a reference on the CPU": (True, {}, "use_liger_kernel=True replaces the rotation of all models"),
+}
+
+
+@pytest.mark.parametrize("case", LIGER)
+def test_liger_kernels_where_they_cannot_work_are_refused(config, monkeypatch, case):
+    installed, kernels, message = LIGER[case]
+    monkeypatch.setattr(config_checks, "is_liger_kernel_available", lambda: installed)
+    place = {"ref_device": "cpu"} if case == "a reference on the CPU" else {}
+    with pytest.raises(ValueError, match=message):
+        config(use_liger_kernel=True, liger_kernel_config=json.dumps(kernels), **place)
+    if place:
+        with pytest.raises(ValueError) as error:
+            config(use_liger_kernel=True, liger_kernel_config={"rope": False}, **place)
+        assert "rotation" not in str(error.value)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, accelerate joins the processes")

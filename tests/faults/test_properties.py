@@ -42,7 +42,7 @@ LEFT_OUT = {
     *("hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision", "trackio_space_id", "trackio_bucket_id"),
     *("trackio_static_space_id", "deepspeed", "fsdp", "fsdp_config", "parallelism_config", "torch_compile"),
     *("torch_compile_backend", "torch_compile_mode", "log_level", "log_level_replica", "full_determinism", "tf32"),
-    *("use_liger_kernel", "liger_kernel_config", "debug", "enable_jit_checkpoint", "skip_memory_metrics"),
+    *("debug", "enable_jit_checkpoint", "skip_memory_metrics"),
     *("resume_from_checkpoint", "save_strategy", "save_epochs", "plot_metrics", "ddp_backend"),
 }
 NAMES = sorted({field.name for field in fields(GRPOConfig)} - LEFT_OUT)

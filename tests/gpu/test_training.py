@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from transformers.models.qwen3 import modeling_qwen3
 
 from grpo_trl import GRPOTrainer
 from tests.resuming import differences, outcome
@@ -95,3 +96,23 @@ def test_bf16_is_the_default(tmp_path):
     assert run.args.bf16 and run.args.device == torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     run.train()
     assert len(logged(run, "loss")) == 4 and all(map(float.__ge__, logged(run, "entropy"), [0.0] * 4))
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_liger_layers_train_as_those_of_transformers(tmp_path, monkeypatch, bf16):
+    pytest.importorskip("liger_kernel", reason="needs liger-kernel")
+    for name in ("apply_rotary_pos_emb", "Qwen3RMSNorm", "Qwen3MLP"):  # put back what it replaces for all models
+        monkeypatch.setattr(modeling_qwen3, name, getattr(modeling_qwen3, name))
+    runs = {}
+    for liger in (False, True):
+        args = OPTIONS | {"bf16": bf16, "use_liger_kernel": liger, "gradient_checkpointing": True}
+        run = runs[liger] = trainer(tmp_path / str(liger), tiny_model("qwen3", head_dim=32), **args)
+        run.train()  # it is here that transformers puts them into the policy
+        for model in (run.model, run.reference.model):
+            layer = model.model.layers[0]
+            assert ["forward" in vars(m) for m in (layer.mlp, layer.input_layernorm)] == [liger, liger]
+    rounding = {"rel": 0.05, "abs": 5e-3} if bf16 else {"rel": 1e-3, "abs": 1e-5}
+    for key in ("loss", "kl", "entropy"):
+        # later rounds sample other tokens where rounding differs
+        assert logged(runs[True], key)[0] == pytest.approx(logged(runs[False], key)[0], **rounding), key
+    assert min(logged(runs[True], "grad_norm")) > 0

@@ -1,0 +1,208 @@
+"""One run with a reference and a reward model, by phase: seconds, peak memory, and what `grpo-trl plan` says of it.
+
+    python benchmarks/by_phase.py --device cuda --shape qwen3-0.6b --reward deberta-v3-large --prompts 2 \
+        --prompt-len 256 --completion-len 1024 --steps 20
+
+The first step, which compiles and captures, is left out of the seconds and not of the memory, which only CUDA counts.
+Random weights.
+"""
+
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from common import (
+    OURS,
+    SHAPES,
+    Load,
+    build_prompts,
+    build_tokenizer,
+    describe,
+    loads_of,
+    parser,
+    peak_memory,
+    report,
+    save_model,
+    trainer_options,
+)
+from datasets import Dataset
+from rich.console import Console
+from rich.table import Table
+from transformers import DebertaV2Config, DebertaV2ForSequenceClassification, PrinterCallback, TrainerCallback
+
+from grpo_trl import GRPOConfig, GRPOTrainer
+from grpo_trl.memory import PolicySpec, Run, plan_run
+
+REWARDS: dict[str, dict[str, int]] = {
+    "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128},
+    "deberta-v3-large": {
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "intermediate_size": 4096,
+    },
+}
+# of the trainer's methods, the phase that each is
+PHASES = {
+    "sample": "rollout",
+    "score": "waiting for rewards",
+    "_old_per_token_logps": "old",
+    "_reference_logps": "reference",
+    "training_step": "update",
+}
+# the plan's phase -> those measured
+OF_PLAN = {
+    "rollout": ("rollout", "waiting for rewards"),
+    "scoring": ("old", "reference"),
+    "update": ("update", "optimizer"),
+}
+
+
+class Phases(TrainerCallback):
+    """Seconds of each phase in each step, and the highest memory of each phase in MiB."""
+
+    def __init__(self, device: str):
+        self.device = device
+        self.seconds: list[dict[str, float]] = []
+        self.memory: dict[str, float] = defaultdict(float)
+        self.lengths: list[list[int]] = []
+
+    def now(self) -> float:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = self.now()
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        yield
+        self._spent[name] += self.now() - start
+        if self.device == "cuda":
+            self.memory[name] = max(self.memory[name], peak_memory(self.device))
+
+    def watch(self, trainer: GRPOTrainer) -> None:
+        """Takes the time of the trainer's methods, and the lengths that it samples."""
+        for method, name in PHASES.items():
+            setattr(trainer, method, self._timed(getattr(trainer, method), name))
+        trainer.add_callback(self)
+
+    def _timed(self, call: Any, name: str) -> Any:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            with self.phase(name):
+                result = call(*args, **kwargs)
+            if name == "rollout":
+                self.lengths.append([len(ids) for group in result for ids in group.completion_ids])
+            return result
+
+        return timed
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._begin_step()
+
+    def _begin_step(self) -> None:
+        self._spent, self._began = defaultdict(float), self.now()
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self._optimizer = self.phase("optimizer")
+        self._optimizer.__enter__()
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self._optimizer.__exit__(None, None, None)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        step = self.now() - self._began
+        self.seconds.append({**self._spent, "the rest": step - sum(self._spent.values()), "step": step})
+        self._begin_step()
+
+    def figures(self) -> dict[str, Any]:
+        """Medians over the steps, the first left out."""
+        steps, tokens = self.seconds[1:], [sum(lengths) for lengths in self.lengths[1:]]
+        return {
+            "seconds": {name: median(step[name] for step in steps) for name in steps[0]},
+            "peak_mib": dict(self.memory),
+            "tokens_per_second": sum(tokens) / sum(step["step"] for step in steps),
+            "tokens_per_step": sum(tokens) / len(steps),
+        }
+
+
+def save_reward_model(shape: str, load: Load, folder: str) -> None:
+    """DeBERTa-v2 with one label and the policy's words."""
+    vocabulary = SHAPES[load.shape]["vocab_size"]
+    config = DebertaV2Config(
+        **REWARDS[shape],
+        vocab_size=vocabulary,
+        num_labels=1,
+        relative_attention=True,
+        position_buckets=256,
+        norm_rel_ebd="layer_norm",
+        share_att_key=True,
+        pos_att_type=["p2c", "c2p"],
+        position_biased_input=False,
+        type_vocab_size=0,
+        max_position_embeddings=512,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    DebertaV2ForSequenceClassification(config).save_pretrained(folder)
+    build_tokenizer(load).save_pretrained(folder)
+
+
+def measure(load: Load, reward: str, extras: dict[str, Any]) -> dict[str, Any]:
+    """Plans the run, trains it, and says what both say."""
+    with tempfile.TemporaryDirectory() as folder:
+        policy, judge = (str(Path(folder, name)) for name in ("policy", "reward"))
+        save_model(load, policy)
+        save_reward_model(reward, load, judge)
+        options = trainer_options(load, seed=0) | OURS | {"max_prompt_length": load.prompt_len[1]} | extras
+        args = GRPOConfig(str(Path(folder, "out")), **options)
+        (plan,) = plan_run(Run(PolicySpec(policy), (judge,), args)).devices.values()
+        dataset = Dataset.from_dict({"prompt": build_prompts(load, load.steps + 1)})
+        trainer = GRPOTrainer(policy, judge, args, dataset)
+        trainer.remove_callback(PrinterCallback)
+        phases = Phases(load.device)
+        phases.watch(trainer)
+        trainer.train()
+    return phases.figures() | {"planned_mib": {name: size / 2**20 for name, size in plan.phases.items()}}
+
+
+def show(figures: dict[str, Any]) -> None:
+    """Seconds and memory by phase."""
+    console = Console(highlight=False)
+    table = Table("phase", "seconds", "peak, MiB")
+    for name, seconds in figures["seconds"].items():
+        memory = figures["peak_mib"].get(name)
+        table.add_row(name, f"{seconds:.3f}", "" if memory is None else f"{memory:,.0f}")
+    console.print(table)
+    for name, planned in figures["planned_mib"].items() if figures["peak_mib"] else ():
+        found = [figures["peak_mib"][part] for part in OF_PLAN[name] if part in figures["peak_mib"]]
+        console.print(f"{name}: planned {planned:,.0f} MiB, measured {max(found):,.0f}, {planned / max(found):.2f}")
+    console.print(f"{figures['tokens_per_second']:,.0f} tokens/s, {figures['tokens_per_step']:,.0f} tokens a step")
+
+
+def main() -> None:
+    options = parser(__doc__ or "", "by_phase.json")
+    options.add_argument("--reward", choices=REWARDS, default="tiny", help="shape of the reward model")
+    options.add_argument("--gradient-checkpointing", action="store_true")
+    options.add_argument("--sequential", action="store_true", help="rewards after the rollout, not during it")
+    options = options.parse_args()
+    extras = {
+        "gradient_checkpointing": options.gradient_checkpointing,
+        "reward_overlap": not options.sequential,
+    }
+    results = {}
+    for name, load in loads_of(options).items():
+        results[name] = {"load": describe(load)} | measure(load, options.reward, extras)
+        show(results[name])
+    report(options, {"loads": results}, held_equal=())
+
+
+if __name__ == "__main__":
+    main()

@@ -3,8 +3,8 @@
     python benchmarks/by_phase.py --device cuda --shape qwen3-0.6b --reward deberta-v3-large --prompts 2 \
         --prompt-len 256 --completion-len 1024 --steps 20
 
-The first step, which compiles and captures, is left out of the seconds and not of the memory, which only CUDA counts.
-Random weights.
+Seconds are those of a rollout and its updates. The first, which compiles and captures, is left out of them and not of
+the memory, which only CUDA counts. Random weights.
 """
 
 import tempfile
@@ -65,7 +65,7 @@ OF_PLAN = {
 
 
 class Phases(TrainerCallback):
-    """Seconds of each phase in each step, and the highest memory of each phase in MiB."""
+    """Seconds of each phase in each optimizer step, and the highest memory of each phase in MiB."""
 
     def __init__(self, device: str):
         self.device = device
@@ -119,17 +119,20 @@ class Phases(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         step = self.now() - self._began
-        self.seconds.append({**self._spent, "the rest": step - sum(self._spent.values()), "step": step})
+        self.seconds.append({**self._spent, "the rest": step - sum(self._spent.values()), "all": step})
         self._begin_step()
 
-    def figures(self) -> dict[str, Any]:
-        """Medians over the steps, the first left out."""
-        steps, tokens = self.seconds[1:], [sum(lengths) for lengths in self.lengths[1:]]
+    def figures(self, mu: int) -> dict[str, Any]:
+        """Per rollout and its `mu` updates, the first left out: medians of the seconds."""
+        names = dict.fromkeys(name for step in self.seconds for name in step)
+        parts = [self.seconds[start : start + mu] for start in range(mu, len(self.seconds), mu)]
+        rounds = [{name: sum(step.get(name, 0.0) for step in part) for name in names} for part in parts]
+        tokens = [sum(lengths) for lengths in self.lengths[1:]]
         return {
-            "seconds": {name: median(step[name] for step in steps) for name in steps[0]},
+            "seconds": {name: median(seconds[name] for seconds in rounds) for name in rounds[0]},
             "peak_mib": dict(self.memory),
-            "tokens_per_second": sum(tokens) / sum(step["step"] for step in steps),
-            "tokens_per_step": sum(tokens) / len(steps),
+            "tokens_per_second": sum(tokens) / sum(seconds["all"] for seconds in rounds),
+            "tokens_per_rollout": sum(tokens) / len(rounds),
         }
 
 
@@ -170,7 +173,7 @@ def measure(load: Load, reward: str, extras: dict[str, Any]) -> dict[str, Any]:
         phases = Phases(load.device)
         phases.watch(trainer)
         trainer.train()
-    return phases.figures() | {"planned_mib": {name: size / 2**20 for name, size in plan.phases.items()}}
+    return phases.figures(load.mu) | {"planned_mib": {name: size / 2**20 for name, size in plan.phases.items()}}
 
 
 def show(figures: dict[str, Any]) -> None:
@@ -184,7 +187,9 @@ def show(figures: dict[str, Any]) -> None:
     for name, planned in figures["planned_mib"].items() if figures["peak_mib"] else ():
         found = [figures["peak_mib"][part] for part in OF_PLAN[name] if part in figures["peak_mib"]]
         console.print(f"{name}: planned {planned:,.0f} MiB, measured {max(found):,.0f}, {planned / max(found):.2f}")
-    console.print(f"{figures['tokens_per_second']:,.0f} tokens/s, {figures['tokens_per_step']:,.0f} tokens a step")
+    console.print(
+        f"{figures['tokens_per_second']:,.0f} tokens/s, {figures['tokens_per_rollout']:,.0f} tokens a rollout"
+    )
 
 
 def main() -> None:

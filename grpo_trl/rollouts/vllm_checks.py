@@ -23,14 +23,12 @@ SERVE = (
 
 def check_vllm() -> None:
     """Raises a ValueError when vLLM is not installed here, or too old."""
-    remedy = "pip install 'grpo-trl[vllm]', or use rollout_engine native"
+    engine, remedy = "rollout_engine 'vllm' (use_vllm)", "pip install 'grpo-trl[vllm]', or use rollout_engine native"
     if importlib.util.find_spec("vllm") is None:
-        raise ValueError(f"rollout_engine 'vllm' needs vLLM, which is not installed (the client too); {remedy}.")
+        raise ValueError(f"{engine} needs vLLM, which is not installed (the client too); {remedy}.")
     version = importlib.metadata.version("vllm")
     if _is_too_old(version):
-        raise ValueError(
-            f"rollout_engine 'vllm' needs vLLM {OLDEST} to {NEWEST}, and {version} is installed; {remedy}."
-        )
+        raise ValueError(f"{engine} needs vLLM {OLDEST} to {NEWEST}, and {version} is installed; {remedy}.")
 
 
 def check_server(client: Any) -> None:

@@ -229,6 +229,18 @@ def test_uneven_ranks_do_not_hang_and_an_update_is_skipped(config, models, singl
     assert 0 < sum(skipped) < 4, skipped
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_zero3_samples_with_its_weights_in_shards(models, single, build_op, tmp_path):
+    for builder in builders("zero3"):
+        build_op(builder)
+    options = SYNCED_REFERENCE | {"ds3_gather_for_generation": False}
+    one = single(**SYNCED_REFERENCE, rollout_engine="hf_generate")
+    two = train(tmp_path, models, "zero3", **options)
+    assert [rank["rollouts"] for rank in two["ranks"]] == ["HFGenerateEngine"] * 2
+    assert_same(one, two)
+
+
 # config -> what leaves its checkpoints in shards, and the command that makes one folder of weights of them
 SHARDED = {
     "zero3": (

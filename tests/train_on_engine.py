@@ -86,7 +86,7 @@ def main(output: str, models: str, world_size: int, options: dict) -> None:
 def facts(trainer: RecordingTrainer) -> dict:
     """What this rank really ran on."""
     wrapped, optimizer = trainer.model_wrapped, trainer.optimizer.optimizer
-    reference = getattr(trainer.reference, "model", None)
+    reference, runner = getattr(trainer.reference, "model", None), getattr(trainer.engine, "runner", None)
     return {
         "world_size": trainer.accelerator.num_processes,
         "backend": torch.distributed.get_backend() if torch.distributed.is_initialized() else None,
@@ -97,7 +97,8 @@ def facts(trainer: RecordingTrainer) -> dict:
         "held": held(trainer.model),
         "held_of_reference": None if reference is None else held(reference),
         "packed": causal_lm(trainer.model).evaluation == "packed",
-        "short_decoder": trainer.engine.runner is not None and trainer.engine.runner.decoder is not None,
+        "rollouts": type(trainer.engine).__name__,
+        "short_decoder": runner is not None and runner.decoder is not None,
     }
 
 

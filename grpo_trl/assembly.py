@@ -156,7 +156,7 @@ def load_models(
     if reference_model is not None:
         prepare(reference_model)
         if args.use_liger_kernel and reference_model.device.type != "cpu":
-            apply_liger_kernel(reference_model, args.liger_kernel_config)  # transformers does it for the policy
+            apply_liger_kernel(reference_model, args.liger_kernel_config)  # the policy: in `train`
     return policy, reference_model, adapter
 
 

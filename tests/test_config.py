@@ -503,25 +503,29 @@ def test_all_problems_are_in_one_error(config):
     ]
 
 
-LIGER = {
-    "without the package": (False, {}, "use_liger_kernel=True needs the package liger-kernel"),
-    "on the CPU": (True, {}, "use_liger_kernel=True puts Triton kernels into the layers, and this run is on the CPU"),
-    "its own loss": (True, {"fused_linear_cross_entropy": True}, "fused_linear_cross_entropy replaces the model's"),
-    "a reference on the CPU": (True, {}, "use_liger_kernel=True replaces the rotation of all models"),
-}
+ON_CPU = {"ref_device": "cpu"}
+OWN_LOSS = {"liger_kernel_config": {"fused_linear_cross_entropy": True}}
 
 
-@pytest.mark.parametrize("case", LIGER)
-def test_liger_kernels_where_they_cannot_work_are_refused(config, monkeypatch, case):
-    installed, kernels, message = LIGER[case]
+@pytest.mark.parametrize(
+    ("installed", "options", "message"),
+    [
+        (False, {}, "use_liger_kernel=True needs the package liger-kernel"),
+        (True, {}, "use_liger_kernel=True puts Triton kernels into the layers, and this run is on the CPU"),
+        (True, OWN_LOSS, "fused_linear_cross_entropy replaces the model's forward"),
+        (True, ON_CPU, "use_liger_kernel=True replaces the rotation of all models"),
+    ],
+)
+def test_liger_kernels_where_they_cannot_work_are_refused(config, monkeypatch, installed, options, message):
     monkeypatch.setattr(config_checks, "is_liger_kernel_available", lambda: installed)
-    place = {"ref_device": "cpu"} if case == "a reference on the CPU" else {}
     with pytest.raises(ValueError, match=message):
-        config(use_liger_kernel=True, liger_kernel_config=json.dumps(kernels), **place)
-    if place:
-        with pytest.raises(ValueError) as error:
-            config(use_liger_kernel=True, liger_kernel_config={"rope": False}, **place)
-        assert "rotation" not in str(error.value)
+        config(use_liger_kernel=True, **options)
+
+
+def test_liger_kernels_without_the_rotation_leave_models_on_the_cpu_alone(config):
+    with pytest.raises(ValueError) as error:  # for this run is on the CPU
+        config(use_liger_kernel=True, liger_kernel_config='{"rope": false}', **ON_CPU)
+    assert "rotation" not in str(error.value)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, accelerate joins the processes")

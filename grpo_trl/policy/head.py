@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
@@ -22,6 +23,7 @@ from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
 # How many logits exist at a time: those of so many scored positions, or more while they are so few
 CHUNK, CHUNK_LOGITS = 512, 2**23
+CACHED_LOGITS = 2**18  # that a core's own cache holds
 VOCABULARY_CHUNK = 32768  # of TRL's function, as TRL calls it
 
 
@@ -125,15 +127,51 @@ def scores_of_logits(
     logits: Tensor, labels: Tensor, *, with_entropy: bool, entropy_gradient: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """(M, V) fp32 and (M,) -> log-probabilities (M,) and, if asked for, entropies (M,), with gradient or without."""
-    log_normalizer = logits.logsumexp(-1)
-    logps = logits.gather(-1, labels[:, None])[:, 0] - log_normalizer
-    if not with_entropy:
-        return logps, None
-    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
-        probs = (logits - log_normalizer[:, None]).exp()
-        # a token of probability 0 adds 0, but 0 x -inf is NaN
-        finite = logits.clamp(min=torch.finfo(logits.dtype).min)
-        return logps, log_normalizer - torch.linalg.vecdot(probs, finite)
+    return _Scores.apply(logits, labels, with_entropy, entropy_gradient)  # pyright: ignore[reportReturnType]
+
+
+class _Scores(torch.autograd.Function):
+    """With what autograd would make of (M, V) numbers, each in memory of its own, made in place."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, labels: Tensor, with_entropy: bool, entropy_gradient: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        log_normalizer = logits.logsumexp(-1)
+        logps = logits.gather(-1, labels[:, None])[:, 0] - log_normalizer
+        entropies = _entropies(logits, log_normalizer) if with_entropy else None
+        ctx.save_for_backward(logits, labels, log_normalizer, entropies if entropy_gradient else None)
+        if entropies is not None and not entropy_gradient:
+            ctx.mark_non_differentiable(entropies)
+        return logps, entropies
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logps: Tensor, grad_entropies: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        logits, labels, log_normalizer, entropies = ctx.saved_tensors
+        grad = logits - log_normalizer[:, None]
+        if entropies is None:
+            grad.exp_().mul_(-grad_logps[:, None])
+        else:  # the entropy H changes with the logit of a token of probability p by -p (log p + H)
+            probs = grad.exp()
+            _finite_(grad).mul_(probs).addcmul_(probs, entropies[:, None])
+            grad.mul_(-grad_entropies[:, None]).addcmul_(probs, grad_logps[:, None], value=-1)
+        return grad.scatter_add_(-1, labels[:, None], grad_logps[:, None]), None, None, None
+
+
+def _entropies(logits: Tensor, log_normalizer: Tensor) -> Tensor:
+    """(M, V), (M,) -> (M,); on the CPU in parts that stay in its cache."""
+    rows = max(1, CACHED_LOGITS // logits.shape[-1]) if logits.device.type == "cpu" else len(logits)
+    parts = []
+    for part, normalizer in zip(logits.split(rows), log_normalizer.split(rows), strict=True):
+        logps = part - normalizer[:, None]
+        parts.append(-torch.linalg.vecdot(logps.exp(), _finite_(logps)))
+    return torch.cat(parts)
+
+
+def _finite_(logps: Tensor) -> Tensor:
+    """In place: a token of probability 0 adds 0 to a mean, but 0 x -inf is NaN."""
+    return logps.clamp_(min=torch.finfo(logps.dtype).min)
 
 
 # What models multiply the product of their head with: config field -> factor. `policy.support` finds out whether a

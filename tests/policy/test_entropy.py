@@ -5,6 +5,7 @@ import torch
 
 from grpo_trl.batch import Group, Prompt, RolloutBatch
 from grpo_trl.policy import per_token_logps
+from grpo_trl.policy.head import scores_of_logits
 from tests.tiny import PAD, tiny_model
 
 
@@ -32,3 +33,21 @@ def test_a_policy_that_diverged_has_no_entropy():
     groups = [Group(Prompt([10], {"prompt": "a"}, 0), [[20]], [True])]
     batch = RolloutBatch.from_groups(groups, pad_token_id=PAD)
     assert per_token_logps(model, batch, with_entropy=True)[1].isnan().all()
+
+
+@pytest.mark.parametrize("bonus", [0.0, 0.3, -40.0])
+def test_gradients_of_logps_and_entropies(bonus):
+    """Against autograd through the textbook formula, tokens of probability zero left out. `bonus` is large enough for
+    an overflow where they are not."""
+    torch.manual_seed(0)
+    kept = (3 * torch.randn(5, 7)).requires_grad_()
+    labels, weights = torch.tensor([0, 6, 3, 3, 1]), torch.randn(5)
+    logits = torch.cat([kept, torch.full((5, 2), -torch.inf)], dim=1)
+    logps, entropies = scores_of_logits(logits, labels, with_entropy=True, entropy_gradient=bonus != 0)
+    assert entropies.requires_grad == (bonus != 0)
+    loss = (weights * logps).sum() + bonus * (weights * entropies).sum()
+    (ours,) = torch.autograd.grad(loss, kept)
+    exact = torch.distributions.Categorical(logits=kept.double())
+    loss = (weights * exact.log_prob(labels)).sum() + bonus * (weights * exact.entropy()).sum()
+    (expected,) = torch.autograd.grad(loss, kept)
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)

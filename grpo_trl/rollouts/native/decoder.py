@@ -19,8 +19,8 @@ from .attention import RowsLayout
 
 logger = logging.get_logger(__name__)
 
-# Up to so many rows the CPU's kernels are faster (up to three times) with the weight as the left factor
-WEIGHT_FIRST = 64
+# For so many rows the CPU's kernels are faster (up to three times) with the weight as the left factor
+WEIGHT_FIRST = range(12, 65)
 # Largest difference of logits, relative to the largest of them, that rounding explains
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
 TOLERANCE_16_BIT = 0.1
@@ -147,7 +147,7 @@ def _linear(module: Any) -> Callable[[Tensor], Tensor]:
 
     def apply(x: Tensor) -> Tensor:
         weight, bias = module.weight, module.bias
-        if x.device.type != "cpu" or len(x) > WEIGHT_FIRST or x.dtype != weight.dtype:
+        if x.device.type != "cpu" or len(x) not in WEIGHT_FIRST or x.dtype != weight.dtype:
             return linear(x, weight, bias)
         return (torch.mm(weight, x.t()) if bias is None else torch.addmm(bias[:, None], weight, x.t())).t()
 

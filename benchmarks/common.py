@@ -90,7 +90,7 @@ class Load:
         )
 
 
-# Loads with a name: (a) long prompts, ragged completions; (b) the seed's batch and its four passes; (c) very long
+# Loads with a name: (a) long prompts, ragged completions; (b) a small batch and four passes; (c) very long
 # prompts; (d) nothing to share and nothing to unpad.
 LOADS = {
     "a": Load(),

@@ -1,4 +1,4 @@
-"""`GRPOConfig`: TRL's names and meanings, the seed document's defaults, and every check that needs no model."""
+"""`GRPOConfig`: TRL's names and meanings, this project's defaults, and every check that needs no model."""
 
 import functools
 import logging
@@ -81,7 +81,7 @@ class GRPOConfig(VLLMArguments):
     ]
 
     # Defaults that differ from transformers, as in TRL
-    learning_rate: float = _help("Initial learning rate of AdamW. Default: the seed document's.", 1e-6)
+    learning_rate: float = _help("Initial learning rate of AdamW.", 1e-6)
     logging_steps: float = _help("Log every X optimizer steps; below 1, a ratio of all steps.", 10)
     gradient_checkpointing: bool = _help("Recompute activations in the backward pass: less memory, more time.", True)
     bf16: bool | None = _help("bf16 mixed precision. Default: on where a GPU supports it (unless fp16), else off.")
@@ -122,7 +122,7 @@ class GRPOConfig(VLLMArguments):
     skip_hopeless_after: int | None = _help("Pass over prompts of which none did in so many draws in a row.")
 
     # Rollouts
-    num_generations: int = _help("G, completions per prompt. Default: the seed document's (TRL: 8).", 4)
+    num_generations: int = _help("G, completions per prompt (TRL's default: 8).", 4)
     generation_batch_size: int = _help("Completions sampled at once over all ranks; or set steps_per_generation.")
     steps_per_generation: int = _help("Micro-batches per rollout. Default: gradient_accumulation_steps.")
     max_completion_length: int = _help("Longest completion in tokens.", 512)
@@ -164,7 +164,7 @@ class GRPOConfig(VLLMArguments):
         "Forward passes of a reward model have at most the tokens of so many of the longest completions.", 8
     )
     reward_max_length: int | None = _help(
-        "Longest input of a reward model in tokens. Default: what its tokenizer says."
+        "Longest input of a reward model in tokens. Default: what its tokenizer and its model allow."
     )
     reward_input_format: str = _help(
         "Reward model input: auto, pair (question, answer), chat (its template) or text.", "auto"
@@ -176,7 +176,7 @@ class GRPOConfig(VLLMArguments):
     loss_type: str | None = _help(
         "TRL's shorthand for surrogate + token_weighting: grpo, dapo, dr_grpo, bnpo, cispo, sapo, luspo or vespo."
     )
-    num_iterations: int = _help("mu, passes over each rollout. Default: the seed document's (TRL: 1).", 4)
+    num_iterations: int = _help("mu, passes over each rollout (TRL's default: 1).", 4)
     surrogate: str = _help("The policy term: clip, cispo, sapo or vespo.")
     importance_sampling_level: str = _help("token, or sequence (GSPO).")
     epsilon: float = _help("Lower clip range: ratios below 1 - epsilon.")
@@ -195,7 +195,7 @@ class GRPOConfig(VLLMArguments):
         "Several rewards: sum_then_normalize, or normalize_then_sum (each within its group first)."
     )
     advantage_baseline: str = _help("group_mean, or leave_one_out (RLOO).")
-    scale_rewards: str = _help("batch_relative (the seed's), group, batch or none.")
+    scale_rewards: str = _help("batch_relative (this project's), group, batch or none.")
     token_weighting: str = _help("How tokens are averaged: token, sequence, max_length or sequence_sum.")
     top_entropy_quantile: float = _help("Share of tokens, those of highest entropy, that have a policy term.")
     entropy_coef: float = _help("Weight of the entropy bonus, the mean entropy per token in nats.")

@@ -68,7 +68,7 @@ _REASONS = {
     "a truncated completion would pass for a finished one; leave it out": "forced_eos_token_id",
     "another distribution than the policy's would be sampled; leave it out": "guidance_scale",
     "it would hide a policy that has diverged; leave it out": "remove_invalid_values",
-    "there is no such engine here; see rollout_engine": "continuous_batching_config",
+    "rollout_engine: transformers_cb sizes its cache by itself; leave it out": "continuous_batching_config",
 }
 REFUSED = {name: reason for reason, names in _REASONS.items() for name in names.split()}
 

@@ -115,7 +115,7 @@ def test_an_unknown_option_is_a_type_error(config):
         config(num_generation=4)
 
 
-# Defaults that are not TRL's: the seed document's, and None where the row of a variant decides.
+# Defaults that are not TRL's: this project's own, and None where the row of a variant decides.
 OTHER_DEFAULTS = {
     "num_generations": 4,
     "num_iterations": 4,
@@ -221,7 +221,7 @@ def test_the_token_is_not_pickled(config):
     assert pickle.loads(pickle.dumps(args)).learning_rate == args.learning_rate
 
 
-# ---- The seed's defaults ----
+# ---- Defaults ----
 
 
 def test_defaults_are_the_seeds(config):

@@ -31,7 +31,7 @@ def cuda(index):
         ("same", cuda(0), 1, 1, cuda(0)),
         ("cpu", cuda(0), 1, 1, CPU),
         ("cuda:0", cuda(0), 1, 1, cuda(0)),
-        # two GPUs: the seed's layout with one rank, shared with two
+        # two GPUs: one for the frozen models with one rank, shared with two
         ("auto", cuda(0), 2, 1, cuda(1)),
         (None, cuda(0), 2, 1, cuda(1)),
         ("same", cuda(0), 2, 1, cuda(0)),

@@ -47,7 +47,7 @@ _DAPO = {
 _GROUP = {"scale_rewards": "group", "beta": 0.0}
 
 VARIANTS: dict[str, Variant] = {
-    # The project's seed: token-level PPO-clip, relative rewards standardised over the whole batch, KL 0.01.
+    # This project's own: token-level PPO-clip, relative rewards standardised over the whole batch, KL 0.01.
     "grpo": Variant(paper="arXiv 2402.03300, with relative rewards standardised globally and token weighting"),
     # Section 4.1 and equation 3: advantages normalised per group, mean over each completion's tokens first;
     # equation 4: the k3 estimator; section 4.2: KL coefficient 0.04. The paper states no clip range; 0.2 is PPO's

@@ -46,7 +46,8 @@ class RewardModel:
     share as `rewards/<name>/truncated`.
 
     Raises:
-        ValueError: more than one label, a checkpoint without a reward head, no tokenizer, no pad token.
+        ValueError: more than one label, a checkpoint without a reward head, no tokenizer or a slow one, neither a pad
+            nor an EOS token.
     """
 
     in_process = True  # never sent to another process

@@ -1,4 +1,4 @@
-"""The main job on real questions: GRPO on GSM8K through the seed's data entry, with a reward model and a verifiable
+"""The main job on real questions: GRPO on GSM8K through a data entry, with a reward model and a verifiable
 reward, by `recipes/grpo.py`: on one rank, on two, and with an adapter."""
 
 import json

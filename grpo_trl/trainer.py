@@ -1,6 +1,7 @@
 """`GRPOTrainer`: the order of the steps. What a step does is in the modules it calls."""
 
 import contextlib
+import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, cast
@@ -193,6 +194,7 @@ class GRPOTrainer(CollectingTrainer):
         self.dynamic_sampler = dynamic_sampler(args, self.accelerator.num_processes)
         self._sampling_is_exact = self._sampling_may_be_exact(own_rollout=type(self).rollout is GRPOTrainer.rollout)
         self.metrics = Metrics()
+        self._step_began = time.perf_counter()  # when its micro-batches were asked for
         self._share_of_micro_batch = 1.0  # what `compute_loss` sees of one; see `training_step`
         self.num_tokens = 0
         self.completions_log: list[dict[str, Any]] = []
@@ -254,6 +256,11 @@ class GRPOTrainer(CollectingTrainer):
 
     # ---- Update ----
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The micro-batches of the next optimizer step; where one is due, after a rollout."""
+        self._step_began = time.perf_counter()
+        return super().get_batch_samples(*args, **kwargs)
+
     def training_step(self, model: nn.Module, inputs: RolloutBatch, num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of a micro-batch, in pieces of at most `max_tokens_per_microbatch` tokens, and in
         smaller ones once memory ran out.
@@ -283,6 +290,7 @@ class GRPOTrainer(CollectingTrainer):
         loss = self.policy_limit.run(add_gradients, partial(self._all_pieces, self._accumulated), restart)
         if self.accelerator.sync_gradients:
             self._accumulated = []
+            self.metrics.add("step_time", time.perf_counter() - self._step_began)
         self.nonfinite_updates.add_loss(loss)
         return loss
 

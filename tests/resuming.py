@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-TIMES = ("runtime", "per_second", "seconds")
+TIMES = ("runtime", "per_second", "seconds", "step_time")
 
 
 def history(log_history: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from grpo_trl import GRPOTrainer
 from tests.test_trainer import assert_same, config, dataset, trainer, weights
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "diagnosis.md"
-TIMES = ("runtime", "per_second", "_seconds")
+TIMES = ("runtime", "per_second", "_seconds", "step_time")
 
 
 def reward(completions, **kwargs):

@@ -3,6 +3,7 @@
 import copy
 import logging
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,18 @@ def test_a_run_moves_the_policy_and_logs_trls_metrics(tmp_path):
     assert first["sampling/logp_gap"] < 1e-5  # the sampler's log-probabilities are the trainer's
     assert first["kl"] == pytest.approx(0, abs=1e-9)
     assert first["loss"] == pytest.approx(first["policy_loss"] + run.args.beta * first["kl"], abs=1e-6)
+
+
+def test_the_time_of_a_step_begins_with_its_rollout(tmp_path):
+    def slow(completions, **kwargs):
+        time.sleep(0.5)
+        return reward_vowels(completions)
+
+    run = trainer(tmp_path, rewards=slow, num_iterations=2, max_steps=2)
+    run.train()
+    with_rollout, without = logged(run, "step_time")
+    assert with_rollout > 0.5 and without > 0
+    assert with_rollout + without < run.state.log_history[-1]["train_runtime"]
 
 
 def test_the_first_pass_is_on_policy_and_the_next_use_the_stored_log_probs(tmp_path):
@@ -375,7 +388,14 @@ def test_a_run_cut_in_two_is_the_run(tmp_path, options, cut):
     resumed = trainer(tmp_path / "cut", max_steps=8, **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / f"checkpoint-{cut}"))
     assert_same(weights(straight), weights(resumed))
-    drop = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "total_flos")
+    drop = (
+        "train_runtime",
+        "train_samples_per_second",
+        "train_steps_per_second",
+        "train_loss",
+        "total_flos",
+        "step_time",
+    )
     histories = [
         [
             {k: v for k, v in entry.items() if k not in drop and not k.endswith("_seconds")}

@@ -1,16 +1,17 @@
 """One run with a reference and a reward model, by phase: seconds, peak memory, and what `grpo-trl plan` says of it.
 
     python benchmarks/by_phase.py --device cuda --shape qwen3-0.6b --reward deberta-v3-large --prompts 2 \
-        --prompt-len 256 --completion-len 1024 --steps 20
+        --prompt-len 256 --completion-len 1024 --steps 20 --runs plain,checkpointing,sequential
 
 Seconds are those of a rollout and its updates. The first, which compiles and captures, is left out of them and not of
 the memory, which only CUDA counts. Random weights.
 """
 
+import gc
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -55,6 +56,12 @@ PHASES = {
     "_old_per_token_logps": "old",
     "_reference_logps": "reference",
     "training_step": "update",
+}
+# a name of --runs -> arguments of GRPOConfig
+RUNS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "checkpointing": {"gradient_checkpointing": True},
+    "sequential": {"reward_overlap": False},  # rewards after the rollout, not during it
 }
 # the plan's phase -> those measured
 OF_PLAN = {
@@ -154,18 +161,17 @@ def save_reward_model(shape: str, load: Load, folder: str) -> None:
         pad_token_id=0,
     )
     torch.manual_seed(0)
-    DebertaV2ForSequenceClassification(config).save_pretrained(folder)
+    with torch.device(load.device):
+        model = DebertaV2ForSequenceClassification(config)
+    model.save_pretrained(folder)
     build_tokenizer(load).save_pretrained(folder)
 
 
-def measure(load: Load, reward: str, extras: dict[str, Any]) -> dict[str, Any]:
+def measure(load: Load, policy: str, judge: str, extras: dict[str, Any]) -> dict[str, Any]:
     """Plans the run, trains it, and says what both say."""
+    options = trainer_options(load, seed=0) | OURS | {"max_prompt_length": load.prompt_len[1]} | extras
     with tempfile.TemporaryDirectory() as folder:
-        policy, judge = (str(Path(folder, name)) for name in ("policy", "reward"))
-        save_model(load, policy)
-        save_reward_model(reward, load, judge)
-        options = trainer_options(load, seed=0) | OURS | {"max_prompt_length": load.prompt_len[1]} | extras
-        args = GRPOConfig(str(Path(folder, "out")), **options)
+        args = GRPOConfig(folder, **options)
         (plan,) = plan_run(Run(PolicySpec(policy), (judge,), args)).devices.values()
         dataset = Dataset.from_dict({"prompt": build_prompts(load, load.steps + 1)})
         trainer = GRPOTrainer(policy, judge, args, dataset)
@@ -176,17 +182,33 @@ def measure(load: Load, reward: str, extras: dict[str, Any]) -> dict[str, Any]:
     return phases.figures(load.mu) | {"planned_mib": {name: size / 2**20 for name, size in plan.phases.items()}}
 
 
-def show(figures: dict[str, Any]) -> None:
+def measure_all(load: Load, reward: str, runs: Sequence[str]) -> dict[str, Any]:
+    """One run after the other, on the same models."""
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        policy, judge = (str(Path(folder, name)) for name in ("policy", "reward"))
+        save_model(load, policy)
+        save_reward_model(reward, load, judge)
+        for name in runs:
+            gc.collect()  # what the run before has left
+            if load.device == "cuda":
+                torch.cuda.empty_cache()
+            results[name] = measure(load, policy, judge, RUNS[name])
+            show(name, results[name])
+    return results
+
+
+def show(name: str, figures: dict[str, Any]) -> None:
     """Seconds and memory by phase."""
     console = Console(highlight=False)
-    table = Table("phase", "seconds", "peak, MiB")
-    for name, seconds in figures["seconds"].items():
-        memory = figures["peak_mib"].get(name)
-        table.add_row(name, f"{seconds:.3f}", "" if memory is None else f"{memory:,.0f}")
+    table = Table("phase", "seconds", "peak, MiB", title=name)
+    for phase, seconds in figures["seconds"].items():
+        memory = figures["peak_mib"].get(phase)
+        table.add_row(phase, f"{seconds:.3f}", "" if memory is None else f"{memory:,.0f}")
     console.print(table)
-    for name, planned in figures["planned_mib"].items() if figures["peak_mib"] else ():
-        found = [figures["peak_mib"][part] for part in OF_PLAN[name] if part in figures["peak_mib"]]
-        console.print(f"{name}: planned {planned:,.0f} MiB, measured {max(found):,.0f}, {planned / max(found):.2f}")
+    for phase, planned in figures["planned_mib"].items() if figures["peak_mib"] else ():
+        found = [figures["peak_mib"][part] for part in OF_PLAN[phase] if part in figures["peak_mib"]]
+        console.print(f"{phase}: planned {planned:,.0f} MiB, measured {max(found):,.0f}, {planned / max(found):.2f}")
     console.print(
         f"{figures['tokens_per_second']:,.0f} tokens/s, {figures['tokens_per_rollout']:,.0f} tokens a rollout"
     )
@@ -195,18 +217,12 @@ def show(figures: dict[str, Any]) -> None:
 def main() -> None:
     options = parser(__doc__ or "", "by_phase.json")
     options.add_argument("--reward", choices=REWARDS, default="tiny", help="shape of the reward model")
-    options.add_argument("--gradient-checkpointing", action="store_true")
-    options.add_argument("--sequential", action="store_true", help="rewards after the rollout, not during it")
+    options.add_argument("--runs", default="plain", help=f"comma-separated: {', '.join(RUNS)}")
     options = options.parse_args()
-    extras = {
-        "gradient_checkpointing": options.gradient_checkpointing,
-        "reward_overlap": not options.sequential,
-    }
     results = {}
     for name, load in loads_of(options).items():
-        results[name] = {"load": describe(load)} | measure(load, options.reward, extras)
-        show(results[name])
-    report(options, {"loads": results}, held_equal=())
+        results[name] = {"load": describe(load), "runs": measure_all(load, options.reward, options.runs.split(","))}
+        report(options, {"loads": results}, held_equal=())
 
 
 if __name__ == "__main__":

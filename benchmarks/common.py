@@ -187,7 +187,8 @@ def build_model(load: Load) -> Any:
         dtype=load.dtype,
     )
     torch.manual_seed(0)
-    model: Any = Qwen3ForCausalLM(config).to(getattr(torch, load.dtype))
+    with torch.device(load.device):
+        model: Any = Qwen3ForCausalLM(config).to(getattr(torch, load.dtype))
     # without raggedness nothing ends a completion: one id of thousands hardly ever does
     model.generation_config.eos_token_id = eos_ids(load)
     return model
@@ -197,6 +198,8 @@ def save_model(load: Load, folder: str) -> None:
     """Model and tokenizer, from where both sides load policy and reference."""
     build_model(load).save_pretrained(folder)
     build_tokenizer(load).save_pretrained(folder)
+    if load.device == "cuda":
+        torch.cuda.empty_cache()  # this process keeps nothing from those that measure
 
 
 def trainer_options(load: Load, seed: int) -> dict[str, Any]:

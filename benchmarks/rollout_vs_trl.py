@@ -103,20 +103,23 @@ def floor_seconds(load: Load, mean_length: float, bandwidth: float) -> float:
 
 
 def main() -> None:
-    options = parser(__doc__ or "", "rollout_vs_trl.json", loads="a,b,c,d").parse_args()
-    results = {}
+    options = parser(__doc__ or "", "rollout_vs_trl.json", loads="a,b,c,d")
+    options.add_argument("--peers", default="generate,continuous_batching", help="comma-separated")
+    options = options.parse_args()
+    peers = options.peers.split(",")
+    sides, results = [*peers, "native"], {}
     bandwidth = copy_bandwidth() if options.device == "cuda" else None
     for name, load in loads_of(options).items():
-        rows = alternate(measure, load, list(SIDES), options.repeats)
+        rows = alternate(measure, load, sides, options.repeats)
         check_same_work(rows, "mean_completion_length", tolerance_of_lengths(load, options.repeats))
         results[name] = {"load": describe(load), "measurements": rows}
-        for peer in ("generate", "continuous_batching"):
+        for peer in peers:
             found = results[name][f"native / {peer}"] = ratios(rows, "native", peer, RATIOS)
             show(f"({name}) {load}", found, f"native / {peer}")
         if bandwidth is not None:
             length = mean(row["mean_completion_length"] for row in rows)
             floor = floor_seconds(load, length, bandwidth)
-            seconds = {side: median(r["seconds"] for r in rows if r["side"] == side) for side in SIDES}
+            seconds = {side: median(r["seconds"] for r in rows if r["side"] == side) for side in sides}
             results[name] |= {"bandwidth_bytes_per_second": bandwidth, "floor_seconds": floor}
             print(f"floor {floor:.2f} s at {bandwidth / 1e12:.2f} TB/s; share of it:", end=" ")
             print({side: f"{floor / value:.0%}" for side, value in seconds.items()})

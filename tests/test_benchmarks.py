@@ -214,10 +214,13 @@ def test_rollout_vs_trl_runs_all_sides(tmp_path: Path):
 
 @pytest.mark.slow
 def test_by_phase_divides_a_step_into_its_phases(tmp_path: Path):
-    (result,) = run("by_phase", tmp_path / "small.json", "--load", "b").values()
-    seconds = result["seconds"]
-    phases = {"rollout", "waiting for rewards", "reference", "update", "optimizer"}
-    assert seconds.keys() - {"old"} == phases | {"the rest", "all"}
-    assert all(0 < seconds[name] < seconds["all"] for name in phases)
-    assert 2 * 4 <= result["tokens_per_rollout"] <= 2 * 4 * 16
-    assert result["planned_mib"].keys() == {"rollout", "scoring", "update"} and result["peak_mib"] == {}
+    words = ("--load", "b", "--runs", "plain,checkpointing,sequential")
+    (result,) = run("by_phase", tmp_path / "small.json", *words).values()
+    assert list(result["runs"]) == ["plain", "checkpointing", "sequential"]
+    for figures in result["runs"].values():
+        seconds = figures["seconds"]
+        phases = {"rollout", "waiting for rewards", "reference", "update", "optimizer"}
+        assert seconds.keys() - {"old"} == phases | {"the rest", "all"}
+        assert all(0 < seconds[name] < seconds["all"] for name in phases)
+        assert 2 * 4 <= figures["tokens_per_rollout"] <= 2 * 4 * 16
+        assert figures["planned_mib"].keys() == {"rollout", "scoring", "update"} and figures["peak_mib"] == {}

@@ -1,79 +1,120 @@
-"""Attention kernels of variable length (CUDA, 16 bit): one call for the whole stream."""
+"""Attention kernels of variable length (CUDA, 16 bit): two calls for the whole stream, without a copy of any key."""
 
-import importlib.util
-import inspect
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
+
+# What `torch.nn.attention.varlen.varlen_attn` calls. Private, because the gradient that the public function defines
+# is that of a softmax over its own keys and nothing else. Both take fewer key than query heads.
+_flash = torch.ops.aten._flash_attention_forward
+_flash_backward = torch.ops.aten._flash_attention_backward
+
+
+class Sequences(NamedTuple):
+    """Pairs of queries and keys that follow each other in memory: int32 offsets (pairs + 1,), and the longest."""
+
+    queries: Tensor
+    keys: Tensor
+    max_query: int
+    max_key: int
+
+    @classmethod
+    def of(cls, queries: Sequence[int], keys: Sequence[int]) -> "Sequences":
+        """From the lengths of each pair."""
+        offsets = (torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32) for lengths in (queries, keys))
+        return cls(*offsets, max(queries), max(keys))
+
+    def to(self, device: torch.device) -> "Sequences":
+        """A copy there."""
+        queries, keys = (offsets.to(device, non_blocking=True) for offsets in (self.queries, self.keys))
+        return self._replace(queries=queries, keys=keys)
 
 
 class VarlenIndex:
-    """Which keys each part of a stream sees, as kernels of variable length take it.
+    """What attends to what in a stream, as kernels of variable length take it.
 
     Args:
-        parts: slices of the stream, in its order and none of them empty, each with what it sees besides itself.
+        parts: lengths of all that attends causally to itself, in the order of the stream and none of them 0.
+        shared: length of each group's shared part; they are the first tokens of the stream, in this order.
+        branches: how many tokens all branches of each group have; they are what comes next.
     """
 
-    def __init__(self, parts: Sequence[tuple[slice, slice]]):
-        query_lengths = [part.stop - part.start for part, _ in parts]
-        key_lengths = [seen.stop - seen.start + part.stop - part.start for part, seen in parts]
-        self.max_query, self.max_key = max(query_lengths), max(key_lengths)
-        # int32 offsets (parts + 1,) into the queries and the gathered keys, and the places of the gathered keys
-        self.query_offsets = torch.tensor(list(accumulate(query_lengths, initial=0)), dtype=torch.int32)
-        self.key_offsets = torch.tensor(list(accumulate(key_lengths, initial=0)), dtype=torch.int32)
-        self.keys = torch.cat([torch.arange(s.start, s.stop) for part, seen in parts for s in (seen, part)])
+    def __init__(self, parts: Sequence[int], shared: Sequence[int], branches: Sequence[int]):
+        self.num_shared = sum(shared)
+        self.causal = Sequences.of(parts, parts)
+        crosses = any(length and crossing for length, crossing in zip(shared, branches, strict=True))
+        self.crossing = Sequences.of(branches, shared) if crosses else None
+        self.all_share = all(shared)
 
     def to(self, device: torch.device) -> "VarlenIndex":
         """Moves the tensors, in place."""
-        for name in ("query_offsets", "key_offsets", "keys"):
-            setattr(self, name, getattr(self, name).to(device, non_blocking=True))
+        if self.causal.queries.device != device:
+            self.causal = self.causal.to(device)
+            self.crossing = self.crossing and self.crossing.to(device)
         return self
 
 
 def varlen_attention(query: Tensor, key: Tensor, value: Tensor, index: VarlenIndex, scaling: float) -> Tensor:
     """query (1, H, N, D), key and value (1, Hk, N, D) -> (1, H, N, D).
 
-    The keys of each branch are its shared part's and its own, one after the other. A kernel that aligns its causal
-    mask at the end of queries and keys (FlashAttention 2.1 and later) then masks exactly what lies ahead.
+    As `merged_attention`: each part to itself, all branches of a group to what they share, merged by log-sum-exp.
     """
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, H, D)
-    key, value = (x.index_select(0, index.keys) for x in (key, value))
-    out = kernel()(query, key, value, index.query_offsets, index.key_offsets, index.max_query, index.max_key, scaling)
+    out: Any = _VarlenAttention.apply(query, key, value, index, scaling)
     return out.transpose(0, 1)[None]
 
 
-@cache
-def kernel() -> Callable[..., Tensor]:
-    """flash-attn where it is installed, else torch's own."""
-    if importlib.util.find_spec("flash_attn") is not None:
-        from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
+class _VarlenAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, index: VarlenIndex, scaling: float) -> Tensor:
+        n = index.num_shared
+        out, lse = attend(query, key, value, index.causal, scaling, causal=True)
+        if index.crossing is not None:
+            shared_out, shared_lse = attend(query[n:], key[:n], value[:n], index.crossing, scaling, causal=False)
+            if not index.all_share:  # where there is no key, the kernel writes 0, and that the sum is infinite
+                shared_lse.masked_fill_(shared_lse == torch.inf, -torch.inf)
+            own_out, own_lse = out[n:], lse[:, n:]
+            share = torch.sigmoid(shared_lse - own_lse)  # of the softmax's mass
+            own_out.lerp_(shared_out, share.t()[..., None].to(out.dtype))
+            torch.logaddexp(own_lse, shared_lse, out=own_lse)
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.index, ctx.scaling = index, scaling
+        return out
 
-        return lambda *args: flash_attn_varlen_func(*args[:-1], softmax_scale=args[-1], causal=True)
-    return torch_kernel(inspect.signature(varlen_attn).parameters)
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        query, key, value, out, lse = ctx.saved_tensors
+        index, n = ctx.index, ctx.index.num_shared
+        grads = gradients(grad, query, key, value, out, lse, index.causal, ctx.scaling, causal=True)
+        if index.crossing is not None:
+            of_branches = (x[n:] for x in (grad, query))
+            of_shared = (x[:n] for x in (key, value))
+            crossing = gradients(
+                *of_branches, *of_shared, out[n:], lse[:, n:], index.crossing, ctx.scaling, causal=False
+            )
+            for total, part, where in zip(grads, crossing, (slice(n, None), slice(n), slice(n)), strict=True):
+                total[where] += part
+        return (*grads, None, None)
 
 
-def torch_kernel(accepted: Any, call: Callable[..., Any] = varlen_attn) -> Callable[..., Tensor]:
-    """`varlen_attn` as its torch version takes it: 2.10 has `is_causal`, 2.11 `window_size` and `scale`, later ones
-    `enable_gqa`; what is missing is done here."""
-    causal = {"window_size": (-1, 0)} if "window_size" in accepted else {"is_causal": True}
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scaling: float, *, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """query (N, H, D), key and value (M, Hk, D) -> (N, H, D), and the log-sum-exp (H, N) in fp32."""
+    out, lse, *_ = _flash(query, key, value, *sequences, 0.0, causal, False, scale=scaling)
+    return out, lse
 
-    def call_kernel(query, key, value, query_offsets, key_offsets, max_query, max_key, scaling) -> Any:
-        options = dict(causal)
-        if query.shape[1] != key.shape[1]:
-            if "enable_gqa" in accepted:
-                options["enable_gqa"] = True
-            else:
-                repeats = query.shape[1] // key.shape[1]
-                key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
-        if "scale" in accepted:
-            options["scale"] = scaling
-        else:
-            query = query * (scaling * query.shape[-1] ** 0.5)
-        return call(query, key, value, query_offsets, key_offsets, max_query, max_key, **options)
 
-    return call_kernel
+def gradients(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, sequences: Sequences,
+    scaling: float, *, causal: bool,
+) -> Sequence[Tensor]:  # fmt: skip
+    """Of query, key and value, given all that the queries made, with other keys too: `out` and `lse`."""
+    random_state = torch.empty(2, dtype=torch.uint64, device=grad.device)  # of dropout, which there is none of
+    unused = torch.empty(0, device=grad.device)
+    return _flash_backward(
+        grad, query, key, value, out, lse.contiguous(), *sequences, 0.0, causal, random_state, unused, scale=scaling
+    )

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn.functional import silu
 
 from grpo_trl.rollouts.native import kernels
 from grpo_trl.rollouts.native.attention import Grid, RowsLayout, Shape
@@ -34,11 +35,26 @@ def test_add_and_norm(width, dtype, out):
         assert gap(normed, rms_norm(expected.float(), weight, 1e-6)) < max(TOLERANCE[dtype], TOLERANCE[out])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [16, 3000])
+def test_silu_and_multiply(width, dtype):
+    """Also of the halves of one product, whose rows are apart."""
+    product = random(5, 2 * width, dtype=dtype)
+    for gate, up in (product.chunk(2, dim=-1), (random(5, width, dtype=dtype), random(5, width, dtype=dtype))):
+        ours = kernels.silu_and_multiply(gate, up)
+        assert ours.dtype == dtype
+        assert gap(ours, silu(gate.float()) * up.float()) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_turn_and_store(dtype, normed):
+def test_turn_and_store(dtype, normed, together):
     n, heads, kv_heads, size, length = 3, 6, 2, 32, 10
-    projected = [random(n, count * size, dtype=dtype) for count in (heads, kv_heads, kv_heads)]
+    sizes = [count * size for count in (heads, kv_heads, kv_heads)]
+    projected = [random(n, width, dtype=dtype) for width in sizes]
+    if together:  # parts of one product, whose rows are apart
+        projected = torch.cat(projected, dim=-1).split(sizes, dim=-1)
     angles = random(n, size // 2).repeat(1, 2)
     cos, sin = angles.cos(), angles.sin()
     sin[:, : size // 2] *= -1
@@ -47,7 +63,7 @@ def test_turn_and_store(dtype, normed):
     out = kernels.turn_and_store(projected, cos, sin, norms, own, ages.to(DEVICE))
 
     def turned(x, count, weight):
-        x = x.view(n, count, size).float()
+        x = x.reshape(n, count, size).float()
         x = x if weight is None else rms_norm(x, weight, 1e-6)
         return x * cos[:, None] + x.roll(size // 2, dims=-1) * sin[:, None]
 
@@ -55,7 +71,7 @@ def test_turn_and_store(dtype, normed):
     assert gap(out, turned(query, heads, norms and norms[0])) < TOLERANCE[dtype]
     written = own[:, torch.arange(n), :, ages]  # (n, 2, Hk, D)
     assert gap(written[:, 0], turned(key, kv_heads, norms and norms[1])) < TOLERANCE[dtype]
-    assert torch.equal(written[:, 1], value.view(n, kv_heads, size))
+    assert torch.equal(written[:, 1], value.reshape(n, kv_heads, size))
     own[:, torch.arange(n), :, ages] = 0
     assert not own.any()  # nothing else was touched
 

@@ -1,4 +1,5 @@
 import json
+from itertools import pairwise
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from grpo_trl.policy import attention, varlen
 from grpo_trl.policy.attention import GroupLayout, branchwise_attention, merged_attention, no_mask, use_group_attention
-from grpo_trl.policy.varlen import VarlenIndex, torch_kernel, varlen_attention
+from grpo_trl.policy.varlen import varlen_attention
 from tests.tiny import save, tiny_model, tiny_tokenizer
 
 SHARED, BRANCHES = [3, 0, 7], [[2, 1, 5], [4, 1], [1, 3]]  # a prompt of one token shares nothing
@@ -43,20 +44,54 @@ def dense(query, key, value, layout, scaling):
     return scaled_dot_product_attention(query, key, value, attn_mask=visible(), scale=scaling)
 
 
-def reference_kernel(query, key, value, query_offsets, key_offsets, max_query, max_key, **options):
-    """What `varlen_attn` computes, on any device, with its causal mask aligned at the end."""
-    assert options["window_size"] == (-1, 0)
-    repeats = query.shape[1] // key.shape[1]
-    assert repeats == 1 or options.get("enable_gqa")
-    key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
+def pairs(query_offsets, key_offsets, max_query, max_key):
+    """Slices of the queries and keys that belong together."""
     assert max_query == query_offsets.diff().max() and max_key == key_offsets.diff().max()
-    out = []
-    for part in range(len(query_offsets) - 1):
-        q = query[query_offsets[part] : query_offsets[part + 1]].transpose(0, 1)
-        k, v = (x[key_offsets[part] : key_offsets[part + 1]].transpose(0, 1) for x in (key, value))
-        mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).tril(k.shape[1] - q.shape[1])
-        out.append(scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=options["scale"]).transpose(0, 1))
-    return torch.cat(out)
+    slices = ([slice(*ends) for ends in pairwise(offsets.tolist())] for offsets in (query_offsets, key_offsets))
+    return zip(*slices, strict=True)
+
+
+def scores_of(query, key, causal, scaling):
+    """(N, H, D), (M, Hk, D) -> (N, H, M)"""
+    scores = torch.einsum("nhd,mhd->nhm", query, key.repeat_interleave(query.shape[1] // key.shape[1], dim=1))
+    seen = torch.ones(len(query), len(key), dtype=torch.bool)
+    assert not causal or len(query) == len(key)
+    return (scores * scaling).masked_fill(~(seen.tril() if causal else seen)[:, None], -torch.inf)
+
+
+def reference_flash(query, key, value, query_offsets, key_offsets, *args, scale):
+    """What the kernel of variable length computes, on any device."""
+    *longest, dropout, causal, _ = args
+    assert dropout == 0
+    out, lse = torch.zeros_like(query), query.new_full(query.shape[1::-1], torch.inf)
+    for here, there in pairs(query_offsets, key_offsets, *longest):
+        if there.start == there.stop:
+            continue
+        scores = scores_of(query[here], key[there], causal, scale)
+        values = value[there].repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+        out[here] = torch.einsum("nhm,mhd->nhd", scores.softmax(-1), values)
+        lse[:, here] = scores.logsumexp(-1).T
+    return out, lse, None, None, None
+
+
+def reference_flash_backward(grad, query, key, value, out, lse, query_offsets, key_offsets, *args, scale):
+    """As FlashAttention does it (arXiv 2205.14135, algorithm 4), from the output and its log-sum-exp."""
+    assert lse.is_contiguous()
+    *longest, dropout, causal, _, _ = args
+    repeats = query.shape[1] // key.shape[1]
+    of_query, of_key, of_value = (torch.zeros_like(x) for x in (query, key, value))
+    for here, there in pairs(query_offsets, key_offsets, *longest):
+        keys, values = (x[there].repeat_interleave(repeats, dim=1) for x in (key, value))
+        probs = (scores_of(query[here], key[there], causal, scale) - lse[:, here].T[..., None]).exp()
+        delta = (grad[here] * out[here]).sum(-1, keepdim=True)
+        of_scores = probs * (torch.einsum("nhd,mhd->nhm", grad[here], values) - delta) * scale
+        of_query[here] = torch.einsum("nhm,mhd->nhd", of_scores, keys)
+        for total, part in (
+            (of_key, torch.einsum("nhm,nhd->mhd", of_scores, query[here])),
+            (of_value, torch.einsum("nhm,nhd->mhd", probs, grad[here])),
+        ):
+            total[there] = part.unflatten(1, (-1, repeats)).sum(2)
+    return of_query, of_key, of_value
 
 
 def varlen_on_cpu(query, key, value, layout, scaling):
@@ -65,8 +100,8 @@ def varlen_on_cpu(query, key, value, layout, scaling):
 
 @pytest.fixture
 def kernel_on_cpu(monkeypatch):
-    kernel = torch_kernel({"window_size", "scale", "enable_gqa"}, reference_kernel)
-    monkeypatch.setattr(varlen, "kernel", lambda: kernel)
+    monkeypatch.setattr(varlen, "_flash", reference_flash)
+    monkeypatch.setattr(varlen, "_flash_backward", reference_flash_backward)
 
 
 @pytest.mark.parametrize("key_heads", [4, 2, 1])
@@ -128,38 +163,37 @@ def test_dropout_goes_to_sdpa():
 def test_varlen_index_by_hand():
     # a shared part of 2 and its branches of 1 and 2; a branch of 2 that shares nothing
     index = GroupLayout([2, 0], [[1, 2], [2]]).varlen_index
-    assert index.query_offsets.tolist() == [0, 2, 3, 5, 7]
-    assert index.key_offsets.tolist() == [0, 2, 5, 9, 11]
-    assert index.keys.tolist() == [0, 1, 0, 1, 2, 0, 1, 3, 4, 5, 6]
-    assert (index.max_query, index.max_key) == (2, 4)
-    assert index.query_offsets.dtype == index.key_offsets.dtype == torch.int32
-
-
-@pytest.mark.parametrize(
-    ("accepted", "passed"),
-    [
-        ({"is_causal"}, {"is_causal": True}),
-        ({"window_size", "scale"}, {"window_size": (-1, 0), "scale": 0.3}),
-        ({"window_size", "scale", "enable_gqa"}, {"window_size": (-1, 0), "scale": 0.3, "enable_gqa": True}),
-    ],
-    ids=["2.10", "2.11", "2.12"],
-)
-def test_each_signature_of_varlen_attn(accepted, passed):
-    seen = []
-    kernel = torch_kernel(accepted, lambda query, key, *args, **options: seen.append((query, key, options)))
-    query, key = torch.randn(5, 4, 16), torch.randn(5, 2, 16)
-    kernel(query, key, key, None, None, 5, 5, 0.3)
-    ((query_, key_, options),) = seen
-    assert options == passed
-    assert key_.shape[1] == (2 if "enable_gqa" in accepted else 4)  # else each query head gets a key head of its own
-    scale = options.get("scale", query.shape[-1] ** -0.5)
-    torch.testing.assert_close(query_ * scale, query * 0.3)
-
-
-def test_this_torch_has_a_signature_that_is_known():
-    assert varlen.kernel() is not None
-    index = VarlenIndex([(slice(0, 3), slice(0, 0))])
+    assert [x.tolist() for x in index.causal[:2]] == [[0, 2, 3, 5, 7]] * 2 and index.causal[2:] == (2, 2)
+    assert [x.tolist() for x in index.crossing[:2]] == [[0, 3, 5], [0, 2, 2]] and index.crossing[2:] == (3, 2)
+    assert {x.dtype for part in (index.causal, index.crossing) for x in part[:2]} == {torch.int32}
+    assert (index.num_shared, index.all_share) == (2, False)
     assert index.to(torch.device("cpu")) is index
+
+
+@pytest.mark.parametrize(("shared", "branches"), [([5], [[]]), ([0], [[1]]), ([0, 0], [[2, 1], [3]])])
+def test_nothing_crosses(shared, branches, kernel_on_cpu):
+    layout = GroupLayout(shared, branches)
+    assert layout.varlen_index.crossing is None
+    n = sum(shared) + sum(map(sum, branches))
+    inputs = [torch.randn(1, 2, n, 8, dtype=torch.float64) for _ in range(3)]
+    torch.testing.assert_close(varlen_on_cpu(*inputs, layout, 1.0), branchwise_attention(*inputs, layout, 1.0))
+
+
+def test_kernels_of_variable_length_are_given_no_copy_of_the_keys(kernel_on_cpu):
+    inputs = [x.transpose(1, 2) for x in queries_keys_values()]
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
+        varlen_on_cpu(*inputs, GroupLayout(SHARED, BRANCHES), 0.3)
+    query, key, value = (x.numel() for x in inputs)
+    assert sorted(saved) == sorted([query, key, value, query, query // 16])
+
+
+def test_this_torch_has_the_kernels_as_they_are_called():
+    """By their schemas: names of what is given by name, and the number of the rest."""
+    for kernel, given in ((varlen._flash, 10), (varlen._flash_backward, 14)):
+        arguments = kernel.default._schema.arguments
+        assert len([a for a in arguments if not a.kwarg_only]) == given
+        assert "scale" in {a.name for a in arguments if a.kwarg_only}
 
 
 # ---- In a model ----

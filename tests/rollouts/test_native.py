@@ -18,7 +18,7 @@ from grpo_trl.rollouts.native import NativeEngine, engine
 from grpo_trl.rollouts.native.attention import Shape, attention_and_lse, products_and_lse
 from grpo_trl.rollouts.native.cuda_graph import GraphedSteps, bucket
 from grpo_trl.rollouts.native.engine import close_gaps, groups_that_fit
-from grpo_trl.rollouts.native.weights import LowPrecisionWeights
+from grpo_trl.rollouts.native.weights import LowPrecisionWeights, joined
 from tests.policy.test_packed import KINDS, build, lora
 from tests.tiny import IM_END, PAD, VOCAB_SIZE, tiny_model
 
@@ -417,6 +417,22 @@ def test_16_bit_copies_follow_the_weights(qwen3):
     assert [copy.data_ptr() for copy in weights.copies] == addresses
     for layer, copy in zip(weights.layers, weights.copies, strict=True):
         assert torch.equal(copy, layer.weight.bfloat16())
+
+
+def test_16_bit_copies_of_neighbours_are_one_matrix(qwen3):
+    weights = LowPrecisionWeights(qwen3, torch.bfloat16)
+    attention, mlp, x = qwen3.model.layers[1].self_attn, qwen3.model.layers[1].mlp, torch.randn(3, 32).bfloat16()
+    for modules in ([attention.q_proj, attention.k_proj, attention.v_proj], [mlp.gate_proj, mlp.up_proj]):
+        assert joined([module.weight for module in modules]) is None  # of parameters, each is by itself
+        with weights.active():
+            together = joined([module.weight for module in modules])
+            assert torch.equal(together, torch.cat([module.weight for module in modules]))
+            assert together.data_ptr() == modules[0].weight.data_ptr()
+            assert joined([module.weight for module in reversed(modules)]) is None
+    with weights.active():
+        assert joined([mlp.up_proj.weight, mlp.down_proj.weight]) is None  # which read other inputs
+        assert joined([x[:1], x[2:]]) is None and joined([x[:1].float(), x[1:]]) is None
+    assert torch.equal(joined([x[:1], x[1:]]), x)
 
 
 def test_a_single_token(qwen3):

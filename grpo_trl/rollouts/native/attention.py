@@ -90,7 +90,7 @@ class RowsLayout:
     def attend_projected(
         self,
         layer_idx: int,
-        projected: list[Tensor],
+        projected: Sequence[Tensor],
         cos: Tensor,
         sin: Tensor,
         norms: tuple[Tensor, Tensor, float] | None,

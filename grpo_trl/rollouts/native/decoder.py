@@ -4,18 +4,20 @@ On a few tokens, a layer of transformers takes longer to get to its kernels than
 models that are built as Llama is. Whether one is, is not guessed: its first step is run both ways and compared.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from transformers.activations import SiLUActivation
 from transformers.utils import logging
 
 from ...policy.attention import no_mask
 from ...policy.head import finish_logits, to_logits
 from . import kernels
 from .attention import RowsLayout
+from .weights import joined
 
 logger = logging.get_logger(__name__)
 
@@ -93,7 +95,7 @@ class _Layer:
     def __init__(self, layer: Any):
         attention = self.attention = layer.self_attn
         self.before_attention, self.before_mlp = _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)
-        self.projections = [_linear(module) for module in (attention.q_proj, attention.k_proj, attention.v_proj)]
+        self.project = _neighbours([attention.q_proj, attention.k_proj, attention.v_proj])
         self.kv_heads = attention.k_proj.out_features // attention.head_dim
         self.out, self.mlp = _linear(attention.o_proj), _mlp(layer.mlp)
 
@@ -102,21 +104,21 @@ class _Layer:
     ) -> tuple[Tensor, Tensor]:
         """hidden (n, d), and what is to be added to it; cos, sin (n, 1, D), sin with the signs of the rotation."""
         hidden, x = self.before_attention(hidden, delta)
-        projected = [project(x) for project in self.projections]
+        projected = self.project(x)
         attend = self._attend_by_kernels if kernels.fits(x, cos.shape[-1]) else self._attend
         hidden, x = self.before_mlp(hidden, self.out(attend(projected, cos, sin, layout)))
         return hidden, self.mlp(x)
 
-    def _attend_by_kernels(self, projected: list[Tensor], cos: Tensor, sin: Tensor, layout: RowsLayout) -> Tensor:
+    def _attend_by_kernels(self, projected: Sequence[Tensor], cos: Tensor, sin: Tensor, layout: RowsLayout) -> Tensor:
         attention = self.attention
         norms = None
         if hasattr(attention, "q_norm"):
             norms = (attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.variance_epsilon)
         return layout.attend_projected(attention.layer_idx, projected, cos[:, 0], sin[:, 0], norms, attention.scaling)
 
-    def _attend(self, projected: list[Tensor], cos: Tensor, sin: Tensor, layout: RowsLayout) -> Tensor:
+    def _attend(self, projected: Sequence[Tensor], cos: Tensor, sin: Tensor, layout: RowsLayout) -> Tensor:
         size = self.attention.head_dim
-        tokens = torch.cat(projected, dim=-1).view(len(cos), -1, size)
+        tokens = torch.cat([*projected], dim=-1).view(len(cos), -1, size)
         turned = tokens[:, : -self.kv_heads]  # queries and keys, H + Hk heads; values are not turned
         # x cos + rotate_half(x) sin: rolling by half swaps the halves, `sin` brings the sign of the first
         normed = self._normed(turned)
@@ -136,8 +138,30 @@ class _Layer:
 def _mlp(module: Any) -> Callable[[Tensor], Tensor]:
     if _children(module) != {"gate_proj", "up_proj", "down_proj", "act_fn"}:
         return lambda x: module(x[:, None])[:, 0]  # experts
-    gate, up, down = (_linear(getattr(module, name)) for name in ("gate_proj", "up_proj", "down_proj"))
-    return lambda x: down(module.act_fn(gate(x)) * up(x))
+    project, down = _neighbours([module.gate_proj, module.up_proj]), _linear(module.down_proj)
+
+    def apply(x: Tensor) -> Tensor:
+        gate, up = project(x)
+        if isinstance(module.act_fn, nn.SiLU | SiLUActivation) and kernels.fits(gate):
+            return down(kernels.silu_and_multiply(gate, up))
+        return down(module.act_fn(gate) * up)
+
+    return apply
+
+
+def _neighbours(modules: list[Any]) -> Callable[[Tensor], Sequence[Tensor]]:
+    """Layers that read the same input (n, d); where their weights are one matrix in memory, as one product."""
+    separate = [_linear(module) for module in modules]
+    plain = all(type(module) is nn.Linear and module.bias is None for module in modules)
+
+    def apply(x: Tensor) -> Sequence[Tensor]:
+        # on the CPU, where the engine makes no copies, the question would cost more than the answer
+        together = joined([module.weight for module in modules]) if plain and x.device.type != "cpu" else None
+        if together is None:
+            return [layer(x) for layer in separate]
+        return linear(x, together).split([module.out_features for module in modules], dim=-1)
+
+    return apply
 
 
 def _linear(module: Any) -> Callable[[Tensor], Tensor]:

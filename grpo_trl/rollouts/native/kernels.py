@@ -7,6 +7,7 @@ transformers do, or less often. Sizes of heads are powers of two from 16 on (`fi
 # pyright: reportIndexIssue=false, reportInvalidTypeForm=false
 import importlib
 import importlib.util
+from collections.abc import Sequence
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +25,7 @@ else:  # CPU builds of torch come without it
 # So many bytes of keys are read at a time, and of values (at most 64): with those that are already on their way, this
 # fits into the shared memory of every GPU since 2020
 BLOCK_BYTES = 16384
+COLUMNS = 1024  # of an activation, in one program
 LINES = 32  # at most, queries that share the keys of a prompt in one program
 
 
@@ -55,7 +57,7 @@ def add_and_norm(
 
 
 def turn_and_store(
-    projected: list[Tensor], cos: Tensor, sin: Tensor, norms: tuple[Tensor, Tensor, float] | None, own: Tensor,
+    projected: Sequence[Tensor], cos: Tensor, sin: Tensor, norms: tuple[Tensor, Tensor, float] | None, own: Tensor,
     ages: Tensor,
 ) -> Tensor:  # fmt: skip
     """Queries, keys and values (n, heads D) -> queries (n, H, D), normed where the model does that and turned by their
@@ -70,8 +72,19 @@ def turn_and_store(
     out = torch.empty(len(query), heads, size, dtype=own.dtype, device=own.device)
     of_query, of_key, epsilon = norms or (cos, cos, 0.0)
     _turn_and_store[(len(query), heads + 2 * kv_heads)](
-        query, key, value, cos, sin, of_query, of_key, out, own[0], own[1], ages, epsilon, length,
+        query, key, value, query.stride(0), key.stride(0), value.stride(0), cos, sin, of_query, of_key, out,
+        own[0], own[1], ages, epsilon, length,
         HEADS=heads, KV_HEADS=kv_heads, SIZE=size, NORMED=norms is not None, num_warps=1,
+    )  # fmt: skip
+    return out
+
+
+def silu_and_multiply(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) up, (n, d) each, with rows as far apart as they are."""
+    n, width = gate.shape
+    out = torch.empty(n, width, dtype=torch.promote_types(gate.dtype, up.dtype), device=gate.device)
+    _silu_and_multiply[(n, triton.cdiv(width, COLUMNS))](
+        gate, up, out, gate.stride(0), up.stride(0), width, COLUMNS=COLUMNS,
     )  # fmt: skip
     return out
 
@@ -120,6 +133,17 @@ def _add_and_norm(hidden, delta, weight, total, normed, epsilon, width, WIDTH: t
 
 
 @triton.jit
+def _silu_and_multiply(gate, up, out, gate_stride, up_stride, width, COLUMNS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = d < width
+    x = tl.load(gate + row * gate_stride + d, mask=inside, other=0.0).to(tl.float32)
+    x = (x * tl.sigmoid(x)).to(out.dtype.element_ty).to(tl.float32)
+    x *= tl.load(up + row * up_stride + d, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * width + d, x.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def _turned(head, weight, cos, sin, epsilon, SIZE: tl.constexpr, NORMED: tl.constexpr):
     """One head, and the same with its halves swapped: x cos + swapped(x) sin."""
     d = tl.arange(0, SIZE)
@@ -135,7 +159,8 @@ def _turned(head, weight, cos, sin, epsilon, SIZE: tl.constexpr, NORMED: tl.cons
 
 @triton.jit
 def _turn_and_store(
-    query, key, value, cos, sin, of_query, of_key, out, keys, values, ages, epsilon, length,
+    query, key, value, query_stride, key_stride, value_stride, cos, sin, of_query, of_key, out,
+    keys, values, ages, epsilon, length,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, SIZE: tl.constexpr, NORMED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -145,15 +170,15 @@ def _turn_and_store(
     sin += row * SIZE
     if head < HEADS:
         place = row * HEADS + head
-        x = _turned(query + place * SIZE, of_query, cos, sin, epsilon, SIZE, NORMED)
+        x = _turned(query + row * query_stride + head * SIZE, of_query, cos, sin, epsilon, SIZE, NORMED)
         tl.store(out + place * SIZE + d, x.to(out.dtype.element_ty))
     elif head < HEADS + KV_HEADS:
         place = row * KV_HEADS + head - HEADS
-        x = _turned(key + place * SIZE, of_key, cos, sin, epsilon, SIZE, NORMED)
+        x = _turned(key + row * key_stride + (head - HEADS) * SIZE, of_key, cos, sin, epsilon, SIZE, NORMED)
         tl.store(keys + (place * length + tl.load(ages + row)) * SIZE + d, x.to(keys.dtype.element_ty))
     else:
         place = row * KV_HEADS + head - HEADS - KV_HEADS
-        x = tl.load(value + place * SIZE + d).to(tl.float32)
+        x = tl.load(value + row * value_stride + (head - HEADS - KV_HEADS) * SIZE + d).to(tl.float32)
         tl.store(values + (place * length + tl.load(ages + row)) * SIZE + d, x.to(values.dtype.element_ty))
 
 

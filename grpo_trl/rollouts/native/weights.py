@@ -1,10 +1,11 @@
 """16-bit copies of fp32 weights for decoding."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class LowPrecisionWeights:
@@ -12,11 +13,20 @@ class LowPrecisionWeights:
 
     While `active`, the layers use the copies: the same numbers, but read once instead of cast (6 bytes a weight moved
     instead of 2). Everything else - embeddings, norms - stays as it is, and so does the rest of autocast.
+
+    The copies lie one behind the other in the order of the modules, so that those of neighbours that read the same
+    input, as query, key and value, are one matrix (`joined`).
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype):
         self.layers = [m for m in model.modules() if type(m) is nn.Linear and m.weight.dtype == torch.float32]
-        self.copies = [nn.Parameter(layer.weight.detach().to(dtype), requires_grad=False) for layer in self.layers]
+        self.copies: list[nn.Parameter] = []
+        for device, layers in groupby(self.layers, key=lambda layer: layer.weight.device):
+            weights = [layer.weight.detach() for layer in layers]
+            memory = torch.empty(sum(map(torch.numel, weights)), dtype=dtype, device=device)
+            parts = memory.split([weight.numel() for weight in weights])
+            copies = (part.view_as(weight).copy_(weight) for part, weight in zip(parts, weights, strict=True))
+            self.copies += [nn.Parameter(copy, requires_grad=False) for copy in copies]
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -35,3 +45,16 @@ class LowPrecisionWeights:
         finally:
             for layer, weight in zip(self.layers, own, strict=True):
                 layer.weight = weight
+
+
+def joined(weights: Sequence[Tensor]) -> Tensor | None:
+    """Matrices (n_i, d) that lie one behind the other in the same memory as one (sum of n_i, d), else None."""
+    first, rows = weights[0], sum(map(len, weights))
+    place = first.storage_offset()
+    for weight in weights:
+        same_memory = weight.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        same_kind = (weight.dtype, weight.shape[1], weight.stride()) == (first.dtype, first.shape[1], first.stride())
+        if not (same_memory and same_kind and weight.is_contiguous() and weight.storage_offset() == place):
+            return None
+        place += weight.numel()
+    return first.as_strided((rows, first.shape[1]), first.stride())

@@ -42,7 +42,9 @@ def useful_flop(load: Load, groups: int) -> float:
     """Of a forward and a backward pass."""
     shape, prompt, length = SHAPES[load.shape], load.prompt_len[1] - 1, load.completion_len
     scored = groups * load.group * length
-    products = body_parameters(shape) * (scored + groups * prompt) + shape["vocab_size"] * shape["hidden_size"] * scored
+    products = (
+        body_parameters(shape) * (scored + groups * prompt) + shape["vocab_size"] * shape["hidden_size"] * scored
+    )
     seen = groups * (prompt * prompt / 2 + load.group * (length * length / 2 + length * prompt))
     attention = 2 * shape["num_hidden_layers"] * shape["num_attention_heads"] * shape["head_dim"] * seen
     return 6 * (products + attention)

@@ -109,7 +109,7 @@ class GroupLayout:
     @cached_property
     def varlen_index(self) -> VarlenIndex:
         """The same for kernels of variable length."""
-        branches = [sum(map(_length, lengths)) for lengths in self.branches]
+        branches = [[*map(_length, lengths)] for lengths in self.branches]
         return VarlenIndex([*map(_length, self.parts)], [*map(_length, self.shared)], branches)
 
     @cached_property

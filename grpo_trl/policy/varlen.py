@@ -1,7 +1,7 @@
-"""Attention kernels of variable length (CUDA, 16 bit): two calls for the whole stream, without a copy of any key."""
+"""Attention kernels of variable length (CUDA, 16 bit): two calls for the whole stream, which keep no copy of a key."""
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +24,9 @@ class Sequences(NamedTuple):
     @classmethod
     def of(cls, queries: Sequence[int], keys: Sequence[int]) -> "Sequences":
         """From the lengths of each pair."""
-        offsets = (torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32) for lengths in (queries, keys))
+        offsets = (
+            torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32) for lengths in (queries, keys)
+        )
         return cls(*offsets, max(queries), max(keys))
 
     def to(self, device: torch.device) -> "Sequences":
@@ -39,22 +41,55 @@ class VarlenIndex:
     Args:
         parts: lengths of all that attends causally to itself, in the order of the stream and none of them 0.
         shared: length of each group's shared part; they are the first tokens of the stream, in this order.
-        branches: how many tokens all branches of each group have; they are what comes next.
+        branches: of each group the lengths of its branches; they are what comes next.
     """
 
     def __init__(self, parts: Sequence[int], shared: Sequence[int], branches: Sequence[int]):
         self.num_shared = sum(shared)
-        self.causal = Sequences.of(parts, parts)
-        crosses = any(length and crossing for length, crossing in zip(shared, branches, strict=True))
-        self.crossing = Sequences.of(branches, shared) if crosses else None
         self.all_share = all(shared)
+        self.causal = Sequences.of(parts, parts)
+        self.crossing: Sequences | None = None
+        if any(length and sum(lengths) for length, lengths in zip(shared, branches, strict=True)):
+            self.crossing = Sequences.of([sum(lengths) for lengths in branches], shared)
+            self.repeated = Repeated(shared, branches)
 
     def to(self, device: torch.device) -> "VarlenIndex":
         """Moves the tensors, in place."""
         if self.causal.queries.device != device:
             self.causal = self.causal.to(device)
-            self.crossing = self.crossing and self.crossing.to(device)
+            if self.crossing is not None:
+                self.crossing = self.crossing.to(device)
+                self.repeated.sequences = self.repeated.sequences.to(device)
+                self.repeated.places = self.repeated.places.to(device, non_blocking=True)
         return self
+
+
+class Repeated:
+    """Shared parts once for each branch that is not empty. See `VarlenIndex` for the arguments.
+
+    The backward pass runs a block of keys at a time: a few hundred keys of a few prompts leave most of a GPU idle.
+    """
+
+    def __init__(self, shared: Sequence[int], branches: Sequence[Sequence[int]]):
+        starts = list(accumulate(shared, initial=0))
+        counts = [sum(length > 0 for length in lengths) for lengths in branches]
+        self.sequences = Sequences.of(
+            [length for lengths in branches for length in lengths if length],
+            [length for length, count in zip(shared, counts, strict=True) for _ in range(count)],
+        )
+        parts = [torch.arange(*ends) for ends in pairwise(starts)]
+        self.places = torch.cat([part.repeat(count) for part, count in zip(parts, counts, strict=True)])
+        self.groups = list(zip(shared, counts, strict=True))
+
+    def sum(self, gradient: Tensor) -> Tensor:
+        """(len(places), Hk, D) -> (shared tokens, Hk, D)."""
+        parts = gradient.split([length * count for length, count in self.groups])
+        return torch.cat(
+            [
+                part.view(count, length, *part.shape[1:]).sum(0)
+                for part, (length, count) in zip(parts, self.groups, strict=True)
+            ]
+        )
 
 
 def varlen_attention(query: Tensor, key: Tensor, value: Tensor, index: VarlenIndex, scaling: float) -> Tensor:
@@ -90,13 +125,15 @@ class _VarlenAttention(torch.autograd.Function):
         index, n = ctx.index, ctx.index.num_shared
         grads = gradients(grad, query, key, value, out, lse, index.causal, ctx.scaling, causal=True)
         if index.crossing is not None:
-            of_branches = (x[n:] for x in (grad, query))
-            of_shared = (x[:n] for x in (key, value))
-            crossing = gradients(
-                *of_branches, *of_shared, out[n:], lse[:, n:], index.crossing, ctx.scaling, causal=False
+            repeated = index.repeated
+            keys, values = (x.index_select(0, repeated.places) for x in (key, value))
+            grad, query, out = (x[n:] for x in (grad, query, out))
+            of_query, of_keys, of_values = gradients(
+                grad, query, keys, values, out, lse[:, n:], repeated.sequences, ctx.scaling, causal=False
             )
-            for total, part, where in zip(grads, crossing, (slice(n, None), slice(n), slice(n)), strict=True):
-                total[where] += part
+            grads[0][n:] += of_query
+            grads[1][:n] += repeated.sum(of_keys)
+            grads[2][:n] += repeated.sum(of_values)
         return (*grads, None, None)
 
 

@@ -10,7 +10,8 @@ from grpo_trl.policy.attention import GroupLayout, branchwise_attention, merged_
 from grpo_trl.policy.varlen import varlen_attention
 from tests.tiny import save, tiny_model, tiny_tokenizer
 
-SHARED, BRANCHES = [3, 0, 7], [[2, 1, 5], [4, 1], [1, 3]]  # a prompt of one token shares nothing
+# a prompt of one token shares nothing; a completion may be empty
+SHARED, BRANCHES = [3, 0, 7, 2], [[2, 1, 5], [4, 1], [1, 0, 3], [0]]
 NUM_TOKENS = sum(SHARED) + sum(map(sum, BRANCHES))
 
 
@@ -167,6 +168,9 @@ def test_varlen_index_by_hand():
     assert [x.tolist() for x in index.crossing[:2]] == [[0, 3, 5], [0, 2, 2]] and index.crossing[2:] == (3, 2)
     assert {x.dtype for part in (index.causal, index.crossing) for x in part[:2]} == {torch.int32}
     assert (index.num_shared, index.all_share) == (2, False)
+    assert [x.tolist() for x in index.repeated.sequences[:2]] == [[0, 1, 3, 5], [0, 2, 4, 4]]
+    assert index.repeated.places.tolist() == [0, 1, 0, 1]
+    assert index.repeated.sum(torch.arange(8.0).view(4, 1, 2)).tolist() == [[[4, 6]], [[8, 10]]]
     assert index.to(torch.device("cpu")) is index
 
 

@@ -250,14 +250,16 @@ class GRPOConfig(VLLMArguments):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         judged = self.load_best_model_at_end or self.save_strategy == "best"
-        if self.metric_for_best_model is None and (
-            judged or self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
-        ):
+        follows = self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
+        if self.metric_for_best_model is None and (judged or follows):
             self.metric_for_best_model = "reward"  # transformers would look for eval_loss, which there is not
         try:
             super().__post_init__()
         except ValueError as error:  # the rest cannot be judged without what it would have set
             raise_all([*problems, *refused, str(error)])
+        if follows:  # those schedulers would take a metric for a loss
+            mode = "max" if self.greater_is_better else "min"
+            self.lr_scheduler_kwargs = {"mode": mode} | mapping(self.lr_scheduler_kwargs)
         if self.world_size > 1 and self.device.type == "cpu":
             # transformers hands ddp_timeout on to GPU ranks only: CPU ranks would wait half an hour whatever it says
             _set_pg_timeout(timedelta(seconds=self.ddp_timeout))

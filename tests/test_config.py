@@ -545,3 +545,19 @@ def test_best_model_is_that_of_the_highest_reward(config):
     chosen = {"metric_for_best_model": "eval_kl", "greater_is_better": False}
     args = config(load_best_model_at_end=True, **every_step, **chosen)
     assert (args.metric_for_best_model, args.greater_is_better) == ("eval_kl", False)
+
+
+@pytest.mark.parametrize("scheduler", ["reduce_lr_on_plateau", "greedy"])
+@pytest.mark.parametrize(
+    ("options", "mode"),
+    [
+        ({}, "max"),
+        ({"metric_for_best_model": "kl", "greater_is_better": False}, "min"),
+        ({"lr_scheduler_kwargs": '{"mode": "min", "patience": 3}'}, "min"),
+    ],
+)
+def test_schedulers_that_follow_a_metric_know_which_way_is_better(config, scheduler, options, mode):
+    args = config(lr_scheduler_type=scheduler, eval_strategy="epoch", **options)
+    assert args.lr_scheduler_kwargs["mode"] == mode
+    assert ("patience" in args.lr_scheduler_kwargs) == ("lr_scheduler_kwargs" in options)
+    assert "mode" not in (config(lr_scheduler_type="linear").lr_scheduler_kwargs or {})

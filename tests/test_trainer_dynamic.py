@@ -76,6 +76,14 @@ def test_surplus_is_trained_with_the_ratio_of_the_policy_that_sampled_it(tmp_pat
     assert max(abs(ratio - 1) for ratio in ratios) > 1e-3  # the policy has moved since
 
 
+def test_a_second_run_begins_without_the_surplus_of_the_first(tmp_path):
+    run = dynamic(tmp_path, max_steps=2, max_concurrent_rows=16)
+    run.train()
+    assert run.dynamic_sampler.surplus
+    run.get_train_dataloader()  # which a run begins with; its draws and steps are counted from 0 again
+    assert not run.dynamic_sampler.surplus
+
+
 def test_no_surplus_is_kept_at_age_zero(tmp_path):
     run = dynamic(tmp_path, max_steps=4, max_concurrent_rows=16, dynamic_sampling_max_age=0)
     run.train()

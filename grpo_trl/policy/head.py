@@ -23,7 +23,7 @@ from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
 # How many logits exist at a time: those of so many scored positions, or more while they are so few
 CHUNK, CHUNK_LOGITS = 512, 2**23
-CACHED_LOGITS = 2**18  # that a core's own cache holds
+CACHED_LOGITS, FEWEST_ROWS = 2**18, 16  # that a core's own cache holds; but not row by row
 VOCABULARY_CHUNK = 32768  # of TRL's function, as TRL calls it
 
 
@@ -161,7 +161,7 @@ class _Scores(torch.autograd.Function):
 
 def _entropies(logits: Tensor, log_normalizer: Tensor) -> Tensor:
     """(M, V), (M,) -> (M,); on the CPU in parts that stay in its cache."""
-    rows = max(1, CACHED_LOGITS // logits.shape[-1]) if logits.device.type == "cpu" else len(logits)
+    rows = max(FEWEST_ROWS, CACHED_LOGITS // logits.shape[-1]) if logits.device.type == "cpu" else len(logits)
     parts = []
     for part, normalizer in zip(logits.split(rows), log_normalizer.split(rows), strict=True):
         logps = part - normalizer[:, None]

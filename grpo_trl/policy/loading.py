@@ -4,9 +4,9 @@ import os
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, PeftType, get_peft_model
 from transformers import PreTrainedModel
-from transformers.utils import strtobool
+from transformers.utils import logging, strtobool
 from trl.trainer.utils import create_model_from_path
 
 from ..config import GRPOConfig, mapping
@@ -14,6 +14,8 @@ from ..placement import is_zero3
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
+
+logger = logging.get_logger(__name__)
 
 
 def load_policy(
@@ -26,16 +28,34 @@ def load_policy(
     """Loads a path on the one device of this rank's policy, or takes an instance, and adds the adapter.
 
     Raises:
-        ValueError: an encoder-decoder; `peft_config` together with a model that already has an adapter; a model with
-            nothing to train.
+        TypeError: what was passed as `peft_config` is none.
+        ValueError: a quantisation config twice; prompt tuning; an encoder-decoder; `peft_config` together with a
+            model that already has an adapter; a model with nothing to train.
     """
+    if peft_config is not None and not isinstance(peft_config, PeftConfig):
+        raise TypeError(
+            f"peft_config must be a peft.PeftConfig (a LoraConfig, say), got {type(peft_config).__name__}."
+        )
     if isinstance(model, str):
         model = _from_path(model, args, quantization_config)
+    elif given := [
+        name
+        for name, value in (
+            ("model_init_kwargs", args.model_init_kwargs),
+            ("quantization_config", quantization_config),
+        )
+        if value
+    ]:
+        logger.warning(
+            f"{' and '.join(given)} without effect: the model was passed as an instance, which is taken as it is. "
+            "Pass its path to have it loaded with them."
+        )
     if model.config.is_encoder_decoder:
         raise ValueError(
             f"{type(model).__name__} is an encoder-decoder, but a completion continues its prompt here: use a "
             "decoder-only model (AutoModelForCausalLM)."
         )
+    _check_kind_of_adapter(peft_config or getattr(model, "active_peft_config", None))
     if peft_config is not None:
         model = _add_adapter(model, args, peft_config)
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -55,10 +75,23 @@ def load_policy(
     return model
 
 
+def _check_kind_of_adapter(config: PeftConfig | None) -> None:
+    """Refuses adapters whose forward puts tokens before those that it is given: positions would be others."""
+    if config is not None and config.is_prompt_learning and config.peft_type != PeftType.PREFIX_TUNING:
+        raise ValueError(
+            f"The adapter of a {type(config).__name__} adds tokens to the prompt, which is not supported; use LoRA, or "
+            "prefix tuning."
+        )
+
+
 def _from_path(path: str, args: GRPOConfig, quantization_config: Any) -> PreTrainedModel | PeftModel:
     """A whole model; or, from a folder with an adapter (what a LoRA run saves), its base with that adapter."""
     options: dict[str, Any] = {"device_map": policy_device_map(args)} | from_pretrained_options(args)
     if quantization_config is not None:
+        if options.get("quantization_config") is not None:
+            raise ValueError(
+                "quantization_config was passed to the trainer and in model_init_kwargs; leave out one of them."
+            )
         options["quantization_config"] = quantization_config
     if os.path.isfile(os.path.join(path, "adapter_config.json")):
         return AutoPeftModelForCausalLM.from_pretrained(path, is_trainable=True, **options)

@@ -112,8 +112,10 @@ def load_reference_model(
     if path is None:
         copied: Any = copy.deepcopy(policy)
         return copied if sharded else place(copied, device_map)  # pyright: ignore[reportReturnType]
-    own = mapping(args.ref_model_init_kwargs)
-    options: dict[str, Any] = {"device_map": None if sharded else device_map} | from_pretrained_options(args) | own
+    options: dict[str, Any] = {"device_map": None if sharded else device_map} | from_pretrained_options(args)
+    if path != policy_path:
+        options.pop("revision", None)  # of the policy's repository
+    options |= mapping(args.ref_model_init_kwargs)
     return create_model_from_path(path, None, **options)
 
 

@@ -24,10 +24,11 @@ class Sequences(NamedTuple):
     @classmethod
     def of(cls, queries: Sequence[int], keys: Sequence[int]) -> "Sequences":
         """From the lengths of each pair."""
-        offsets = (
-            torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32) for lengths in (queries, keys)
-        )
-        return cls(*offsets, max(queries), max(keys))
+
+        def offsets(lengths: Sequence[int]) -> Tensor:
+            return torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32)
+
+        return cls(offsets(queries), offsets(keys), max(queries), max(keys))
 
     def to(self, device: torch.device) -> "Sequences":
         """A copy there."""
@@ -44,7 +45,7 @@ class VarlenIndex:
         branches: of each group the lengths of its branches; they are what comes next.
     """
 
-    def __init__(self, parts: Sequence[int], shared: Sequence[int], branches: Sequence[int]):
+    def __init__(self, parts: Sequence[int], shared: Sequence[int], branches: Sequence[Sequence[int]]):
         self.num_shared = sum(shared)
         self.all_share = all(shared)
         self.causal = Sequences.of(parts, parts)

@@ -80,7 +80,8 @@ class RewardModel:
         if processing_class is None:
             if not path:
                 raise ValueError("A reward model built in memory has no tokenizer of its own; pass processing_class.")
-            processing_class = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+            source = {name: value for name, value in (model_init_kwargs or {}).items() if name == "revision"}
+            processing_class = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **source)
         self.model: Any = freeze(loaded)
         self.tokenizer: Any = _with_pad_token(processing_class, path)
         self.batch_size = batch_size

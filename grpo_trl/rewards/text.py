@@ -1,6 +1,7 @@
 """What text rewards read: the text of a completion, the answer in it, the gold answer of its row."""
 
 import re
+from math import isnan
 from typing import Any
 
 # Completions are what a policy happens to write, so every search here takes time linear in their length: none starts
@@ -54,8 +55,12 @@ def gold_answers(count: int, answer: list[Any] | None = None, solution: list[Any
 
 
 def _gold_text(value: Any) -> str | None:
-    if value is None:
+    if getattr(value, "ndim", None) == 0:  # of a dataset with_format("torch") or "numpy"
+        value = value.item()
+    if value is None or (isinstance(value, float) and isnan(value)):  # how a column of numbers leaves one out
         return None
+    if isinstance(value, list) and not all(isinstance(message, dict) for message in value):
+        raise ValueError(f"A gold answer is a text, a number or messages, got the list {value!r}; give one answer.")
     text = completion_text(value) if isinstance(value, (str, list)) else str(value)
     return text.strip() or None
 

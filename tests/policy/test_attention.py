@@ -79,6 +79,7 @@ def reference_flash_backward(grad, query, key, value, out, lse, query_offsets, k
     """As FlashAttention does it (arXiv 2205.14135, algorithm 4), from the output and its log-sum-exp."""
     assert lse.is_contiguous()
     *longest, dropout, causal, _, _ = args
+    assert dropout == 0
     repeats = query.shape[1] // key.shape[1]
     of_query, of_key, of_value = (torch.zeros_like(x) for x in (query, key, value))
     for here, there in pairs(query_offsets, key_offsets, *longest):

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from grpo_trl import GRPOConfig
@@ -138,3 +138,31 @@ def test_adapters_on_a_quantised_base_are_bf16_and_learn(config, quantized_path)
     with torch.autocast("cpu", torch.bfloat16):
         per_token_logps(model, batch())[0].sum().backward()
     assert all(p.grad is not None and (p.grad.norm() > 0) == ("lora_B" in name) for name, p in trainable.items())
+
+
+def test_what_an_instance_leaves_without_effect_is_said(config, qwen3, caplog):
+    args = config(model_init_kwargs={"dtype": "bfloat16"})
+    assert load_policy(qwen3, args, quantization_config=BitsAndBytesConfig(load_in_8bit=True)) is qwen3
+    assert "model_init_kwargs and quantization_config without effect" in caplog.text
+    caplog.clear()
+    load_policy(qwen3, config())
+    assert not caplog.records
+
+
+def test_a_quantization_config_twice(config, model_dir):
+    args = config(model_init_kwargs={"quantization_config": BitsAndBytesConfig(load_in_8bit=True)})
+    with pytest.raises(ValueError, match=r"to the trainer and in model_init_kwargs; leave out one"):
+        load_policy(model_dir, args, quantization_config=BitsAndBytesConfig(load_in_4bit=True))
+
+
+def test_a_peft_config_that_is_none_is_refused_before_anything_is_loaded(config):
+    with pytest.raises(TypeError, match=r"must be a peft\.PeftConfig .*got dict"):
+        load_policy("nowhere/at-all", config(), peft_config={"r": 8})
+
+
+@pytest.mark.parametrize("as_instance", [False, True])
+def test_adapters_that_add_tokens_are_refused(config, qwen3, as_instance):
+    tuning = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    model, options = (get_peft_model(qwen3, tuning), {}) if as_instance else (qwen3, {"peft_config": tuning})
+    with pytest.raises(ValueError, match=r"PromptTuningConfig adds tokens to the prompt.*use LoRA"):
+        load_policy(model, config(), **options)

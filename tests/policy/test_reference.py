@@ -275,3 +275,18 @@ def test_passes_of_any_size_give_the_same_log_probabilities_in_the_same_order(qw
     batch.completion_ids = torch.arange(batch.completion_ids.numel()).view_as(batch.completion_ids) % 90 + 10
     reference = FrozenReference(qwen3, Passes(2, TokenLimit("it", tokens)))
     torch.testing.assert_close(reference.per_token_logps(batch, 0.7), logps(qwen3, batch, 0.7), rtol=0, atol=1e-5)
+
+
+def test_the_revision_is_that_of_the_policys_repository(tmp_path, monkeypatch, qwen3):
+    asked = []
+    monkeypatch.setattr(
+        "grpo_trl.policy.reference.create_model_from_path",
+        lambda path, _, **options: asked.append((path, options)) or qwen3,
+    )
+    options = {"use_cpu": True, "beta": 0.1, "model_init_kwargs": {"revision": "v1", "dtype": "float32"}}
+    for other in ({}, {"ref_model_name_or_path": "b"}, {"ref_model_name_or_path": "a"}):
+        load_reference_model(qwen3, "a", GRPOConfig(str(tmp_path), **options, **other), {"": "cpu"})
+    own = {"ref_model_name_or_path": "b", "ref_model_init_kwargs": {"revision": "v2"}}
+    load_reference_model(qwen3, "a", GRPOConfig(str(tmp_path), **options, **own), {"": "cpu"})
+    found = [(path, options.get("revision"), options["dtype"]) for path, options in asked]
+    assert found == [("a", "v1", "float32"), ("b", None, "float32"), ("a", "v1", "float32"), ("b", "v2", "float32")]

@@ -2,10 +2,20 @@
 
 import time
 
+import numpy as np
 import pytest
+import torch
 
 from grpo_trl.rewards import answer_format, exact_match, final_answer, think_format
-from grpo_trl.rewards.text import normalize_text, stated_answer
+from grpo_trl.rewards.text import gold_answers, normalize_text, stated_answer
+
+
+def test_gold_answers_of_columns_that_hold_no_text():
+    answers = [torch.tensor(72), np.float64(1.5), float("nan"), torch.tensor(float("nan")), None, 7]
+    assert gold_answers(6, answers) == ["72", "1.5", None, None, None, "7"]
+    assert gold_answers(1, [[{"role": "assistant", "content": "72"}]]) == ["72"]
+    with pytest.raises(ValueError, match=r"got the list \['72', 'seventy-two'\]; give one answer"):
+        gold_answers(1, [["72", "seventy-two"]])
 
 
 @pytest.mark.parametrize(

@@ -155,8 +155,8 @@ def _neighbours(modules: list[Any]) -> Callable[[Tensor], Sequence[Tensor]]:
     plain = all(type(module) is nn.Linear and module.bias is None for module in modules)
 
     def apply(x: Tensor) -> Sequence[Tensor]:
-        # on the CPU, where the engine makes no copies, the question would cost more than the answer
-        together = joined([module.weight for module in modules]) if plain and x.device.type != "cpu" else None
+        # elsewhere the engine makes no copies, and the question would cost more than the answer
+        together = joined([module.weight for module in modules]) if plain and x.device.type == "cuda" else None
         if together is None:
             return [layer(x) for layer in separate]
         return linear(x, together).split([module.out_features for module in modules], dim=-1)

@@ -79,7 +79,7 @@ def _check_kind_of_adapter(config: PeftConfig | None) -> None:
     """Refuses adapters whose forward puts tokens before those that it is given: positions would be others."""
     if config is not None and config.is_prompt_learning and config.peft_type != PeftType.PREFIX_TUNING:
         raise ValueError(
-            f"The adapter of a {type(config).__name__} adds tokens to the prompt, which is not supported; use LoRA, or "
+            f"The adapter of a {type(config).__name__} adds tokens to the prompt, which is not supported; use LoRA or "
             "prefix tuning."
         )
 

@@ -224,7 +224,7 @@ class CollectingTrainer(TrainerHooks):
             groups,
             trainer_state=self.state,
             log_extra=lambda column, values: self.extra_columns.setdefault(column, []).extend(values),
-            log_metric=metrics.add,
+            log_metric=metrics.add_number,
         )
 
     def _batch(self, groups: list[Group], compared: Tensor) -> RolloutBatch:

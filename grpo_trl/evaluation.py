@@ -1,6 +1,6 @@
 """Evaluation of a set of prompts: which rank samples what, and how the results are summed up."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import ceil
 from typing import Any
 
@@ -14,21 +14,23 @@ from .metrics import Metrics, completion_rows
 from .prompts import check_prompt_dataset
 
 
-def evaluate_sets(trainer: Any, datasets: Any, prefix: str) -> dict[str, float]:
+def evaluate_sets(
+    trainer: Any, datasets: Any, prefix: str, fit: Callable[[Any], Any] = lambda dataset: dataset
+) -> dict[str, float]:
     """Evaluates and logs one set, or named ones, whose mean reward is then `<prefix>_reward`: what a best model is
-    judged by, when no set is named.
+    judged by, when no set is named. `fit` is applied to each, once it is known to be a set of prompts.
 
     Raises:
         ValueError: there is no set, or one has no prompts.
     """
-    if datasets is None:
+    if datasets is None or (isinstance(datasets, dict) and not datasets):
         raise ValueError("evaluate() needs an eval_dataset; pass one here or to GRPOTrainer.")
     named = datasets if isinstance(datasets, dict) else {"": datasets}
     metrics: dict[str, float] = {}
     for name, dataset in named.items():
         check_prompt_dataset(dataset, where=f"eval_dataset {name}".strip())
         set_prefix = f"{prefix}_{name}" if name else prefix
-        summary, rows = evaluate_prompts(trainer, dataset)
+        summary, rows = evaluate_prompts(trainer, fit(dataset))
         results = {f"{set_prefix}_{key}": value for key, value in summary.items()}
         trainer.log(results)
         trainer.show_completions(rows, set_prefix)
@@ -96,7 +98,8 @@ def summarize(
 
     A completion passes a reward function when its reward reaches `pass_threshold`; avg@k is the share of completions
     that pass, pass@k the share of prompts with at least one. Each function has its `rewards/<name>/pass@k`; `avg@k`
-    and `pass@k` alone are those of the first function. A reward that never applied is left out.
+    and `pass@k` alone are those of the first function. Completions and prompts to which a function does not apply
+    count in none of its figures.
     """
     results = sorted(results, key=lambda record: record["row"])  # so that sums do not depend on the ranks
     rewards_per_func = tensor([row for record in results for row in record["rewards"]], dtype=float64)  # (N k, F)
@@ -110,10 +113,11 @@ def summarize(
         if column.isnan().all():
             continue
         passed = (column.float() >= pass_threshold).double().view(-1, k)  # rewards are fp32: 0.7 must reach 0.7
-        values[f"rewards/{name}/mean"] = column.nanmean()
-        values[f"rewards/{name}/pass@{k}"] = passed.amax(1).mean()
+        applies = ~column.isnan().view(-1, k)
+        pass_at_k = passed.amax(1)[applies.any(1)].mean()
+        values |= {f"rewards/{name}/mean": column.nanmean(), f"rewards/{name}/pass@{k}": pass_at_k}
         if index == 0:
-            values |= {f"avg@{k}": passed.mean(), f"pass@{k}": passed.amax(1).mean()}
+            values |= {f"avg@{k}": passed[applies].mean(), f"pass@{k}": pass_at_k}
     values |= {
         "completions/mean_length": lengths.mean(),
         "completions/clipped_ratio": truncated.double().mean(),

@@ -30,6 +30,15 @@ class Metrics:
         """Adds to a mean. Nothing is counted when `count` is 0."""
         self._sums.setdefault(name, []).append((total, count))
 
+    def add_number(self, name: str, value: Any) -> None:
+        """Adds what a reward function logs to a mean; NaN is left out, as in TRL."""
+        try:
+            number = float(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"log_metric({name!r}, {value!r}): expected one number.") from error
+        if not math.isnan(number):
+            self.add(name, number)
+
     def add_all(self, values: Mapping[str, tuple[Value, Value] | Tensor]) -> None:
         """Adds several: (sum, count) pairs to means, tensors to extremes."""
         for name, value in values.items():

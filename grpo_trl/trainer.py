@@ -374,15 +374,28 @@ class GRPOTrainer(CollectingTrainer):
         Returns `eval_reward`, `eval_rewards/<name>/mean`, `eval_avg@k`, `eval_pass@k`, lengths and truncation; with
         named sets `eval_<name>_reward` and so on, and their mean as `eval_reward`, however many there are. Training
         is not affected: nothing random is shared with it.
+
+        Args:
+            eval_dataset: a dataset or several named ones, to which `overlong_prompts` applies too; or the name of one
+                of the constructor's. Default: the constructor's.
+
+        Raises:
+            ValueError: no dataset, or an unknown name.
         """
-        datasets = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(datasets, str):
-            datasets = {datasets: self.eval_dataset[datasets]}
+        datasets, options = self.eval_dataset, {}
+        if isinstance(eval_dataset, str):
+            names = list(datasets) if isinstance(datasets, dict) else []
+            if eval_dataset not in names:
+                raise ValueError(f"evaluate({eval_dataset!r}): the trainer's eval_dataset has the names {names}.")
+            datasets = {eval_dataset: datasets[eval_dataset]}
+        elif eval_dataset is not None:
+            datasets = eval_dataset
+            options["fit"] = lambda part: limit(part, self.processing_class, self.chat_options, self.args)
         self.sampling = self.eval_sampling
         self._vllm_is_of = None  # a callback may have put in other weights, a moving average say
         try:
             with evaluation_mode(self.model):
-                metrics = evaluate_sets(self, datasets, metric_key_prefix)
+                metrics = evaluate_sets(self, datasets, metric_key_prefix, **options)
         finally:
             self.sampling = self.train_sampling
             self._vllm_is_of = None

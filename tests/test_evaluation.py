@@ -180,8 +180,7 @@ def test_rewards_that_do_not_apply_are_in_no_mean():
     assert result["reward"] == pytest.approx(mean(totals))
     assert result["reward_std"] == pytest.approx(stdev(totals))
     assert result["rewards/a/mean"] == 0.5 and result["rewards/b/mean"] == 3.0
-    # what does not apply does not pass
-    assert result["avg@2"] == 0.25 and result["pass@2"] == 0.5
+    assert result["avg@2"] == 0.5 and result["pass@2"] == 1.0  # of the first prompt; to the second, `a` does not apply
     assert result["rewards/b/pass@2"] == 1.0
     assert result["completions/mean_length"] == 3.0  # lengths are of all completions
 

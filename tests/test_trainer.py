@@ -221,6 +221,23 @@ def test_rewards_get_trls_arguments(tmp_path, call):
     assert table["shout"] == [text.upper() for text in table["completion"]] and len(table) == 8
 
 
+def test_numbers_that_rewards_log(tmp_path):
+    def reward(completions, log_metric, **columns):
+        log_metric("some", float("nan"))
+        log_metric("some", torch.tensor(2.0))
+        return [float(len(text)) for text in completions]
+
+    def wrong(completions, log_metric, **columns):
+        log_metric("text", "abc")
+        return [0.0] * len(completions)
+
+    run = trainer(tmp_path / "a", rewards=reward, max_steps=1)
+    run.train()
+    assert logged(run, "some") == [2.0]
+    with pytest.raises(TypeError, match=r"log_metric\('text', 'abc'\): expected one number"):
+        trainer(tmp_path / "b", rewards=wrong, max_steps=1).train()
+
+
 # ---- Models ----
 
 
@@ -319,6 +336,23 @@ def test_overlong_prompts_are_dropped_before_training(tmp_path, caplog):
 
 
 # ---- Evaluation ----
+
+
+def test_overlong_prompts_are_dropped_from_a_set_that_evaluate_is_given(tmp_path):
+    run = trainer(tmp_path / "drop", max_prompt_length=12, log_completions=True)
+    run.evaluate(dataset(4))
+    (table,) = (tmp_path / "drop" / "completions").glob("*.parquet")
+    assert set(Dataset.from_parquet(str(table))["prompt"]) == {text for text in PROMPTS if len(text) <= 12}
+    with pytest.raises(ValueError, match="12"):
+        trainer(tmp_path / "error", data=dataset(1), max_prompt_length=12, overlong_prompts="error").evaluate(
+            dataset(4)
+        )
+
+
+@pytest.mark.parametrize("given", [{}, "test"])
+def test_a_set_that_is_not_there(tmp_path, given):
+    with pytest.raises(ValueError, match=r"needs an eval_dataset|has the names \[\]"):
+        trainer(tmp_path).evaluate(given)
 
 
 def test_evaluation_does_not_change_training(tmp_path):

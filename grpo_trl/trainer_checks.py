@@ -40,7 +40,7 @@ def problems(
     found = [
         f"{name} is a TRL argument that is not available here; override GRPOTrainer.rollout (see docs/rollouts.md)."
         for name, value in refused.items()
-        if value is not None
+        if value not in (None, [])
     ]
     found += _reference_problems(model, args, with_adapter)
     evaluates = args.eval_strategy != "no" or args.eval_on_start

@@ -348,6 +348,13 @@ def test_overlong_prompts_are_dropped_from_a_set_that_evaluate_is_given(tmp_path
         strict.evaluate(dataset(4))
 
 
+def test_the_files_of_a_set_with_a_slash_in_its_name(tmp_path):
+    trainer(tmp_path, log_completions=True).evaluate({"org/set": dataset(2)})
+    assert [path.name for path in (tmp_path / "completions").glob("*.parquet")] == [
+        "completions_00000_eval_org_set.parquet"
+    ]
+
+
 @pytest.mark.parametrize("given", [{}, "test"])
 def test_a_set_that_is_not_there(tmp_path, given):
     with pytest.raises(ValueError, match=r"needs an eval_dataset|has the names \[\]"):

@@ -54,7 +54,7 @@ def log_completions(rows: Sequence[Mapping[str, Any]], *, args: Any, state: Trai
     # the order of TRL's files: advantage last
     table = {name: columns[name] for name in ["prompt", "completion", *rewards, *extra, "advantage"]}
     table = {"step": [state.global_step] * len(rows), **table}
-    name = "_".join(filter(None, ("completions", f"{state.global_step:05d}", mark)))
+    name = "_".join(filter(None, ("completions", f"{state.global_step:05d}", mark))).replace("/", "_")
     write_parquet(table, Path(args.output_dir) / FOLDER / f"{name}.parquet")
     _log_to_trackers(table, args, "_".join(filter(None, (mark, "completions"))))
 

@@ -28,12 +28,13 @@ def check_rewards(specs: Sequence[RewardSpec], processing_classes: Any, args: GR
     if not specs:
         raise ValueError("reward_funcs is empty; pass at least one function, registered name or reward model.")
     paths = [base_model(spec) for spec in specs if isinstance(spec, str) and is_reward_model(spec)]
-    named = [(path, f"reward model {path!r}") for path in paths]
+    named = [(path, f"reward model {path!r}", args.reward_model_init_kwargs) for path in paths]
     if reference := args.ref_model_name_or_path:
-        named.append((reference, f"ref_model_name_or_path={reference!r}"))
-    for path, what in named:
+        named.append((reference, f"ref_model_name_or_path={reference!r}", args.ref_model_init_kwargs))
+    for path, what, options in named:
+        revision = mapping(options).get("revision", "main")
         try:
-            AutoConfig.from_pretrained(path, trust_remote_code=args.trust_remote_code)
+            AutoConfig.from_pretrained(path, trust_remote_code=args.trust_remote_code, revision=revision)
         except (OSError, ValueError) as error:  # of which some do not name the model
             raise ValueError(f"{what} cannot be loaded: {error}") from error
     functions = [

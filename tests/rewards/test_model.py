@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from grpo_trl import GRPOConfig
 from grpo_trl.batch import Group, Prompt
-from grpo_trl.rewards import RewardModel, RewardScorer, accuracy
+from grpo_trl.rewards import RewardModel, RewardScorer, accuracy, loading, model
 from grpo_trl.rewards.model import encode_with_one_bos
 from tests import tiny
 
@@ -229,3 +230,20 @@ def test_model_and_function_combine_and_the_model_never_leaves_the_process():
     torch.testing.assert_close(rewards, expected, atol=1e-5, rtol=0)
     assert metrics == {f"rewards/{reward.__name__}/truncated": 0.0}
     scorer.close()
+
+
+def test_all_that_is_read_of_a_reward_model_is_of_one_revision(tmp_path, monkeypatch):
+    asked = []
+    for module, name in ((loading, "AutoConfig"), (model, "AutoTokenizer")):
+        kind = getattr(module, name)
+        monkeypatch.setattr(
+            kind, "from_pretrained",
+            lambda path, name=name, read=kind.from_pretrained, **options: asked.append((name, options.get("revision")))
+            or read(path, **options),
+        )  # fmt: skip
+    folder = tiny.save(tiny.tiny_reward_model(), tiny.tiny_tokenizer(), tmp_path)
+    args = GRPOConfig(str(tmp_path), use_cpu=True, bf16=False, reward_model_init_kwargs={"revision": "v2"})
+    loading.check_rewards([folder], None, args)
+    RewardModel(folder, model_init_kwargs={"revision": "v2"})
+    assert {("AutoConfig", "v2"), ("AutoTokenizer", "v2")} <= set(asked)
+    assert ("AutoTokenizer", None) not in asked

@@ -71,10 +71,10 @@ def gradients(tmp_path, num_prompts=4, max_steps=2, cls=FixedRollouts, **config)
 
 def assert_equal(a, b, relative=1e-6):
     assert len(a) == len(b) > 0
-    for x, y in zip(a, b, strict=True):
+    for step, (x, y) in enumerate(zip(a, b, strict=True)):
         assert x.norm() > 1e-3
-        torch.testing.assert_close(x, y, rtol=0, atol=1e-6)
-    # from the second step on, the weights too differ by rounding
+        # from the second step on, the weights too differ by rounding (up to 1.2e-6 on the processors tried)
+        torch.testing.assert_close(x, y, rtol=0, atol=2e-6 if step else 1e-6)
     assert (a[0] - b[0]).norm() <= relative * a[0].norm()
 
 

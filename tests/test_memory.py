@@ -66,6 +66,16 @@ def test_full_training_holds_weights_gradients_two_moments_and_a_reference(run, 
     assert found["optimizer"] == sum(m.nbytes for m in moments)
 
 
+def test_decoding_copies_the_linear_layers_where_it_does(run, qwen3):
+    norms = [p for name, p in qwen3.named_parameters() if "q_norm" in name or "k_norm" in name]
+    linear = [m.weight for m in qwen3.modules() if type(m) is torch.nn.Linear]
+    assert items(run())["weights for decoding"] == sum(p.nbytes for p in (*linear, *norms))
+    assert items(run(bf16=True))["weights for decoding"] == 0
+    assert items(run(rollout_engine="hf_generate"))["weights for decoding"] == 0
+    kept = sum(p.nbytes for p in (qwen3.lm_head.weight, *norms))  # layers with an adapter are run as they are
+    assert items(run(ADAPTER))["weights for decoding"] == kept
+
+
 def test_an_adapter_is_trained_alone_and_is_its_own_reference(run, qwen3):
     model = get_peft_model(qwen3, ADAPTER)
     found = items(run(ADAPTER))
@@ -255,7 +265,7 @@ def test_phases_are_sums_of_their_parts(run):
     (device,) = plan_run(run(), 2**30).devices.values()
     resident = device.items["parameters"] + device.items["optimizer"] + device.items["frozen models"]
     assert device.phases == {
-        "rollout": resident + device.items["key-value cache"] + device.items["decoding"],
+        "rollout": resident + sum(device.items[x] for x in ("key-value cache", "weights for decoding", "decoding")),
         "scoring": resident + device.items["scoring"],
         "update": resident + device.items["gradients"] + device.items["activations"],
     }

@@ -16,7 +16,7 @@ from ..policy.logprobs import from_head, from_logits
 from ..policy.packing import Stream, pack, pad
 from ..rollouts import SamplingParams
 from ..rollouts.native.decoder import Runner
-from ..rollouts.native.engine import Memory, Rollout, key_value_bytes
+from ..rollouts.native.engine import LOW_PRECISION_ON, Memory, Rollout, key_value_bytes
 from ..rollouts.sampling import TokenSampler
 from .tracker import LiveBytes
 
@@ -145,6 +145,19 @@ def rollout_bytes(fake: FakeModel, args: GRPOConfig, prompt_length: int, groups:
         rollout.decode()
         kept = sum(tensor.nbytes for tensor in memory.tensors())
     return kept, tracker.peak - kept
+
+
+def copied_bytes(fake: FakeModel, args: GRPOConfig, device: str) -> int:
+    """The copies of weights with which the native engine decodes on a kind of device."""
+    model = causal_lm(fake.model)
+    if device == "cpu":
+        decoder = Runner(model).decoder
+        with autocast(args):
+            return sum(weight.nbytes for weight in decoder.to_pack()) if decoder is not None else 0
+    if device not in LOW_PRECISION_ON or not (args.bf16 or args.fp16):
+        return 0
+    linear = [m.weight for m in model.modules() if type(m) is nn.Linear]
+    return sum(2 * weight.numel() for weight in linear if weight.dtype == torch.float32)
 
 
 def generate_bytes(fake: FakeModel, args: GRPOConfig, prompt_length: int, groups: int) -> tuple[int, int]:

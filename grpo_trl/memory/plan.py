@@ -13,8 +13,8 @@ from ..config import GRPOConfig, mapping
 from ..placement import DeviceMap
 from ..policy import causal_lm, is_packed
 from ..rewards.loading import is_reward_model
-from ..rollouts.native.engine import LOW_PRECISION_ON, key_value_bytes
-from .dry_run import FakeModel, generate_bytes, reward_bytes, rollout_bytes, scoring_bytes, update_bytes
+from ..rollouts.native.engine import key_value_bytes
+from .dry_run import FakeModel, copied_bytes, generate_bytes, reward_bytes, rollout_bytes, scoring_bytes, update_bytes
 from .models import (
     PolicySpec,
     policy_of,
@@ -33,7 +33,7 @@ ASSUMED_PROMPT = 512  # tokens, where max_prompt_length does not say
 # What is in memory throughout, and in each phase besides
 RESIDENT = ("parameters", "optimizer", "frozen models", "kept cache")
 PHASES = {
-    "rollout": ("key-value cache", "16-bit copies", "decoding", "reward passes"),
+    "rollout": ("key-value cache", "weights for decoding", "decoding", "reward passes"),
     "scoring": ("scoring",),
     "update": ("gradients", "activations"),
 }
@@ -186,10 +186,9 @@ def _add_rollout(run: Run, fake: FakeModel, device: DevicePlan) -> None:
             device.items[item] = int(args.vllm_gpu_memory_utilization * device.available)
         return
     on_device = args.device.type
-    if (args.bf16 or args.fp16) and on_device in LOW_PRECISION_ON and packed:
-        linear = [m.weight for m in model.modules() if type(m) is torch.nn.Linear]
-        device.items["16-bit copies"] = sum(2 * w.numel() for w in linear if w.dtype == torch.float32)
     native = args.rollout_engine == "native" and packed
+    if native:
+        device.items["weights for decoding"] = copied_bytes(fake, args, on_device)
     groups = prompts = args.per_device_train_batch_size * args.steps_per_generation // args.num_generations
     if args.max_concurrent_rows:
         groups = args.max_concurrent_rows // args.num_generations

@@ -34,7 +34,7 @@ class LiveBytes(TorchDispatchMode):
             return args[0]
         out = func(*args, **kwargs)
         for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and tensor.layout is torch.strided:  # oneDNN's have no storage
                 self._add(tensor.untyped_storage())
         workspace = WORKSPACES.get(func.overloadpacket)
         if workspace is not None:

@@ -8,8 +8,9 @@ from torch import nn
 
 from grpo_trl.rollouts.hf_generate import HFGenerateEngine
 from grpo_trl.rollouts.native import NativeEngine, decoder
+from grpo_trl.rollouts.native.weights import may_be_packed
 from tests.policy.test_packed import KINDS, build, lora
-from tests.rollouts.test_native import assert_same, prepared, rollout
+from tests.rollouts.test_native import PROMPTS, SAMPLING, assert_same, prepared, rollout
 from tests.tiny import tiny_model
 
 SHORT = [kind for kind in KINDS if kind not in ("phi3", "gpt2")]  # those join or name their projections otherwise
@@ -85,10 +86,75 @@ def test_the_first_step_leaves_behind_what_any_other_does(qwen3):
 
 
 @pytest.mark.parametrize("rows", [1, 2, 8, 64, 65])
-@pytest.mark.parametrize("bias", [True, False])
-def test_linear_layers_for_any_number_of_rows(rows, bias):
-    module, x = nn.Linear(12, 20, bias=bias), torch.randn(rows, 12)
-    torch.testing.assert_close(decoder._linear(module)(x), module(x))
+@pytest.mark.parametrize("bias", [(False, False), (True, True), (True, False)])
+def test_products_for_any_number_of_rows(rows, bias):
+    modules, x = (
+        [nn.Linear(12, size, bias=own) for size, own in zip((20, 7), bias, strict=True)],
+        torch.randn(rows, 12),
+    )
+    product, expected = decoder._Product(*modules), [module(x) for module in modules]
+    for pack in (False, True):
+        if pack:
+            product.pack()
+        torch.testing.assert_close(product(x), torch.cat(expected, dim=1))
+        for ours, part in zip(product.each(x), expected, strict=True):
+            torch.testing.assert_close(ours, part)
+    assert product.packed is not None
+
+
+def packed_parts(ours):
+    return [part.packed is not None for part in ours.runner.decoder.parts]
+
+
+def test_weights_are_packed_for_as_long_as_a_rollout_takes(qwen3):
+    ours, expected = run(qwen3)
+    assert not any(packed_parts(ours))
+    groups = ours.generate(PROMPTS, SAMPLING)
+    first = next(groups)
+    assert all(packed_parts(ours)) and len(packed_parts(ours)) == 1 + 5 * qwen3.config.num_hidden_layers
+    assert first.completion_ids == expected[first.prompt.draw].completion_ids
+    groups.close()  # whoever asks for the groups may stop
+    assert not any(packed_parts(ours))
+
+
+def test_packed_weights_are_those_of_now(qwen3):
+    """Those of the norms too."""
+    ours, before = run(qwen3)
+    with torch.no_grad():
+        for parameter in qwen3.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    after = rollout(ours)
+    assert after != before
+    assert_same(after, rollout(HFGenerateEngine(qwen3)))
+
+
+def test_what_cannot_be_packed(qwen3, monkeypatch):
+    weights = list(qwen3.lm_head.parameters())
+    assert may_be_packed(weights)
+    quantized = type("Quantized", (torch.Tensor,), {"__tensor_flatten__": lambda self: ([], None)})
+    for other in (weights[0].bfloat16(), weights[0].to("meta"), weights[0].as_subclass(quantized)):
+        assert not may_be_packed([*weights, other])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not may_be_packed(weights)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not may_be_packed(weights)
+    _, packed = run(qwen3)
+    monkeypatch.setattr("grpo_trl.rollouts.native.weights.MOST_PACKED", 0)
+    assert not may_be_packed(weights)
+    ours = NativeEngine(prepared(qwen3))
+    next(groups := ours.generate(PROMPTS, SAMPLING))
+    assert not any(packed_parts(ours))
+    groups.close()
+    assert_same(rollout(ours), packed)
+
+
+def test_adapters_are_not_packed():
+    ours = NativeEngine(prepared(lora(build("qwen3"))))
+    next(groups := ours.generate(PROMPTS, SAMPLING))
+    plain = [part.packed is not None for part in ours.runner.decoder.parts if isinstance(part, decoder._Product)]
+    assert plain == [part.plain for part in ours.runner.decoder.parts if isinstance(part, decoder._Product)]
+    assert True in plain and False in plain
+    groups.close()
 
 
 def test_hooks_of_gradient_checkpointing_and_of_an_engine_leave_the_decoder(qwen3):

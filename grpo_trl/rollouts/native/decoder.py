@@ -4,7 +4,8 @@ On a few tokens, a layer of transformers takes longer to get to its kernels than
 models that are built as Llama is. Whether one is, is not guessed: its first step is run both ways and compared.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,12 +18,10 @@ from ...policy.attention import no_mask
 from ...policy.head import finish_logits, to_logits
 from . import kernels
 from .attention import RowsLayout
-from .weights import joined
+from .weights import PackedLinear, joined, may_be_packed
 
 logger = logging.get_logger(__name__)
 
-# For so many rows the CPU's kernels are faster (up to three times) with the weight as the left factor
-WEIGHT_FIRST = range(12, 65)
 # Largest difference of logits, relative to the largest of them, that rounding explains
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
 TOLERANCE_16_BIT = 0.1
@@ -49,6 +48,12 @@ class Runner:
             self._compare(ids, positions, layout)
         return (self.decoder or self.own_layers)(ids, positions, layout)
 
+    @contextlib.contextmanager
+    def rollout(self) -> Iterator[None]:
+        """Around the steps of a rollout, in which no weight changes."""
+        with self.decoder.packed() if self.decoder is not None else contextlib.nullcontext():
+            yield
+
     def own_layers(self, ids: Tensor, positions: Tensor, layout: RowsLayout) -> Tensor:
         """By the model's own forward."""
         inputs = {"input_ids": ids[:, None], "position_ids": positions[:, None], "attention_mask": no_mask(ids.device)}
@@ -73,9 +78,27 @@ class Decoder:
 
     def __init__(self, model: Any):
         backbone = model.base_model
-        self.model, self.head = model, _linear(model.get_output_embeddings())
+        self.model, self.head = model, _Product(model.get_output_embeddings())
         self.embed, self.rotary, self.norm = backbone.embed_tokens, backbone.rotary_emb, _norm(backbone.norm)
         self.layers = [_Layer(layer) for layer in backbone.layers]
+        self.parts = [self.head, *(part for layer in self.layers for part in layer.parts)]
+
+    @contextlib.contextmanager
+    def packed(self) -> Iterator[None]:
+        """Decodes with packed copies of the weights as they are now, where that is possible."""
+        parts = self.parts if self.to_pack() else []
+        try:
+            for part in parts:
+                part.pack()
+            yield
+        finally:
+            for part in parts:
+                part.packed = None
+
+    def to_pack(self) -> list[Tensor]:
+        """The weights that `packed` copies."""
+        weights = [weight for part in self.parts for weight in part.weights()]
+        return weights if may_be_packed(weights) else []
 
     @torch.inference_mode()  # a sixth less time per operation than no_grad
     def __call__(self, ids: Tensor, positions: Tensor, layout: RowsLayout) -> Tensor:
@@ -95,87 +118,117 @@ class _Layer:
     def __init__(self, layer: Any):
         attention = self.attention = layer.self_attn
         self.before_attention, self.before_mlp = _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)
-        self.project = _neighbours([attention.q_proj, attention.k_proj, attention.v_proj])
+        self.project = _Product(attention.q_proj, attention.k_proj, attention.v_proj)
         self.kv_heads = attention.k_proj.out_features // attention.head_dim
-        self.out, self.mlp = _linear(attention.o_proj), _mlp(layer.mlp)
+        self.norm_heads = _HeadNorms(attention, self.kv_heads) if hasattr(attention, "q_norm") else None
+        self.out, self.mlp = _Product(attention.o_proj), _mlp(layer.mlp)
+        self.parts = [self.project, *filter(None, [self.norm_heads]), self.out, *getattr(self.mlp, "parts", ())]
 
     def __call__(
         self, hidden: Tensor, delta: Tensor | None, cos: Tensor, sin: Tensor, layout: RowsLayout
     ) -> tuple[Tensor, Tensor]:
         """hidden (n, d), and what is to be added to it; cos, sin (n, 1, D), sin with the signs of the rotation."""
         hidden, x = self.before_attention(hidden, delta)
-        projected = self.project(x)
         attend = self._attend_by_kernels if kernels.fits(x, cos.shape[-1]) else self._attend
-        hidden, x = self.before_mlp(hidden, self.out(attend(projected, cos, sin, layout)))
+        hidden, x = self.before_mlp(hidden, self.out(attend(x, cos, sin, layout)))
         return hidden, self.mlp(x)
 
-    def _attend_by_kernels(self, projected: Sequence[Tensor], cos: Tensor, sin: Tensor, layout: RowsLayout) -> Tensor:
-        attention = self.attention
-        norms = None
-        if hasattr(attention, "q_norm"):
-            norms = (attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.variance_epsilon)
-        return layout.attend_projected(attention.layer_idx, projected, cos[:, 0], sin[:, 0], norms, attention.scaling)
+    def _attend_by_kernels(self, x: Tensor, cos: Tensor, sin: Tensor, layout: RowsLayout) -> Tensor:
+        index, scaling, norms = self.attention.layer_idx, self.attention.scaling, self.norm_heads
+        of_heads = norms and (norms.of_query.weight, norms.of_key.weight, norms.epsilon)
+        return layout.attend_projected(index, self.project.each(x), cos[:, 0], sin[:, 0], of_heads, scaling)
 
-    def _attend(self, projected: Sequence[Tensor], cos: Tensor, sin: Tensor, layout: RowsLayout) -> Tensor:
+    def _attend(self, x: Tensor, cos: Tensor, sin: Tensor, layout: RowsLayout) -> Tensor:
         size = self.attention.head_dim
-        tokens = torch.cat([*projected], dim=-1).view(len(cos), -1, size)
+        tokens = self.project(x).view(len(cos), -1, size)
         turned = tokens[:, : -self.kv_heads]  # queries and keys, H + Hk heads; values are not turned
+        normed = turned if self.norm_heads is None else self.norm_heads(turned)
         # x cos + rotate_half(x) sin: rolling by half swaps the halves, `sin` brings the sign of the first
-        normed = self._normed(turned)
         torch.addcmul(normed * cos, normed.roll(size // 2, dims=-1), sin, out=turned)
         return layout.attend_to(self.attention.layer_idx, tokens, self.kv_heads, self.attention.scaling)
 
-    def _normed(self, tokens: Tensor) -> Tensor:
-        """Queries and keys (n, H + Hk, D) behind their norms, if the model has any."""
-        if not hasattr(self.attention, "q_norm"):
-            return tokens
-        of_query, of_key = self.attention.q_norm, self.attention.k_norm
-        heads = tokens.shape[1] - self.kv_heads
-        weight = torch.cat([of_query.weight.expand(heads, -1), of_key.weight.expand(self.kv_heads, -1)])
-        return rms_norm(tokens, weight, of_query.variance_epsilon)
+
+class _HeadNorms:
+    """The norms of queries and keys side by side (n, H + Hk, D), as one."""
+
+    def __init__(self, attention: Any, kv_heads: int):
+        self.of_query, self.of_key = attention.q_norm, attention.k_norm
+        self.epsilon = self.of_query.variance_epsilon
+        self.heads, self.kv_heads = attention.q_proj.out_features // attention.head_dim, kv_heads
+        self.packed: Tensor | None = None
+
+    def weights(self) -> list[Tensor]:
+        """What `pack` copies."""
+        return [self.of_query.weight, self.of_key.weight]
+
+    def pack(self) -> None:
+        """From now on with the weights as they are."""
+        self.packed = self._weight().detach()
+
+    def _weight(self) -> Tensor:
+        """(H + Hk, D)"""
+        query, key = self.weights()
+        return torch.cat([query.expand(self.heads, -1), key.expand(self.kv_heads, -1)])
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        return rms_norm(tokens, self._weight() if self.packed is None else self.packed, self.epsilon)
 
 
 def _mlp(module: Any) -> Callable[[Tensor], Tensor]:
     if _children(module) != {"gate_proj", "up_proj", "down_proj", "act_fn"}:
         return lambda x: module(x[:, None])[:, 0]  # experts
-    project, down = _neighbours([module.gate_proj, module.up_proj]), _linear(module.down_proj)
-
-    def apply(x: Tensor) -> Tensor:
-        gate, up = project(x)
-        if isinstance(module.act_fn, nn.SiLU | SiLUActivation) and kernels.fits(gate):
-            return down(kernels.silu_and_multiply(gate, up))
-        return down(module.act_fn(gate) * up)
-
-    return apply
+    return _MLP(module)
 
 
-def _neighbours(modules: list[Any]) -> Callable[[Tensor], Sequence[Tensor]]:
-    """Layers that read the same input (n, d); where their weights are one matrix in memory, as one product."""
-    separate = [_linear(module) for module in modules]
-    plain = all(type(module) is nn.Linear and module.bias is None for module in modules)
+class _MLP:
+    def __init__(self, module: Any):
+        self.activate = module.act_fn
+        self.project, self.down = _Product(module.gate_proj, module.up_proj), _Product(module.down_proj)
+        self.parts = [self.project, self.down]
 
-    def apply(x: Tensor) -> Sequence[Tensor]:
-        # elsewhere the engine makes no copies, and the question would cost more than the answer
-        together = joined([module.weight for module in modules]) if plain and x.device.type == "cuda" else None
-        if together is None:
-            return [layer(x) for layer in separate]
-        return linear(x, together).split([module.out_features for module in modules], dim=-1)
-
-    return apply
+    def __call__(self, x: Tensor) -> Tensor:
+        gate, up = self.project.each(x)
+        if isinstance(self.activate, nn.SiLU | SiLUActivation) and kernels.fits(gate):
+            return self.down(kernels.silu_and_multiply(gate, up))
+        return self.down(self.activate(gate) * up)
 
 
-def _linear(module: Any) -> Callable[[Tensor], Tensor]:
-    """A plain linear layer without the call of a module; anything else (an adapter, quantised weights) as it is."""
-    if type(module) is not nn.Linear:
-        return module
+class _Product:
+    """Linear layers that read the same input (n, d), without the calls of modules; what is no plain one (an adapter,
+    quantised weights) as it is."""
 
-    def apply(x: Tensor) -> Tensor:
-        weight, bias = module.weight, module.bias
-        if x.device.type != "cpu" or len(x) not in WEIGHT_FIRST or x.dtype != weight.dtype:
-            return linear(x, weight, bias)
-        return (torch.mm(weight, x.t()) if bias is None else torch.addmm(bias[:, None], weight, x.t())).t()
+    def __init__(self, *modules: Any):
+        self.modules = modules
+        self.plain = all(type(module) is nn.Linear for module in modules)
+        self.packed: PackedLinear | None = None
 
-    return apply
+    def weights(self) -> list[Tensor]:
+        """What `pack` copies."""
+        return [module.weight for module in self.modules] if self.plain else []
+
+    def pack(self) -> None:
+        """From now on by a copy of the weights as they are."""
+        self.packed = PackedLinear(self.modules) if self.plain else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """What they give, side by side."""
+        if self.packed is not None:
+            return self.packed(x)
+        each = self.each(x)
+        return each[0] if len(each) == 1 else torch.cat([*each], dim=-1)
+
+    def each(self, x: Tensor) -> Sequence[Tensor]:
+        """What they give."""
+        if self.packed is not None:
+            return self._split(self.packed(x))
+        if x.device.type == "cuda" and len(self.modules) > 1 and self.plain:  # elsewhere no copies lie side by side
+            together = joined(self.weights())
+            if together is not None and all(module.bias is None for module in self.modules):
+                return self._split(linear(x, together))
+        return [linear(x, m.weight, m.bias) if type(m) is nn.Linear else m(x) for m in self.modules]
+
+    def _split(self, x: Tensor) -> Sequence[Tensor]:
+        return x.split([module.out_features for module in self.modules], dim=-1)
 
 
 def _norm(module: Any) -> Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]:

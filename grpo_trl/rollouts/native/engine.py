@@ -93,11 +93,12 @@ class NativeEngine:
         if self.runner is None or not self.runner.fits(model):
             self.runner = Runner(model)
         rollout = Rollout(model, self.runner, prompts, sampling, memory, graphs)
-        while rollout.unfinished:
-            # not around the yield, where the consumer's code runs
-            with evaluation_mode(self.model), weights.active() if weights else nullcontext(), torch.no_grad():
-                finished = rollout.advance()
-            yield from finished
+        with self.runner.rollout():
+            while rollout.unfinished:
+                # not around the yield, where the consumer's code runs
+                with evaluation_mode(self.model), weights.active() if weights else nullcontext(), torch.no_grad():
+                    finished = rollout.advance()
+                yield from finished
 
     def _weights(self, model: Any) -> LowPrecisionWeights | None:
         """Copies in autocast's dtype, where it is on and does not keep its own for as long as a rollout takes."""

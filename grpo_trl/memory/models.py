@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from ..config import GRPOConfig, mapping
-from ..policy import disable_dropout, freeze_adapter, load_policy, needs_reference_model, prepare
+from ..policy import disable_dropout, freeze_adapter, is_packed, load_policy, needs_reference_model, prepare
 from ..policy.loading import from_pretrained_options
+from ..policy.norms import use_short_norms
 from ..rewards.model import base_model
 
 META = torch.device("meta")
@@ -53,6 +54,8 @@ def policy_of(spec: PolicySpec, args: GRPOConfig) -> Any:
     if args.disable_dropout:
         disable_dropout(policy)
     prepare(policy)
+    if is_packed(policy) and args.device.type == "cpu":
+        use_short_norms(policy)
     return policy
 
 

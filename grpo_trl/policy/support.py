@@ -17,6 +17,7 @@ from .attention import use_group_attention
 from .head import score_completions
 from .logprobs import causal_lm, per_token_logps
 from .mode import evaluation_mode
+from .norms import use_short_norms
 
 
 def prepare(model: PreTrainedModel | PeftModel) -> str | None:
@@ -24,7 +25,7 @@ def prepare(model: PreTrainedModel | PeftModel) -> str | None:
 
     Then it is padded; and where its head does more than a known product, evaluated by the logits of all positions.
     Changes the model's attention function and forward, which do what they did when called without `layout` and
-    `scored`.
+    `scored`; and its norms on the CPU, which round in another order.
     """
     lm = causal_lm(model)
     if getattr(lm, "evaluation", None) == "packed":
@@ -41,6 +42,8 @@ def prepare(model: PreTrainedModel | PeftModel) -> str | None:
     if trouble := _try(lm, "packed", expected):
         lm.set_attn_implementation(attention)
         return f"its tokens see each other in other ways than through attention ({trouble})"
+    if input_device(lm).type == "cpu":
+        use_short_norms(lm)
     return None
 
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.nn.functional import silu
 
+from grpo_trl.policy.norms import rms_norm
 from grpo_trl.rollouts.native import kernels
 from grpo_trl.rollouts.native.attention import Grid, RowsLayout, Shape
 from grpo_trl.rollouts.native.cache import Cache, LayerCache
-from grpo_trl.rollouts.native.decoder import rms_norm
 
 DEVICE = torch.device("cuda")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}

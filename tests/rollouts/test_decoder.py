@@ -136,7 +136,8 @@ def test_what_cannot_be_packed(qwen3, monkeypatch):
         assert not may_be_packed([*weights, other])
     with torch.autocast("cpu", torch.bfloat16):
         assert not may_be_packed(weights)
-    with torch.backends.mkldnn.flags(enabled=False):
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.backends.mkldnn, "enabled", False)
         assert not may_be_packed(weights)
     _, packed = run(qwen3)
     monkeypatch.setattr("grpo_trl.rollouts.native.weights.MOST_PACKED", 0)

@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from ...policy.attention import no_mask
 from ...policy.head import finish_logits, to_logits
+from ...policy.norms import is_rms_norm, rms_norm
 from . import kernels
 from .attention import RowsLayout
 from .weights import PackedLinear, joined, may_be_packed
@@ -236,30 +237,17 @@ def _norm(module: Any) -> Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor
     another as it is."""
 
     def apply(hidden: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
-        if _is_rms_norm(module) and kernels.fits(hidden):
+        if is_rms_norm(module) and kernels.fits(hidden):
             device = hidden.device.type
             autocast = torch.is_autocast_enabled(device)
             dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
             return kernels.add_and_norm(hidden, delta, module.weight, module.variance_epsilon, dtype)
         hidden = hidden if delta is None else hidden + delta
-        if _is_rms_norm(module) and hidden.dtype == module.weight.dtype:
+        if is_rms_norm(module) and hidden.dtype == module.weight.dtype:
             return hidden, rms_norm(hidden, module.weight, module.variance_epsilon)
         return hidden, module(hidden)
 
     return apply
-
-
-def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """Over the last dimension. On the CPU, where torch's own is a chain of seven operations, in five."""
-    if x.device.type != "cpu" or x.dtype != torch.float32:
-        return torch.nn.functional.rms_norm(x, x.shape[-1:], None, epsilon) * weight
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    mean_square = torch.addcmul(x.new_full((), epsilon), norm, norm, value=1 / x.shape[-1])
-    return x * mean_square.rsqrt_() * weight
-
-
-def _is_rms_norm(module: Any) -> bool:
-    return hasattr(module, "weight") and hasattr(module, "variance_epsilon")
 
 
 def _is_like_llama(backbone: Any) -> bool:
@@ -277,7 +265,7 @@ def _is_like_llamas(attention: Any) -> bool:
         return False
     query, key, value = (getattr(attention, f"{name}_proj").out_features for name in "qkv")
     size = attention.head_dim
-    per_head = all(_is_rms_norm(norm) and norm.weight.shape == (size,) for norm in map(attention.get_submodule, norms))
+    per_head = all(is_rms_norm(norm) and norm.weight.shape == (size,) for norm in map(attention.get_submodule, norms))
     sizes_fit = key == value and query == attention.o_proj.in_features and query % key == 0 and key % size == 0
     return sizes_fit and len(norms) in (0, 2) and per_head
 

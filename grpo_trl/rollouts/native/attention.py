@@ -111,8 +111,8 @@ class RowsLayout:
         # each key-value head of a row is a row of its own from here on: (n Hk, queries that share its keys, D)
         query = tokens[:, :num_heads].reshape(n * kv_heads, repeats * size)
         new = tokens[:, num_heads:].reshape(-1, size)
-        keys, values = layer.own.view(-1, size).index_copy_(0, index.write, new).view(2, -1, self.cache.length, size)
-        keys, values = (x[: n * kv_heads, : shape.length] for x in (keys, values))
+        own = layer.own.view(-1, size).index_copy_(0, index.write, new).view(2, -1, self.cache.length, size)
+        keys, values = own[:, : n * kv_heads, : shape.length].unbind()
 
         side_by_side = query.index_select(0, index.side_by_side).view(shape.groups, kv_heads, -1, size)
         prompt_keys, prompt_values = layer.prompts[:, : shape.groups, :, : shape.prompt_length]

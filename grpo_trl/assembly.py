@@ -73,10 +73,14 @@ def with_overlong_penalty(rewards: list[Any], processing_classes: Any, args: GRP
     return [*rewards, "soft_overlong"], processing_classes
 
 
-def limit(dataset: Any, tokenizer: Any, chat_options: dict[str, Any], args: GRPOConfig) -> Any:
-    """Applies `max_prompt_length` and `overlong_prompts` to a dataset, or to each of several named ones."""
+def limit(dataset: Any, tokenizer: Any, chat_options: dict[str, Any], args: GRPOConfig, *, where: str) -> Any:
+    """Applies `max_prompt_length` and `overlong_prompts` to a dataset, or to each of several named ones. Messages call
+    it `where`."""
     if isinstance(dataset, dict):
-        return {name: limit(part, tokenizer, chat_options, args) for name, part in dataset.items()}
+        return {
+            name: limit(part, tokenizer, chat_options, args, where=f"{where} {name!r}")
+            for name, part in dataset.items()
+        }
     if dataset is None:
         return None
     return limit_prompts(
@@ -84,6 +88,7 @@ def limit(dataset: Any, tokenizer: Any, chat_options: dict[str, Any], args: GRPO
         lambda example: len(encode_prompt(example, tokenizer, **chat_options)[0]),
         max_prompt_length=args.max_prompt_length,
         overlong_prompts=args.overlong_prompts,
+        where=where,
     )[0]
 
 

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import torch
 from datasets import Dataset, IterableDataset
+from jinja2 import TemplateError
 from torch.utils.data import Subset
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import apply_chat_template
@@ -32,7 +33,8 @@ def encode_prompt(
 
     A tokenizer that adds a BOS by itself gets exactly one in each form, whether the text or the template brings one
     or not (huggingface/trl#3520); one that adds none gets none. EOS is never added.
-    Raises ValueError for an empty prompt, a value that is neither text nor messages, or a missing chat template.
+    Raises ValueError for an empty prompt, a value that is neither text nor messages, or a chat template that is
+    missing or refuses the messages.
     """
     prompt = example["prompt"]
     if problem := prompt_problem(prompt):
@@ -63,7 +65,15 @@ def _render(messages: Messages, tokenizer: PreTrainedTokenizerBase, kwargs: dict
             "tokenizer, set tokenizer.chat_template (trl.clone_chat_template copies one), or give text prompts "
             "without system_prompt and with prompt_format='text'."
         )
-    return apply_chat_template({"prompt": messages}, tokenizer, **kwargs)["prompt"]
+    try:
+        return apply_chat_template({"prompt": messages}, tokenizer, **kwargs)["prompt"]
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise ValueError(
+            f"The tokenizer's chat template refuses the prompt {messages!r:.200} (roles: {roles}): {error}. Change "
+            "the messages (a system message that it does not know may go into the first user message), or set "
+            "another tokenizer.chat_template."
+        ) from error
 
 
 def _with_system(messages: Messages, system_prompt: str | None) -> Messages:
@@ -224,8 +234,10 @@ def limit_prompts(
     *,
     max_prompt_length: int | None,
     overlong_prompts: str = "drop",
+    where: str = "dataset",
 ) -> tuple[Any, int | None]:
-    """Applies `overlong_prompts` to a dataset; returns (dataset, number of overlong prompts).
+    """Applies `overlong_prompts` to a dataset, which messages call `where`; returns (dataset, number of overlong
+    prompts).
 
     length_of: row -> prompt length in tokens. `drop` removes the overlong rows, `error` raises ValueError with the
     first of them, `truncate` only counts them: `truncate_prompt` cuts when a prompt is encoded.
@@ -236,7 +248,7 @@ def limit_prompts(
         return dataset, 0
     limit = max_prompt_length
     if isinstance(dataset, IterableDataset):
-        return _limit_stream(dataset, length_of, limit, overlong_prompts), None
+        return _limit_stream(dataset, length_of, limit, overlong_prompts, where), None
 
     overlong = {}
     for index in range(len(dataset)):
@@ -247,25 +259,26 @@ def limit_prompts(
         return dataset, 0
     if overlong_prompts == "error":
         rows = ", ".join(f"row {i + 1}: {n} tokens" for i, n in list(overlong.items())[:5])
-        raise ValueError(_overlong_message(f"{len(overlong)} of {len(dataset)} prompts are ({rows})", limit))
-    count = f"{len(overlong)} of {len(dataset)} prompts are longer than max_prompt_length={limit} tokens"
+        raise ValueError(_overlong_message(f"{where}: {len(overlong)} of {len(dataset)} prompts are ({rows})", limit))
+    count = f"{where}: {len(overlong)} of {len(dataset)} prompts are longer than max_prompt_length={limit} tokens"
     if overlong_prompts == "truncate":
         logger.warning(f"{count} and are truncated to their ends.")
         return dataset, len(overlong)
     if len(overlong) == len(dataset):
-        raise ValueError(_overlong_message(f"all {len(dataset)} prompts are", limit, drop=True))
+        raise ValueError(_overlong_message(f"{where}: all {len(dataset)} prompts are", limit, drop=True))
     logger.warning(f"{count} and are dropped.")
     kept = [index for index in range(len(dataset)) if index not in overlong]
     return dataset.select(kept) if isinstance(dataset, Dataset) else Subset(cast(Any, dataset), kept), len(overlong)
 
 
 def _limit_stream(
-    dataset: IterableDataset, length_of: Callable[[dict[str, Any]], int], limit: int, overlong_prompts: str
+    dataset: IterableDataset, length_of: Callable[[dict[str, Any]], int], limit: int, overlong_prompts: str, where: str
 ) -> IterableDataset:
     def short_enough(example: dict[str, Any]) -> bool:
         length = length_of(example)
         if length > limit and overlong_prompts == "error":
-            raise ValueError(_overlong_message(f"the prompt {example['prompt']!r:.80} is ({length} tokens)", limit))
+            what = f"{where}: the prompt {example['prompt']!r:.80} is ({length} tokens)"
+            raise ValueError(_overlong_message(what, limit))
         return length <= limit
 
     return dataset if overlong_prompts == "truncate" else dataset.filter(short_enough)
@@ -273,7 +286,7 @@ def _limit_stream(
 
 def _overlong_message(what: str, limit: int, drop: bool = False) -> str:
     remedy = "or use overlong_prompts: truncate" if drop else "or use overlong_prompts: drop or truncate"
-    return f"max_prompt_length={limit}: {what} longer. Raise max_prompt_length, {remedy}."
+    return f"{what} longer than max_prompt_length={limit}. Raise max_prompt_length, {remedy}."
 
 
 def epoch_order(num_prompts: int, seed: int, epoch: int, shuffle: bool) -> list[int]:

@@ -138,8 +138,9 @@ class GRPOTrainer(CollectingTrainer):
             "chat_template_kwargs": mapping(args.chat_template_kwargs),
         }
         raise_all(prompt_problems(datasets, processing_class, self.chat_options, args.remove_unused_columns))
-        train_dataset = limit(train_dataset, processing_class, self.chat_options, args)
-        eval_dataset = limit(eval_dataset, processing_class, self.chat_options, args)
+        limited = partial(limit, tokenizer=processing_class, chat_options=self.chat_options, args=args)
+        train_dataset = limited(train_dataset, where="train_dataset")
+        eval_dataset = limited(eval_dataset, where="eval_dataset")
 
         policy, reference_model, adapter = load_models(model, args, quantization_config, peft_config)
         rewards = load_rewards(specs, reward_processing_classes, args, device_map(args, "reward_device"))
@@ -390,7 +391,8 @@ class GRPOTrainer(CollectingTrainer):
             datasets = {eval_dataset: datasets[eval_dataset]}
         elif eval_dataset is not None:
             datasets = eval_dataset
-            options["fit"] = lambda part: limit(part, self.processing_class, self.chat_options, self.args)
+            limits = {"tokenizer": self.processing_class, "chat_options": self.chat_options, "args": self.args}
+            options["fit"] = partial(limit, **limits, where="evaluate(dataset)")
         self.sampling = self.eval_sampling
         self._vllm_is_of = None  # a callback may have put in other weights, a moving average say
         try:

@@ -132,6 +132,14 @@ def test_a_conversation_needs_a_chat_template():
         encode([USER], tiny_tokenizer(chat=False))
 
 
+def test_messages_that_the_template_refuses(tokenizer):
+    tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
+    with pytest.raises(
+        ValueError, match=r"refuses the prompt .*\(roles: user, user\): System role not supported\. Change"
+    ):
+        encode([USER, USER], tokenizer)
+
+
 @pytest.mark.parametrize("prompt", ["", "  ", None, 5, [], ["Hi"], [{"role": "user"}]])
 def test_what_is_no_prompt(tokenizer, prompt):
     with pytest.raises(ValueError, match="Cannot encode the prompt"):
@@ -168,9 +176,12 @@ def test_overlong_prompts_of_map_style_datasets(dataset, caplog):
     assert limit_prompts(dataset, length_of, overlong_prompts="truncate", **limited) == (dataset, 2)
     assert "2 of 4 prompts are longer than max_prompt_length=3 tokens and are truncated" in caplog.text
 
-    with pytest.raises(ValueError, match=r"2 of 4 prompts are \(row 2: 4 tokens, row 4: 6 tokens\) longer"):
+    with pytest.raises(
+        ValueError,
+        match=r"^dataset: 2 of 4 prompts are \(row 2: 4 tokens, row 4: 6 tokens\) longer than max_prompt_length=3\.",
+    ):
         limit_prompts(dataset, length_of, overlong_prompts="error", **limited)
-    with pytest.raises(ValueError, match="all 4 prompts are longer"):
+    with pytest.raises(ValueError, match=r"^dataset: all 4 prompts are longer"):
         limit_prompts(dataset, length_of, max_prompt_length=1)
 
 
@@ -192,7 +203,7 @@ def test_overlong_prompts_of_a_stream():
     every, _ = limit_prompts(stream(), length_of, max_prompt_length=3, overlong_prompts="truncate")
     assert len(list(every)) == 4
     strict, _ = limit_prompts(stream(), length_of, max_prompt_length=3, overlong_prompts="error")
-    with pytest.raises(ValueError, match=r"the prompt 'abcd' is \(4 tokens\) longer"):
+    with pytest.raises(ValueError, match=r"^dataset: the prompt 'abcd' is \(4 tokens\) longer"):
         list(strict)
 
 

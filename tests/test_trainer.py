@@ -330,9 +330,10 @@ def test_conversations_and_system_prompt_reach_template_and_rewards(tmp_path):
 
 def test_overlong_prompts_are_dropped_before_training(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
-        run = trainer(tmp_path, max_prompt_length=12, max_steps=1)
+        run = trainer(tmp_path, eval_dataset={"long": dataset(3)}, max_prompt_length=12, max_steps=1)
     assert [len(PROMPTS[i]) for i in range(4)] == [10, 20, 30, 10]
-    assert len(run.train_dataset) == 2 and "2 of 4 prompts" in caplog.text
+    assert len(run.train_dataset) == 2 and "train_dataset: 2 of 4 prompts" in caplog.text
+    assert len(run.eval_dataset["long"]) == 1 and "eval_dataset 'long': 2 of 3 prompts" in caplog.text
 
 
 # ---- Evaluation ----
@@ -344,7 +345,7 @@ def test_overlong_prompts_are_dropped_from_a_set_that_evaluate_is_given(tmp_path
     (table,) = (tmp_path / "drop" / "completions").glob("*.parquet")
     assert set(Dataset.from_parquet(str(table))["prompt"]) == {text for text in PROMPTS[:4] if len(text) <= 12}
     strict = trainer(tmp_path / "error", data=dataset(1), max_prompt_length=12, overlong_prompts="error")
-    with pytest.raises(ValueError, match="max_prompt_length=12"):
+    with pytest.raises(ValueError, match=r"^evaluate\(dataset\): 2 of 4 prompts .* max_prompt_length=12"):
         strict.evaluate(dataset(4))
 
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..batch import Group
-from .isolation import IsolatedFunction, RewardTimeoutError
+from .isolation import IsolatedFunction, RewardTimeoutError, read
 from .rows import describe_failure, describe_timeout, one_by_one, rows_of, to_rewards
 
 
@@ -43,13 +43,13 @@ class Call:
         start = time.perf_counter()
         try:
             with torch.no_grad():
-                output = _read(self.func(**self._arguments()))
+                output = read(self.func(**self._arguments()))
         except RewardTimeoutError as error:
             raise RewardTimeoutError(describe_timeout(error, self.rows)) from error
         except Exception as error:
             if self.cancelled:
                 raise
-            failing = _first_error([lambda row=row: _read(self.func(**row)) for row in self._single_rows()])
+            failing = _first_error([lambda row=row: read(self.func(**row)) for row in self._single_rows()])
             raise RuntimeError(describe_failure(failing, self.name, self.rows, error)) from error
         self._take(output, start)
 
@@ -127,7 +127,7 @@ async def _within(timeout: float | None, func: Callable[..., Any], name: str, kw
     scope = asyncio.timeout(timeout)
     try:
         async with scope:
-            return _read(await func(**kwargs))
+            return read(await func(**kwargs))
     except TimeoutError as error:
         if not scope.expired():  # the function's own
             raise
@@ -135,11 +135,6 @@ async def _within(timeout: float | None, func: Callable[..., Any], name: str, kw
             f"Async reward function {name!r} took longer than its time-out of {timeout:g} s and was cancelled. Raise "
             "reward_timeout, or make the function return in time."
         ) from error
-
-
-def _read(output: Any) -> Any:
-    """A generator runs when it is read: what it raises then is the function's error."""
-    return list(output) if isinstance(output, Iterator) else output
 
 
 def _snapshot(trainer_state: Any) -> Any:

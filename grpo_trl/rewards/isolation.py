@@ -17,7 +17,7 @@ import sys
 import threading
 import traceback
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
@@ -31,6 +31,11 @@ _BOOT = (
 
 class RewardTimeoutError(TimeoutError):
     """A reward function took longer than its time-out."""
+
+
+def read(output: Any) -> Any:
+    """A generator runs when it is read: what it raises then is the function's error."""
+    return list(output) if isinstance(output, Iterator) else output
 
 
 class IsolatedFunction:
@@ -170,7 +175,7 @@ def _run(func: Callable[..., Any], message: bytes) -> tuple[Any, list]:
     def record(key: str, *call_args: Any, **call_kwargs: Any) -> None:
         calls.append((key, call_args, call_kwargs))
 
-    return func(*args, **kwargs, **{key: partial(record, key) for key in recorded}), calls
+    return read(func(*args, **kwargs, **{key: partial(record, key) for key in recorded})), calls
 
 
 def _reply(action: Callable[[bytes], Any], message: bytes) -> bytes:

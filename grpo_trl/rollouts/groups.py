@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
+from trl.chat_template_utils import parse_response
 
 from ..batch import Group, Prompt
 
@@ -44,8 +45,10 @@ def check_finite(group: Group) -> None:
 
 
 def decode_completions(group: Group, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
-    """What rewards and logs read: text, or an assistant message when the prompt is a conversation."""
+    """What rewards and logs read: text, or an assistant message when the prompt is a conversation; as TRL, one that is
+    parsed (into reasoning, content, tool calls) where the tokenizer says how."""
+    is_text = isinstance(group.prompt.example["prompt"], str)
+    if not is_text and getattr(tokenizer, "response_template", None):
+        return [[parse_response(tokenizer, ids, prefix=group.prompt.ids)] for ids in group.completion_ids]
     texts = tokenizer.batch_decode(group.completion_ids, skip_special_tokens=True)
-    if isinstance(group.prompt.example["prompt"], str):
-        return texts
-    return [[{"role": "assistant", "content": text}] for text in texts]
+    return texts if is_text else [[{"role": "assistant", "content": text}] for text in texts]

@@ -11,6 +11,13 @@ def tokens(completion_ids, **kwargs):
     return [float(len(ids)) for ids in completion_ids]
 
 
+def generator(completion_ids, **kwargs):
+    for ids in completion_ids:
+        if len(ids) > 3:
+            raise ArithmeticError("too long")
+        yield float(len(ids))
+
+
 def process_id(prompts, **kwargs):
     return [float(os.getpid())] * len(prompts)
 

@@ -336,6 +336,14 @@ def test_exempt_rewards_and_async_functions_stay_in_this_process(make_scorer):
     assert here == [os.getpid()]
 
 
+def test_a_generator_is_read_in_its_process():
+    call = IsolatedFunction(functions.generator, name="generator", timeout=30)
+    assert call(completion_ids=[[1], [1, 2]]) == [1.0, 2.0]
+    with pytest.raises(ArithmeticError, match="too long"):
+        call(completion_ids=[[1], [1] * 4])
+    call.close()
+
+
 def test_threads_share_a_process_one_call_at_a_time():
     call = IsolatedFunction(functions.tokens, name="tokens", timeout=30)
     results = {}

@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
+from trl.chat_template_utils import qwen3_schema, qwen3_template
 
 from grpo_trl import GRPOTrainer
 from grpo_trl.batch import Group, Prompt
+from grpo_trl.rewards import completion_texts
 from grpo_trl.rollouts import SamplingParams, decode_completions, make_engine, ordered_groups
 from grpo_trl.rollouts.sampling import sample
 from tests.test_trainer import PROMPTS, trainer
@@ -71,6 +73,25 @@ def test_special_tokens_are_left_out_of_what_rewards_read(conversational):
     if conversational:
         expected = [[{"role": "assistant", "content": text}] for text in expected]
     assert decode_completions(group, tokenizer) == expected
+
+
+@pytest.mark.parametrize(
+    "how", [{"response_template": qwen3_template}, {"response_schema": qwen3_schema}], ids="-".join
+)
+def test_messages_are_parsed_where_the_tokenizer_says_how(how):
+    tokenizer = tiny_tokenizer()
+    vars(tokenizer).update(how)
+    messages = [{"role": "user", "content": "q"}]
+    start = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    texts = ["<think>\nEight times nine.\n</think>\nSo 72.", "So 72."]
+    rows = [tokenizer(f"{text}<|im_end|>").input_ids for text in texts]
+    group = Group(Prompt(start, {"prompt": messages}, 0), rows, [True, True])
+    (thought,), (plain,) = completions = decode_completions(group, tokenizer)
+    assert thought["role"] == plain["role"] == "assistant"
+    assert thought["reasoning_content"].strip() == "Eight times nine." and not plain.get("reasoning_content")
+    assert [text.strip() for text in completion_texts(completions)] == ["So 72.", "So 72."]
+    group.prompt.example["prompt"] = "q"
+    assert decode_completions(group, tokenizer) == texts
 
 
 # ---- Logits that are not finite ----

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from trl.chat_template_utils import qwen3_schema, qwen3_template
+from trl.chat_template_utils import qwen3_template
 
 from grpo_trl import GRPOTrainer
 from grpo_trl.batch import Group, Prompt
@@ -75,12 +75,9 @@ def test_special_tokens_are_left_out_of_what_rewards_read(conversational):
     assert decode_completions(group, tokenizer) == expected
 
 
-@pytest.mark.parametrize(
-    "how", [{"response_template": qwen3_template}, {"response_schema": qwen3_schema}], ids="-".join
-)
-def test_messages_are_parsed_where_the_tokenizer_says_how(how):
+def test_messages_are_parsed_where_the_tokenizer_says_how():
     tokenizer = tiny_tokenizer()
-    vars(tokenizer).update(how)
+    tokenizer.response_template = qwen3_template
     messages = [{"role": "user", "content": "q"}]
     start = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     texts = ["<think>\nEight times nine.\n</think>\nSo 72.", "So 72."]

@@ -106,6 +106,10 @@ class GroupLayout:
             out = branchwise_attention(query, key, value, self, scaling, dropout)
         return out.transpose(1, 2)
 
+    def split(self, x: Tensor) -> Sequence[Tensor]:
+        """(1, H, N, ...) -> what belongs to each of `parts`."""
+        return x.split([_length(part) for part in self.parts], dim=2)
+
     @cached_property
     def varlen_index(self) -> VarlenIndex:
         """The same for kernels of variable length."""
@@ -135,12 +139,9 @@ def merged_attention(query: Tensor, key: Tensor, value: Tensor, layout: GroupLay
 class _MergedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: GroupLayout, scaling: float) -> Tensor:
-        out = torch.empty_like(query)
-        lse = query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
-        for part in layout.parts:
-            out[:, :, part], lse[:, :, part] = flash_cpu(
-                query[:, :, part], key[:, :, part], value[:, :, part], is_causal=True, scale=scaling
-            )
+        pieces = zip(*(layout.split(x) for x in (query, key, value)), strict=True)
+        of_parts = [flash_cpu(*piece, is_causal=True, scale=scaling) for piece in pieces]
+        out, lse = (_join(x) for x in zip(*of_parts, strict=True))
         for part, shared in layout.crossings:
             own_out, own_lse = out[:, :, part], lse[:, :, part]
             shared_out, shared_lse = flash_cpu(
@@ -155,21 +156,22 @@ class _MergedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        query, key, value, out, lse = ctx.saved_tensors
-        grads = [torch.zeros_like(x) for x in (query, key, value)]
-        causal, crossing = [(part, part) for part in ctx.layout.parts], ctx.layout.crossings
-        for queries, keys in (*causal, *crossing):
-            parts = _flash_cpu_backward(
-                *(x[:, :, queries] for x in (grad, query)),
-                *(x[:, :, keys] for x in (key, value)),
-                *(x[:, :, queries] for x in (out, lse)),
-                0.0,
-                queries is keys,
-                scale=ctx.scaling,
-            )
-            for total, part, where in zip(grads, parts, (queries, keys, keys), strict=True):
-                total[:, :, where] += part
+        inputs, layout = (grad, *ctx.saved_tensors), ctx.layout
+        pieces = zip(*map(layout.split, inputs), strict=True)
+        of_parts = [_flash_cpu_backward(*piece, 0.0, True, scale=ctx.scaling) for piece in pieces]
+        grads = [_join(x) for x in zip(*of_parts, strict=True)]
+        for part, shared in layout.crossings:
+            places = (part, part, shared, shared, part, part)  # of grad, query, key, value, out, log-sum-exp
+            given = (x[:, :, place] for x, place in zip(inputs, places, strict=True))
+            of_crossing = _flash_cpu_backward(*given, 0.0, False, scale=ctx.scaling)
+            for total, found, place in zip(grads, of_crossing, (part, shared, shared), strict=True):
+                total[:, :, place] += found
         return (*grads, None, None)
+
+
+def _join(parts: Sequence[Tensor]) -> Tensor:
+    """(1, H, n, ...) each -> (1, H, N, ...), which is (1, N, H, ...) in memory, as layers want it."""
+    return torch.cat([part.transpose(1, 2) for part in parts], dim=1).transpose(1, 2)
 
 
 def branchwise_attention(
@@ -179,7 +181,7 @@ def branchwise_attention(
     repeats = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
     # split, not sliced: the gradient of a slice is as long as the stream
-    pieces = zip(*(x.split([_length(part) for part in layout.parts], dim=2) for x in (query, key, value)), strict=True)
+    pieces = zip(*(layout.split(x) for x in (query, key, value)), strict=True)
     by_start = {part.start: piece for part, piece in zip(layout.parts, pieces, strict=True)}
     options: dict[str, Any] = {"scale": scaling, "dropout_p": dropout}
     out = []

@@ -23,7 +23,7 @@ from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
 # How many logits exist at a time: those of so many scored positions, or more while they are so few
 CHUNK, CHUNK_LOGITS = 512, 2**23
-CACHED_LOGITS, FEWEST_ROWS = 2**18, 16  # that a core's own cache holds; but not row by row
+CACHED_LOGITS, FEWEST_ROWS = 2**17, 16  # that a core's own cache holds; but not row by row
 VOCABULARY_CHUNK = 32768  # of TRL's function, as TRL calls it
 
 
@@ -137,9 +137,8 @@ class _Scores(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, labels: Tensor, with_entropy: bool, entropy_gradient: bool
     ) -> tuple[Tensor, Tensor | None]:
-        log_normalizer = logits.logsumexp(-1)
+        log_normalizer, entropies = _normalize(logits, with_entropy=with_entropy)
         logps = logits.gather(-1, labels[:, None])[:, 0] - log_normalizer
-        entropies = _entropies(logits, log_normalizer) if with_entropy else None
         ctx.save_for_backward(logits, labels, log_normalizer, entropies if entropy_gradient else None)
         if entropies is not None and not entropy_gradient:
             ctx.mark_non_differentiable(entropies)
@@ -159,14 +158,21 @@ class _Scores(torch.autograd.Function):
         return grad.scatter_add_(-1, labels[:, None], grad_logps[:, None]), None, None, None
 
 
-def _entropies(logits: Tensor, log_normalizer: Tensor) -> Tensor:
-    """(M, V), (M,) -> (M,); on the CPU in parts that stay in its cache."""
+def _normalize(logits: Tensor, *, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
+    """(M, V) -> log-sum-exp (M,) and, if asked for, entropies (M,) with one exponential for both; on the CPU in parts
+    that stay in its cache."""
     rows = max(FEWEST_ROWS, CACHED_LOGITS // logits.shape[-1]) if logits.device.type == "cpu" else len(logits)
-    parts = []
-    for part, normalizer in zip(logits.split(rows), log_normalizer.split(rows), strict=True):
-        logps = part - normalizer[:, None]
-        parts.append(-torch.linalg.vecdot(logps.exp(), _finite_(logps)))
-    return torch.cat(parts)
+    log_normalizer, entropies = [], []
+    for part in logits.split(rows):
+        largest = part.amax(-1, keepdim=True)
+        shifted = part - largest
+        weights = shifted.exp()
+        total = weights.sum(-1)
+        log_total = total.log()
+        log_normalizer.append(log_total + largest[:, 0])
+        if with_entropy:
+            entropies.append(log_total - torch.linalg.vecdot(weights, _finite_(shifted)) / total)
+    return torch.cat(log_normalizer), torch.cat(entropies) if with_entropy else None
 
 
 def _finite_(logps: Tensor) -> Tensor:

@@ -194,7 +194,7 @@ def _add_rollout(run: Run, fake: FakeModel, device: DevicePlan) -> None:
         groups = args.max_concurrent_rows // args.num_generations
     elif native:
         tokens = run.prompt_length + args.num_generations * args.max_completion_length
-        free = device.available - sum(device.items[name] for name in RESIDENT)
+        free = device.available - sum(device.items[name] for name in (*RESIDENT, "weights for decoding"))
         groups = free // 2 // key_value_bytes(model, tokens)
     measure = rollout_bytes if native else generate_bytes
     cache, work = measure(fake, args, run.prompt_length, max(1, min(prompts, groups)))

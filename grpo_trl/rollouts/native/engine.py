@@ -88,12 +88,14 @@ class NativeEngine:
         model = causal_lm(self.model)
         longest = max(len(prompt.ids) for prompt in prompts)
         check_positions(model.config, longest, sampling.max_completion_length)
-        memory, weights = self._memory(model, len(prompts), longest, sampling), self._weights(model)
         graphs = None if sampling.history_processors else self.graphs  # those run on the host
         if self.runner is None or not self.runner.fits(model):
             self.runner = Runner(model)
-        rollout = Rollout(model, self.runner, prompts, sampling, memory, graphs)
+        weights = self._weights(model)
         with self.runner.rollout():
+            # when the copies of weights are there: as many rows as there is room for besides
+            memory = self._memory(model, len(prompts), longest, sampling)
+            rollout = Rollout(model, self.runner, prompts, sampling, memory, graphs)
             while rollout.unfinished:
                 # not around the yield, where the consumer's code runs
                 with evaluation_mode(self.model), weights.active() if weights else nullcontext(), torch.no_grad():

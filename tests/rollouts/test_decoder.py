@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from grpo_trl.rollouts.hf_generate import HFGenerateEngine
-from grpo_trl.rollouts.native import NativeEngine, decoder
+from grpo_trl.rollouts.native import NativeEngine, decoder, engine
 from grpo_trl.rollouts.native.weights import may_be_packed
 from tests.policy.test_packed import KINDS, build, lora
 from tests.rollouts.test_native import PROMPTS, SAMPLING, assert_same, prepared, rollout
@@ -115,6 +115,13 @@ def test_weights_are_packed_for_as_long_as_a_rollout_takes(qwen3):
     assert first.completion_ids == expected[first.prompt.draw].completion_ids
     groups.close()  # whoever asks for the groups may stop
     assert not any(packed_parts(ours))
+
+
+def test_rows_are_counted_beside_the_packed_weights(qwen3, monkeypatch):
+    ours, seen = NativeEngine(prepared(qwen3)), []
+    monkeypatch.setattr(engine, "groups_that_fit", lambda *_: seen.append(all(packed_parts(ours))) or 1)
+    rollout(ours)
+    assert seen == [True]
 
 
 def test_packed_weights_are_those_of_now(qwen3):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from .unread import announce
 from .varlen import VarlenIndex, varlen_attention
 
 GROUP_ATTENTION = "group_sdpa"  # a name with "sdpa" in it passes transformers' checks of what a model supports
@@ -61,6 +62,7 @@ def _group_attention(
     layout: Layout | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
+    announce(module, getattr(layout, "unread", 0))
     if layout is None:
         plain = AttentionInterface()["sdpa"]
         return plain(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
@@ -83,10 +85,11 @@ class GroupLayout:
     Args:
         shared: length of each group's shared part, in tokens; 0 where a prompt is one token.
         branches: for each group the lengths of its branches.
+        unread: of so many tokens at the beginning nobody reads the outputs.
     """
 
-    def __init__(self, shared: Sequence[int], branches: Sequence[Sequence[int]]):
-        self.shared = _spans(shared)
+    def __init__(self, shared: Sequence[int], branches: Sequence[Sequence[int]], unread: int = 0):
+        self.shared, self.unread = _spans(shared), unread
         of_groups = _spans([sum(lengths) for lengths in branches], start=sum(shared))
         self.branches = [_spans(lengths, part.start) for lengths, part in zip(branches, of_groups, strict=True)]
         # what attends causally to itself, in the order of the stream; and all branches of a group with what they share

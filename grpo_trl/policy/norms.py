@@ -17,7 +17,7 @@ def use_short_norms(model: nn.Module) -> None:
     """
     for module in model.modules():
         if is_rms_norm(module) and "forward" not in vars(module) and _is_plain(module):
-            module.forward = MethodType(_forward, module)
+            module.forward = MethodType(forward, module)
 
 
 def is_rms_norm(module: Any) -> bool:
@@ -66,7 +66,8 @@ def _inverse_rms(x: Tensor, epsilon: float) -> Tensor:
     return torch.addcmul(x.new_full((), epsilon), norm, norm, value=1 / x.shape[-1]).rsqrt_()
 
 
-def _forward(self: Any, hidden_states: Tensor) -> Tensor:
+def forward(self: Any, hidden_states: Tensor) -> Tensor:
+    """Of a norm."""
     if hidden_states.device.type == "cpu" and hidden_states.dtype == self.weight.dtype == torch.float32:
         return short_rms_norm(hidden_states, self.weight, self.variance_epsilon)
     return type(self).forward(self, hidden_states)

@@ -52,16 +52,14 @@ def pack(batch: RolloutBatch) -> Stream:
     places = [row * ids.shape[1] + torch.arange(column, column + length) for row, column, length, _ in parts]
     positions = [torch.arange(position, position + length) for _, _, length, position in parts]
     mask = batch.completion_mask.bool()
+    lengths = [length for _, _, length, _ in shared]
     inputs = {
         "input_ids": ids.flatten()[torch.cat(places).to(ids.device)][None],
         "position_ids": torch.cat(positions).to(ids.device)[None],
         "attention_mask": no_mask(ids.device),
-        "layout": GroupLayout(
-            [length for _, _, length, _ in shared], [[completions[row] for row in rows] for rows in groups]
-        ),
+        "layout": GroupLayout(lengths, [[completions[row] for row in rows] for rows in groups], unread=sum(lengths)),
     }
-    scored = slice(sum(length for _, _, length, _ in shared), None)
-    return Stream(inputs, scored, batch.completion_ids[mask], mask)
+    return Stream(inputs, slice(sum(lengths), None), batch.completion_ids[mask], mask)
 
 
 def pieces(batch: RolloutBatch, max_tokens: int | None, *, packed: bool) -> list[slice]:

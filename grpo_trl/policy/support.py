@@ -18,6 +18,7 @@ from .head import score_completions
 from .logprobs import causal_lm, per_token_logps
 from .mode import evaluation_mode
 from .norms import use_short_norms
+from .unread import skip_unread
 
 
 def prepare(model: PreTrainedModel | PeftModel) -> str | None:
@@ -44,6 +45,7 @@ def prepare(model: PreTrainedModel | PeftModel) -> str | None:
         return f"its tokens see each other in other ways than through attention ({trouble})"
     if input_device(lm).type == "cpu":
         use_short_norms(lm)
+    skip_unread(lm)
     return None
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from grpo_trl.batch import Prompt
 from grpo_trl.rollouts.hf_generate import HFGenerateEngine
 from grpo_trl.rollouts.native import NativeEngine, decoder, engine
 from grpo_trl.rollouts.native.weights import may_be_packed
@@ -115,6 +116,19 @@ def test_weights_are_packed_for_as_long_as_a_rollout_takes(qwen3):
     assert first.completion_ids == expected[first.prompt.draw].completion_ids
     groups.close()  # whoever asks for the groups may stop
     assert not any(packed_parts(ours))
+
+
+def test_steps_are_of_few_sizes(qwen3, monkeypatch):
+    """oneDNN keeps a kernel for each number of rows."""
+    sizes, step = [], engine.Rollout._step
+    monkeypatch.setattr(engine.Rollout, "_step", lambda self, shape: sizes.append(shape.rows) or step(self, shape))
+    prompts = [Prompt([40 + draw], {"prompt": "?"}, draw) for draw in range(7)]
+    packed = rollout(NativeEngine(prepared(qwen3)), prompts)
+    assert {16, 24, 28} <= set(sizes) <= {*range(1, 9), 16, 24, 28}  # 28 is all of them
+    sizes.clear()
+    monkeypatch.setattr("grpo_trl.rollouts.native.weights.MOST_PACKED", 0)
+    assert_same(rollout(NativeEngine(qwen3), prompts), packed)
+    assert not set(sizes) <= {*range(1, 9), 16, 24, 28}
 
 
 def test_rows_are_counted_beside_the_packed_weights(qwen3, monkeypatch):

@@ -19,7 +19,7 @@ from ...policy.head import finish_logits, to_logits
 from ...policy.norms import is_rms_norm, rms_norm
 from . import kernels
 from .attention import RowsLayout
-from .weights import PackedLinear, joined, may_be_packed
+from .weights import ROWS_AT_A_TIME, PackedLinear, joined, may_be_packed
 
 logger = logging.get_logger(__name__)
 
@@ -54,6 +54,11 @@ class Runner:
         """Around the steps of a rollout, in which no weight changes."""
         with self.decoder.packed() if self.decoder is not None else contextlib.nullcontext():
             yield
+
+    def best_rows(self, rows: int) -> int:
+        """How many rows a step with so many is made of, the last of which nobody reads."""
+        packed = self.decoder is not None and self.decoder.head.packed is not None
+        return -(-rows // ROWS_AT_A_TIME) * ROWS_AT_A_TIME if packed and rows > ROWS_AT_A_TIME else rows
 
     def own_layers(self, ids: Tensor, positions: Tensor, layout: RowsLayout) -> Tensor:
         """By the model's own forward."""

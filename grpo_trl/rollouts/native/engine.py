@@ -247,7 +247,7 @@ class Rollout:
         length = self._age_of_oldest() + 1
         shape = Shape(len(self.rows), len(self.groups), self.columns, max(prompt_lengths), length)
         if self.graphs is None:
-            self._step(shape)
+            self._step(shape._replace(rows=min(self.runner.best_rows(shape.rows), self.memory.most.rows)))
         else:
             self.graphs.run(self._step, bucket(shape, self.memory.most), self.sampling.of_a_step)
         self.step += 1

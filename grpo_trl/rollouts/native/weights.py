@@ -8,6 +8,7 @@ import torch
 from psutil import virtual_memory
 from torch import Tensor, nn
 
+ROWS_AT_A_TIME = 8  # oneDNN makes a kernel for each number of rows of each size of layer: half a MiB, half a ms
 PACKED_FOR_ROWS = 64  # the order of a packed weight is the same for any number of rows but the smallest
 MOST_PACKED = 1 / 8  # of the machine's memory; what is free now would make a run depend on its neighbours
 

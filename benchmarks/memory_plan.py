@@ -48,15 +48,15 @@ POLICY = {
 # layers of the policy and of the reward model (0: none), whether an adapter is trained, fields of GRPOConfig
 SHAPES: dict[str, dict[str, Any]] = {
     "full": {
-        "layers": 8, "reward_layers": 0, "lora": False,
+        "layers": 9, "reward_layers": 0, "lora": False,
         "args": {"per_device_train_batch_size": 8, "max_completion_length": 128, "gradient_checkpointing": False},
     },
     "lora": {
-        "layers": 16, "reward_layers": 0, "lora": True,
+        "layers": 17, "reward_layers": 0, "lora": True,
         "args": {"per_device_train_batch_size": 8, "max_completion_length": 128, "gradient_checkpointing": False},
     },
     "reward_model": {
-        "layers": 8, "reward_layers": 16, "lora": False,
+        "layers": 9, "reward_layers": 17, "lora": False,
         "args": {"per_device_train_batch_size": 16, "max_completion_length": 96, "gradient_checkpointing": True,
                  "gradient_accumulation_steps": 2},
     },

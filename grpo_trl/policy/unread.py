@@ -1,7 +1,7 @@
 """What the last layer gives for a prompt nobody reads: its MLP leaves those tokens out.
 
 The layers below need all tokens, and so do the keys and values of the last one; what comes after its attention only
-those that are scored. Of an update of 6 layers that is 4 to 8%, of 28 layers 1 to 2.
+those that are scored. Of an update of 6 layers that is 3 to 6%, of 28 layers 1 to 2.
 """
 
 from types import MethodType

@@ -27,7 +27,7 @@ def skip_unread(model: Any) -> None:
 
 def announce(attention: nn.Module, unread: int) -> None:
     """By the attention of each layer, also where gradient checkpointing runs it again: so many tokens are not read."""
-    mlp = vars(attention).get("_mlp_after")
+    mlp = getattr(attention, "_mlp_after", None)
     if mlp is not None:
         mlp._unread = unread
 

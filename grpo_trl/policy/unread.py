@@ -35,4 +35,6 @@ def announce(attention: nn.Module, unread: int) -> None:
 def forward(self: Any, x: Tensor) -> Tensor:
     """Of an MLP."""
     unread, self._unread = self._unread, 0
-    return pad(self._forward_all(x[:, unread:]), (0, 0, unread, 0)) if unread else self._forward_all(x)
+    if 0 < unread < x.shape[1]:  # some layers do not run on no tokens at all
+        return pad(self._forward_all(x[:, unread:]), (0, 0, unread, 0))
+    return self._forward_all(x)

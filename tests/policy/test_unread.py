@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 
+from grpo_trl.batch import Group, Prompt
 from grpo_trl.policy import per_token_logps, prepare
 from tests.policy.test_packed import batch_of, build, lora, ragged_groups
 from tests.tiny import tiny_model
@@ -55,6 +56,14 @@ def test_the_last_layer_leaves_out_prompts(kind, reentrant, batch):
     *others, last = seen_by_mlps(model, update)
     times = 1 if reentrant is None else 2
     assert shared and others == [[shared + scored] * times] * len(others) and last == [scored] * times
+
+
+def test_where_nothing_is_scored_the_layer_still_gets_tokens():
+    model = tiny_model("llama")
+    prepare(model)
+    empty = batch_of([Group(Prompt([11, 12, 13], {}, 0), [[], []], [False, False])])
+    *_, last = seen_by_mlps(model, lambda: per_token_logps(model, empty))
+    assert last == [3]
 
 
 def test_other_calls_are_undisturbed(batch):

@@ -17,6 +17,7 @@ from transformers.utils import logging
 from ...policy.attention import no_mask
 from ...policy.head import finish_logits, to_logits
 from ...policy.norms import is_rms_norm, rms_norm
+from ...policy.unread import TOKENWISE
 from . import kernels
 from .attention import RowsLayout
 from .weights import ROWS_AT_A_TIME, PackedLinear, joined, may_be_packed
@@ -181,7 +182,7 @@ class _HeadNorms:
 
 
 def _mlp(module: Any) -> Callable[[Tensor], Tensor]:
-    if _children(module) != {"gate_proj", "up_proj", "down_proj", "act_fn"}:
+    if _children(module) != TOKENWISE:
         return lambda x: module(x[:, None])[:, 0]  # experts
     return _MLP(module)
 

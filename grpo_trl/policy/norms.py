@@ -75,10 +75,11 @@ def forward(self: Any, hidden_states: Tensor) -> Tensor:
 
 def _is_plain(module: Any) -> bool:
     """Tried on a copy with a weight of its own: the module's may be on the meta device or sharded."""
-    if module.weight.dim() != 1 or len(inspect.signature(type(module).forward).parameters) != 2:
+    shape = getattr(module.weight, "ds_shape", module.weight.shape)  # under ZeRO-3 the weight itself is empty
+    if len(shape) != 1 or len(inspect.signature(type(module).forward).parameters) != 2:
         return False
     draw = torch.Generator().manual_seed(0)
-    x, weight = torch.randn(2, 3, len(module.weight), generator=draw).unbind(1)[:2]
+    x, weight = torch.randn(2, 3, *shape, generator=draw).unbind(1)[:2]
     probe = copy(module)
     probe._parameters = {"weight": nn.Parameter(weight[0], requires_grad=False)}
     return torch.allclose(type(module).forward(probe, x), rms_norm(x, weight[0], module.variance_epsilon), atol=1e-5)

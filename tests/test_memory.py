@@ -7,7 +7,7 @@ import torch
 import yaml
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, DebertaV2ForSequenceClassification
 
 from grpo_trl import GRPOConfig, GRPOTrainer, cli
 from grpo_trl.batch import Group, Prompt, RolloutBatch
@@ -20,7 +20,7 @@ from grpo_trl.policy import prepare
 from grpo_trl.rollouts import SamplingParams, make_engine
 from tests.conftest import ROOT
 from tests.test_trainer import trainer
-from tests.tiny import tiny_model
+from tests.tiny import tiny_model, tiny_reward_model
 
 ADAPTER = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
 
@@ -97,15 +97,28 @@ def test_dtype_of_the_policy_and_of_its_reference(run):
     assert half["frozen models"] < full["frozen models"] * 0.51
 
 
-def test_reward_model_keeps_its_own_dtype_and_is_on_its_device(run, reward_model_dir):
-    from transformers import AutoModelForSequenceClassification
-
-    model = AutoModelForSequenceClassification.from_pretrained(reward_model_dir)
-    found = items(run(beta=0.0, num_iterations=1, rewards=(reward_model_dir, "accuracy")))
+def test_reward_model_keeps_its_own_dtype_and_is_on_its_device(run, tmp_path):
+    model = tiny_reward_model("qwen3")
+    model.save_pretrained(path := str(tmp_path / "reward"))
+    found = items(run(beta=0.0, num_iterations=1, rewards=(path, "accuracy")))
     assert found["frozen models"] == sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
     assert found["reward passes"] > 0 and found["scoring"] == 0  # beside sampling
-    after = items(run(beta=0.0, num_iterations=1, rewards=(reward_model_dir,), reward_overlap=False))
+    after = items(run(beta=0.0, num_iterations=1, rewards=(path,), reward_overlap=False))
     assert after["scoring"] == found["reward passes"]
+
+
+def test_a_reward_model_that_does_not_run_without_numbers_is_named(run, reward_model_dir, monkeypatch):
+    def forward(self, input_ids, **kwargs):
+        return self._forward(input_ids[:, : int(input_ids.sum())], **kwargs)
+
+    kind = DebertaV2ForSequenceClassification
+    monkeypatch.setattr(kind, "_forward", kind.forward, raising=False)
+    monkeypatch.setattr(kind, "forward", forward)
+    plan = plan_run(run(beta=0.0, rewards=(reward_model_dir,)), 2**30)
+    assert plan.devices["cpu"].items["reward passes"] == 0 < plan.devices["cpu"].items["frozen models"]
+    assert len(plan.assumptions) == 1
+    assert f"DebertaV2ForSequenceClassification ({reward_model_dir})" in plan.assumptions[0]
+    assert "does not run without numbers" in plan.assumptions[0]
 
 
 def test_a_reference_has_its_own_dtype(run):

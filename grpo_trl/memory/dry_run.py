@@ -90,7 +90,10 @@ def update_bytes(fake: FakeModel, args: GRPOConfig, prompt_length: int) -> int:
     if args.gradient_checkpointing:
         options = mapping(args.gradient_checkpointing_kwargs)
         own = {name: options.pop(name) for name in ("every_n_layers", "offload") if name in options}
-        causal_lm(model).activation_checkpointing_enable(options or None, **own)
+        lm = causal_lm(model)
+        # its name since transformers 5.23
+        enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
+        enable(options or None, **own)
     stream, count = largest_stream(args, prompt_length, packed=is_packed(model))
     stream = fake.fake(stream)
     entropy: dict[str, Any] = {"with_entropy": True, "entropy_gradient": args.entropy_coef != 0}

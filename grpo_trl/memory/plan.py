@@ -106,6 +106,7 @@ def plan_run(run: Run, memory: int | None = None) -> Plan:
     """
     args, device = run.args, str(run.args.device)
     devices: dict[str, DevicePlan] = {}
+    unknown: list[str] = []
 
     def on(name: str) -> Counter[str]:
         if name not in devices:
@@ -126,12 +127,16 @@ def plan_run(run: Run, memory: int | None = None) -> Plan:
         for name, size in _split(weights(frozen.model, frozen.quantization), frozen.where).items():
             on(name)["frozen models"] += size
         items = on(_first(frozen.where))  # its passes are counted where they begin; they come one after the other
-        items[frozen.phase] = max(items[frozen.phase], frozen.pass_bytes(FakeModel(frozen.model)))
+        try:
+            items[frozen.phase] = max(items[frozen.phase], frozen.pass_bytes(FakeModel(frozen.model)))
+        except RuntimeError as error:  # of code that looks at numbers, or is TorchScript
+            name = f"{type(frozen.model).__name__} ({frozen.model.name_or_path})"
+            unknown.append(f"nothing for passes of {name}: it does not run without numbers ({type(error).__name__})")
 
     update = update_bytes(fake, args, run.prompt_length) + _dequantized(policy, run)
     own["activations"] = max(update - own["gradients"], step_bytes(args.optim, trained, args.device.type))
     _add_rollout(run, fake, devices[device])
-    return Plan(devices, _assumptions(run, policy))
+    return Plan(devices, _assumptions(run, policy) + unknown)
 
 
 def _free(device: str) -> int:

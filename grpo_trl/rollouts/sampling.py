@@ -108,12 +108,13 @@ def inverse_cdf(probs: Tensor, u: Tensor) -> Tensor:
     times their total.
 
     First among the sums of blocks of tokens, then within one: a running sum over a whole vocabulary is the slowest
-    part of a decoding step on CUDA. Sums are in fp64: parallel ones round neighbours differently, and in fp32 (2^-24,
-    the grain of u) that would give excluded tokens a height. right=True skips what has none.
+    part of a decoding step on CUDA. Running sums are in fp64: parallel ones round neighbours differently, and in fp32
+    (2^-24, the grain of u) that would give excluded tokens a height. right=True skips what has none. A block's own
+    sum is in fp32, as its probabilities are: in fp64 the CPU makes a copy of all of them first.
     """
     missing = -probs.shape[-1] % BLOCK
     blocks = (pad(probs, (0, missing)) if missing else probs).unflatten(-1, (-1, BLOCK))  # `pad` copies in any case
-    ends = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    ends = blocks.sum(-1).cumsum(-1, dtype=torch.float64)
     target = u[:, None] * ends[:, -1:]  # of the sum itself, which is not 1
     block = torch.searchsorted(ends, target, right=True).clamp(max=ends.shape[-1] - 1)  # a NaN is below no number
     end, start = ends.gather(-1, block), pad(ends, (1, 0)).gather(-1, block)

@@ -5,16 +5,19 @@ The policy has one explicit device, `args.device`. A reference or reward model g
 """
 
 import contextlib
+import os
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from accelerate import dispatch_model
+from accelerate.utils import disable_fsdp_ram_efficient_loading
 from torch import nn
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 DeviceMap = dict[str, Any]
+EFFICIENT_LOADING = "FSDP_CPU_RAM_EFFICIENT_LOADING"  # what accelerate's function sets
 
 
 def resolve_device_map(
@@ -83,16 +86,21 @@ def _usable(device: Any, policy_device: torch.device, num_gpus: int, num_local_r
 
 @contextlib.contextmanager
 def whole_models(args: TrainingArguments) -> Iterator[None]:
-    """Models that are loaded in this context are whole on each rank, also under ZeRO-3, which would shard them."""
-    if args.deepspeed_plugin is None:
-        yield
-        return
-    # what `from_pretrained` looks at; the context that accelerate has for this leaves it as it is
-    unset_hf_deepspeed_config()
+    """Models that are loaded in this context are whole on each rank: also under ZeRO-3, which would shard them, and
+    under FSDP, for which transformers before 5.23 leaves zeros on all ranks of a machine but the first."""
+    deepspeed, efficient = args.deepspeed_plugin, os.environ.get(EFFICIENT_LOADING)
+    # what `from_pretrained` looks at; the context that accelerate has for DeepSpeed leaves it as it is
+    if deepspeed is not None:
+        unset_hf_deepspeed_config()
+    if efficient is not None:
+        disable_fsdp_ram_efficient_loading()
     try:
         yield
     finally:
-        set_hf_deepspeed_config(getattr(args, "hf_deepspeed_config", None) or args.deepspeed_plugin.dschf)
+        if deepspeed is not None:
+            set_hf_deepspeed_config(getattr(args, "hf_deepspeed_config", None) or deepspeed.dschf)
+        if efficient is not None:
+            os.environ[EFFICIENT_LOADING] = efficient
 
 
 def place(model: nn.Module, device_map: DeviceMap) -> nn.Module:

@@ -1,4 +1,5 @@
 import copy
+import os
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from torch import nn
 from transformers import Trainer
 
 from grpo_trl import GRPOConfig
-from grpo_trl.placement import freeze, input_device, place, resolve_device_map
+from grpo_trl.placement import EFFICIENT_LOADING, freeze, input_device, place, resolve_device_map, whole_models
 from grpo_trl.trainer_checks import zero3_problems
 from tests.tiny import tiny_model
 
@@ -152,6 +153,19 @@ def test_freeze(qwen3):
     assert frozen is qwen3
     assert not any(parameter.requires_grad for parameter in frozen.parameters())
     assert not any(module.training for module in frozen.modules())
+
+
+@pytest.mark.parametrize("set_to", ["true", "False", None])
+def test_models_are_loaded_whole_under_fsdp(tmp_path, monkeypatch, set_to):
+    if set_to is None:
+        monkeypatch.delenv(EFFICIENT_LOADING, raising=False)
+    else:
+        monkeypatch.setenv(EFFICIENT_LOADING, set_to)
+    args = GRPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    with pytest.raises(OSError, match="no such model"), whole_models(args):
+        assert os.environ.get(EFFICIENT_LOADING) == (None if set_to is None else "False")
+        raise OSError("no such model")
+    assert os.environ.get(EFFICIENT_LOADING) == set_to
 
 
 @pytest.mark.parametrize("ref_device", ["cpu", "cuda:1", {"": 1}])

@@ -1,9 +1,13 @@
+import os
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from trl.trainer.utils import disable_dropout_in_model
 
 from grpo_trl import GRPOConfig
@@ -110,6 +114,32 @@ def test_policy_from_a_path_is_loaded_again(config, model_dir, batch):
     assert torch.equal(reference_logps(make(model, policy), batch), logps(policy, batch))
     shared = {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in policy.parameters()}
     assert not shared
+
+
+@pytest.fixture
+def second_fsdp_rank(monkeypatch):
+    """What transformers looks at where only the first rank of a machine is to hold the weights that it loads."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    monkeypatch.setattr("transformers.distributed.fsdp._is_torch_distributed_initialized", lambda: True)
+    monkeypatch.setattr("transformers.modeling_utils.is_local_dist_rank_0", lambda: False)
+
+
+def test_under_fsdp_the_reference_is_whole_on_each_rank(config, qwen3, model_dir, second_fsdp_rank):
+    model = load_reference_model(qwen3, model_dir, config(), CPU)
+    for name, weight in load_file(f"{model_dir}/model.safetensors").items():
+        assert torch.equal(model.get_parameter(name), weight) and weight.any()
+    assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "true"
+
+
+def test_a_policy_that_fsdp_left_empty_is_not_copied(config, qwen3):
+    args = config()
+    args.distributed_state = SimpleNamespace(distributed_type=DistributedType.FSDP)
+    assert load_reference_model(qwen3, None, args, CPU) is not None
+    for parameter in qwen3.parameters():
+        parameter.data.zero_()
+    with pytest.raises(ValueError, match=r"all zeros on this rank.*Pass the model's path"):
+        load_reference_model(qwen3, None, args, CPU)
 
 
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])

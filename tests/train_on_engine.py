@@ -81,6 +81,7 @@ def main(output: str, models: str, world_size: int, options: dict) -> None:
     Path(output, f"rank_{rank}.json").write_text(json.dumps(facts(trainer) | {"sampled": trainer.sampled}))
     if rank == 0:
         Path(output, "log.json").write_text(json.dumps(trainer.state.log_history))
+    trainer.end()
 
 
 def facts(trainer: RecordingTrainer) -> dict:

@@ -64,6 +64,7 @@ def main(output: str, per_device_train_batch_size: int, options: dict) -> None:
         torch.save(kept.gradient, f"{output}/gradient.pt")
         with open(f"{output}/log.json", "w") as file:
             json.dump(trainer.state.log_history, file)
+    trainer.end()
 
 
 class FirstGradient(TrainerCallback):

@@ -16,7 +16,7 @@ from trl.trainer.utils import create_model_from_path, use_adapter
 
 from ..batch import RolloutBatch
 from ..config import GRPOConfig, mapping
-from ..placement import DeviceMap, freeze, input_device, is_zero3, place, whole_models
+from ..placement import DeviceMap, freeze, input_device, is_zero3, place, refuse_empty, whole_models
 from ..token_limit import TokenLimit, token_batches
 from .loading import from_pretrained_options
 from .logprobs import is_packed, per_token_logps
@@ -106,21 +106,14 @@ def load_reference_model(
     policy that was passed as an instance is copied. `args.ref_model_init_kwargs` go over the policy's.
 
     Raises:
-        ValueError: FSDP has left a policy that was passed without its weights.
+        ValueError: see `refuse_empty`.
     """
     if not needs_reference_model(args, has_adapter=isinstance(policy, PeftModel)):
         return None
     path = args.ref_model_name_or_path or policy_path
     sharded = is_zero3(args.deepspeed_plugin)
     if path is None:
-        fsdp = args.distributed_state is not None and args.distributed_state.distributed_type == DistributedType.FSDP
-        if fsdp and not any(parameter.any() for parameter in policy.parameters()):
-            raise ValueError(
-                "The model that was passed is all zeros on this rank, and so would be its copy, the reference: with "
-                "fsdp_cpu_ram_efficient_loading, transformers before 5.23 loads the weights on the first rank of a "
-                "machine only. Pass the model's path, set fsdp_cpu_ram_efficient_loading to false, or install a later "
-                "transformers."
-            )
+        refuse_empty(policy, "The policy, whose copy is the reference,", args)
         copied: Any = copy.deepcopy(policy)
         return copied if sharded else place(copied, device_map)  # pyright: ignore[reportReturnType]
     options: dict[str, Any] = {"device_map": None if sharded else device_map} | from_pretrained_options(args)

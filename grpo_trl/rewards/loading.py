@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from ..config import GRPOConfig, mapping
-from ..placement import DeviceMap, whole_models
+from ..placement import DeviceMap, refuse_empty, whole_models
 from .model import RewardModel, base_model
 from .registry import REWARDS, TRL_NAMES, RewardFunction, resolve_reward
 from .scoring import RewardScorer
@@ -93,6 +93,8 @@ def _load_model(
     spec: Any, tokenizer: PreTrainedTokenizerBase | None, args: GRPOConfig, device_map: DeviceMap
 ) -> RewardModel:
     options = mapping(args.reward_model_init_kwargs)
+    if isinstance(spec, nn.Module):
+        refuse_empty(spec, f"The reward model {type(spec).__name__}", args)
     return RewardModel(
         spec,
         tokenizer,

@@ -22,8 +22,9 @@ from grpo_trl.policy import (
     prepare,
 )
 from grpo_trl.policy.reference import AdapterReference, FrozenReference, Passes
+from grpo_trl.rewards.loading import load_rewards
 from grpo_trl.token_limit import TokenLimit
-from tests.tiny import IM_END, PAD, save, tiny_model, tiny_tokenizer
+from tests.tiny import IM_END, PAD, save, tiny_model, tiny_reward_model, tiny_tokenizer
 
 CPU = {"": torch.device("cpu")}
 
@@ -132,14 +133,18 @@ def test_under_fsdp_the_reference_is_whole_on_each_rank(config, qwen3, model_dir
     assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "true"
 
 
-def test_a_policy_that_fsdp_left_empty_is_not_copied(config, qwen3):
-    args = config()
+@pytest.mark.parametrize("what", ["policy", "reward model"])
+def test_a_model_that_fsdp_left_empty_is_refused(config, what):
+    args, model = config(), tiny_model("qwen3") if what == "policy" else tiny_reward_model()
     args.distributed_state = SimpleNamespace(distributed_type=DistributedType.FSDP)
-    assert load_reference_model(qwen3, None, args, CPU) is not None
-    for parameter in qwen3.parameters():
-        parameter.data.zero_()
-    with pytest.raises(ValueError, match=r"all zeros on this rank.*Pass the model's path"):
-        load_reference_model(qwen3, None, args, CPU)
+    load = {
+        "policy": lambda: load_reference_model(model, None, args, CPU),
+        "reward model": lambda: load_rewards([model], tiny_tokenizer(), args, CPU),
+    }[what]
+    assert load()
+    model.get_input_embeddings().weight.data.zero_()
+    with pytest.raises(ValueError, match=rf"The {what}.* is all zeros on this rank.*Pass the model's path"):
+        load()
 
 
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])

@@ -8,6 +8,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from .moment import Moment
+from .ranks_exit import pause_at_exit
 from .resumable import ResumableTrainer
 from .signals import Interruption, SignalWatch
 
@@ -26,6 +27,8 @@ class InterruptibleTrainer(ResumableTrainer):
         self.signals = SignalWatch(enabled=False)
         self._moment: Moment | None = None
         self.add_callback(_UpdateCallback(self))
+        if self.accelerator.num_processes > 1:
+            pause_at_exit()
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """See `ResumableTrainer.train`."""

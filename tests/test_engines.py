@@ -100,8 +100,9 @@ def execute(*commands: list[str], timeout: float) -> None:
                 process.terminate()  # a launcher takes its ranks with it
                 process.wait(60)
             said.seek(0)
-            print(said.read()[-8000:])  # shown with a failure
-    assert set(codes) == {0}
+            output = said.read()
+            print(output[-8000:])  # shown with a failure
+    assert set(codes) == {0}, output[-3000:]
 
 
 def path() -> dict[str, str]:

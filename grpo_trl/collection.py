@@ -1,5 +1,6 @@
 """A collection: what is sampled at once, scored, compared, and made ready for the updates on it."""
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
@@ -19,7 +20,7 @@ from .batch import Group, Prompt, RolloutBatch
 from .config import GRPOConfig
 from .hooks import TrainerHooks
 from .metrics import Metrics, completion_rows, record_rollout
-from .policy import evaluation_mode, is_packed, per_token_logps, pieces
+from .policy import Reference, ScoredByGroup, evaluation_mode, is_packed, per_token_logps, pieces
 from .refused import raise_all
 from .rewards import RewardScorer
 from .rollouts import SamplingParams, decode_completions, dump, ordered_groups
@@ -43,8 +44,10 @@ class CollectingTrainer(TrainerHooks):
     extra_columns: dict[str, list[Any]]
     completions_log: list[dict[str, Any]]
     collected: list[Group]  # of the latest batch, its groups
+    reference: Reference | None
     policy_limit: TokenLimit  # of the update's passes, and of those before it that must equal them
     _sampling_is_exact: bool | None
+    _by_group: ScoredByGroup | None = None  # in `collect`, of a reference with a device of its own
 
     @property
     def collector(self) -> Callable[[Any], RolloutBatch]:
@@ -56,11 +59,12 @@ class CollectingTrainer(TrainerHooks):
 
     def collect(self, prompts: list[Prompt]) -> RolloutBatch:
         """Samples, scores and compares the completions of this rank's prompts: everything an update needs."""
-        groups, rewards_per_func, compared, _ = self._sample_and_score(prompts)
-        batch = self._batch(groups, compared)
-        if not self.args.on_policy:
-            batch.old_per_token_logps = self._old_per_token_logps(batch)
-        self._reference_logps(batch)
+        with self._reference_beside_sampling():
+            groups, rewards_per_func, compared, _ = self._sample_and_score(prompts)
+            batch = self._batch(groups, compared)
+            if not self.args.on_policy:
+                batch.old_per_token_logps = self._old_per_token_logps(batch)
+            self._reference_logps(batch)
         assert batch.advantages is not None
         self._log_completions(groups, rewards_per_func, batch.advantages.tolist())
         return batch
@@ -215,6 +219,8 @@ class CollectingTrainer(TrainerHooks):
         for group in groups:
             group.completions = group.completions or decode_completions(group, self.processing_class)
             self.scorer.start(group, trainer_state=self.state)
+            if self._by_group is not None:
+                self._by_group.start(group)
             yield group
 
     def score(self, groups: list[Group], metrics: Metrics) -> Tensor:
@@ -281,9 +287,34 @@ class CollectingTrainer(TrainerHooks):
         return self._old_per_token_logps(batch, carried) if self._sampling_is_exact else logps
 
     def _reference_logps(self, batch: RolloutBatch) -> None:
-        if self.reference is not None:
-            with self.accelerator.autocast():  # as in the update, so that the first KL is that of equal weights
-                batch.ref_per_token_logps = self.reference.per_token_logps(batch, self.args.temperature)
+        if self._by_group is not None:
+            logps = self._by_group.per_token_logps(self.collected, batch.completion_ids.shape[1])
+            batch.ref_per_token_logps = logps.to(self.args.device)
+        elif self.reference is not None:
+            batch.ref_per_token_logps = self._logps_of_reference(self.reference, batch)
+
+    def _logps_of_reference(self, reference: Reference, batch: RolloutBatch) -> Tensor:
+        with self.accelerator.autocast():  # as in the update, so that the first KL is that of equal weights
+            return reference.per_token_logps(batch, self.args.temperature)
+
+    @contextlib.contextmanager
+    def _reference_beside_sampling(self) -> Iterator[None]:
+        """In here a reference with a device of its own scores each group that is complete, beside the sampling of
+        others."""
+        reference = self.reference
+        if reference is None or reference.own_device is None:
+            yield
+            return
+
+        def score(group: Group) -> Tensor:
+            batch = RolloutBatch.from_groups([group], pad_token_id=self.processing_class.pad_token_id)
+            return self._logps_of_reference(reference, batch)
+
+        try:
+            with ScoredByGroup(score, reference.own_device, overlap=self.args.reward_overlap) as self._by_group:
+                yield
+        finally:
+            self._by_group = None
 
     @torch.no_grad()
     def _policy_logps(self, batch: RolloutBatch) -> Tensor:

@@ -138,6 +138,12 @@ def input_device(model: nn.Module) -> torch.device:
     return next(devices, torch.device("cpu"))
 
 
+def runs_on(model: nn.Module, device: torch.device) -> bool:
+    """Whether a device holds a part of a model, or the whole of it. Without a number, "cuda" is the first GPU."""
+    places = {(parameter.device.type, parameter.device.index or 0) for parameter in model.parameters()}
+    return (device.type, device.index or 0) in places
+
+
 def is_zero3(deepspeed_plugin: Any) -> bool:
     """Whether every model that is loaded is sharded over the ranks (accelerate's plugin, or None)."""
     return deepspeed_plugin is not None and deepspeed_plugin.zero_stage == 3

@@ -13,7 +13,7 @@ SOURCE = Path(__file__).resolve().parent.parent / PACKAGE
 # Lowest first. A module may import those of lower layers; units of one layer do not import each other.
 LAYERS = [
     ["algorithm"],
-    ["batch", "placement", "token_limit", "manifest", "signals", "ranks_exit", "fingerprint"],
+    ["batch", "placement", "token_limit", "manifest", "signals", "ranks_exit", "worker", "fingerprint"],
     ["config_types"],
     ["refused", "config_checks", "generation_kwargs"],
     ["config_vllm"],

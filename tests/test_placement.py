@@ -8,7 +8,15 @@ from torch import nn
 from transformers import Trainer
 
 from grpo_trl import GRPOConfig
-from grpo_trl.placement import EFFICIENT_LOADING, freeze, input_device, place, resolve_device_map, whole_models
+from grpo_trl.placement import (
+    EFFICIENT_LOADING,
+    freeze,
+    input_device,
+    place,
+    resolve_device_map,
+    runs_on,
+    whole_models,
+)
 from grpo_trl.trainer_checks import zero3_problems
 from tests.tiny import tiny_model
 
@@ -190,3 +198,10 @@ def test_trainer_does_not_split_the_policy_over_two_visible_gpus(tmp_path):
     trainer = Trainer(tiny_model("qwen3"), args)
     assert trainer._train_batch_size == 8
     assert not isinstance(trainer._wrap_model(trainer.model), nn.DataParallel)
+
+
+def test_a_model_runs_on_each_device_that_holds_a_part_of_it():
+    split = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1, device="meta"))
+    assert runs_on(split, CPU) and runs_on(split, torch.device("meta"))
+    assert runs_on(nn.Linear(1, 1, device="meta"), torch.device("meta", 0))  # the first one, by number
+    assert not runs_on(split, cuda(0)) and not runs_on(nn.Linear(1, 1, device="meta"), torch.device("meta", 1))

@@ -49,20 +49,23 @@ def test_rollout_scoring_loss_and_gradient_equal_those_of_one_device(results):
 
 def test_only_ids_go_to_the_frozen_models_and_log_probs_and_rewards_come_back(results):
     batch = results["two"]["batch"]
-    (rows, prompt), (_, completion) = batch["prompt_ids"].shape, batch["completion_ids"].shape
+    rows, group = len(batch["prompt_ids"]), 4
+    # each group goes by itself, padded to its own longest
+    prompts, completions = (
+        batch[f"{name}_mask"].sum(1).view(-1, group).max(1).values.tolist() for name in ("prompt", "completion")
+    )
+    assert len(set(prompts)) == len(prompts) == 2
     assert not results["cpu"]["crossings"]
+    assert not crossings(results["two"], "vgpu:0", "vgpu:1") + crossings(results["two"], "vgpu:1", "vgpu:0")
 
-    ids = crossings(results["two"], "vgpu:0", "vgpu:1")
+    ids = crossings(results["two"], "cpu", "vgpu:1")
     assert {c["dtype"] for c in ids} == {torch.int64}
     # ids and masks of prompts and completions, the mask of the loss, the numbers of the groups
-    assert sum(c["num_bytes"] for c in ids) == 8 * rows * (2 * prompt + 3 * completion + 1)
+    sent = sum(c["num_bytes"] for c in ids if c["shape"][:1] == (group,))
+    assert sent == sum(8 * group * (2 * p + 3 * t + 1) for p, t in zip(prompts, completions, strict=True))
 
-    log_probs = crossings(results["two"], "vgpu:1", "vgpu:0")
-    assert {c["dtype"] for c in log_probs} == {torch.float32}
-    assert sum(c["num_bytes"] for c in log_probs) == 4 * rows * completion
-
-    rewards = [c for c in crossings(results["two"], "vgpu:1", "cpu") if c["dtype"].is_floating_point]
-    assert sum(c["num_bytes"] for c in rewards) == 4 * rows
+    scores = [c for c in crossings(results["two"], "vgpu:1", "cpu") if c["dtype"].is_floating_point]
+    assert sum(c["num_bytes"] for c in scores) == 4 * group * sum(completions) + 4 * rows  # log-probs and rewards
 
 
 def test_nothing_as_large_as_hidden_states_or_logits_crosses(results):
@@ -73,4 +76,4 @@ def test_nothing_as_large_as_hidden_states_or_logits_crosses(results):
 
 
 def test_a_mix_of_devices_is_caught(results):
-    assert results["LeavesIdsBehind"].endswith("mixes vgpu:0, vgpu:1")
+    assert results["LeavesIdsBehind"].endswith("mixes cpu, vgpu:1")

@@ -1,5 +1,6 @@
 """How a causal language model is loaded and evaluated on what was sampled."""
 
+from .by_group import ScoredByGroup
 from .loading import load_policy
 from .logprobs import causal_lm, is_packed, per_token_logps
 from .mode import disable_dropout, evaluation_mode
@@ -20,6 +21,7 @@ __all__ = [
     "REFERENCE_ADAPTER",
     "FrozenReference",
     "Reference",
+    "ScoredByGroup",
     "causal_lm",
     "disable_dropout",
     "evaluation_mode",

@@ -16,7 +16,7 @@ from trl.trainer.utils import create_model_from_path, use_adapter
 
 from ..batch import RolloutBatch
 from ..config import GRPOConfig, mapping
-from ..placement import DeviceMap, freeze, input_device, is_zero3, place, refuse_empty, whole_models
+from ..placement import DeviceMap, freeze, input_device, is_zero3, place, refuse_empty, runs_on, whole_models
 from ..token_limit import TokenLimit, token_batches
 from .loading import from_pretrained_options
 from .logprobs import is_packed, per_token_logps
@@ -28,6 +28,8 @@ REFERENCE_ADAPTER = "frozen_reference"
 
 class Reference(Protocol):
     """Scores a batch under the reference policy."""
+
+    own_device: torch.device | None  # where it can score while the policy computes on another; else None
 
     def per_token_logps(self, batch: RolloutBatch, temperature: float) -> Tensor:
         """(B, T) fp32 on the batch's device, without gradient."""
@@ -71,8 +73,8 @@ class Passes:
 class FrozenReference:
     """A model of its own, on its own device. Only token ids go there and (B, T) log-probabilities come back."""
 
-    def __init__(self, model: nn.Module, passes: Passes):
-        self.model, self.passes = freeze(model), passes
+    def __init__(self, model: nn.Module, passes: Passes, own_device: torch.device | None = None):
+        self.model, self.passes, self.own_device = freeze(model), passes, own_device
 
     @torch.no_grad()
     def per_token_logps(self, batch: RolloutBatch, temperature: float) -> Tensor:
@@ -84,6 +86,8 @@ class FrozenReference:
 
 class AdapterReference:
     """The policy with its adapter switched off (None), or with a frozen adapter: no second model in memory."""
+
+    own_device: torch.device | None = None
 
     def __init__(self, policy: Callable[[], nn.Module], accelerator: Accelerator, adapter: str | None, passes: Passes):
         self.policy, self.accelerator, self.adapter, self.passes = policy, accelerator, adapter, passes
@@ -158,8 +162,9 @@ def make_reference(
     passes = Passes(rows_per_pass, TokenLimit("the reference", max_tokens, fixed=sharded))
     if model is None:
         return AdapterReference(policy, accelerator, adapter, passes)
-    # what was loaded in shards must run as such
-    return FrozenReference(prepare_deepspeed(model, accelerator) if zero3 else model, passes)
+    if zero3:  # what was loaded in shards must run as such
+        return FrozenReference(prepare_deepspeed(model, accelerator), passes)
+    return FrozenReference(model, passes, None if runs_on(model, accelerator.device) else input_device(model))
 
 
 def whole_parameters(parameters: Iterable[nn.Parameter]) -> contextlib.AbstractContextManager:

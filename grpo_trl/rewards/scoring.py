@@ -13,10 +13,11 @@ from trl.trainer.utils import is_async_callable, start_event_loop_in_daemon
 
 from ..batch import Group
 from ..placement import input_device
+from ..worker import Worker
 from .calls import Call, in_order, replay
+from .event_loop import end_event_loop
 from .isolation import IsolatedFunction
 from .model import RewardModel
-from .overlap import Worker, end_event_loop
 from .registry import RewardFunction, reward_name
 from .rows import rows_of
 from .trl_functions import OnMessages

@@ -1,6 +1,5 @@
-"""Threads beside the main one: they score groups while others are still being sampled."""
+"""Threads beside the main one: frozen models and rewards work on groups while others are still being sampled."""
 
-import asyncio
 import contextlib
 import queue
 import threading
@@ -10,7 +9,6 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from trl.trainer.utils import shutdown_event_loop_in_daemon
 
 
 class Worker:
@@ -18,7 +16,8 @@ class Worker:
 
     Args:
         name: of the thread.
-        device: where the tasks compute, if one is known: on CUDA they have a stream of their own.
+        device: where the tasks compute, if one is known. Workers of one device take turns there, and on CUDA they
+            share a stream.
     """
 
     def __init__(self, name: str, device: torch.device | None = None):
@@ -39,21 +38,23 @@ class Worker:
         """Lets the thread end after the tasks that it was given."""
         self._tasks.put(None)
 
-    def join(self, timeout: float) -> bool:
-        """Waits for the end of the thread for so many seconds. Returns whether it has ended."""
+    def join(self, timeout: float | None = None) -> bool:
+        """Waits for the end of the thread, for so many seconds at most. Returns whether it has ended."""
         self._thread.join(timeout)
         return not self._thread.is_alive()
 
     def _run(self, device: torch.device | None, current: int | None) -> None:
+        turn = contextlib.nullcontext() if device is None else _turn(device)
         with torch.no_grad(), _on_cuda(device, current):
             while (item := self._tasks.get()) is not None:
                 future, task = item
-                if not future.set_running_or_notify_cancel():
-                    continue
-                try:
-                    future.set_result(task())
-                except BaseException as error:  # the main thread raises it again
-                    future.set_exception(error)
+                with turn:
+                    if not future.set_running_or_notify_cancel():
+                        continue
+                    try:
+                        future.set_result(task())
+                    except BaseException as error:  # the main thread raises it again
+                        future.set_exception(error)
                 del item, future, task  # a thread that waits keeps no rollout alive
 
 
@@ -70,21 +71,13 @@ def _on_cuda(device: torch.device | None, current: int | None) -> Iterator[None]
         yield
 
 
-def end_event_loop(thread: threading.Thread, loop: asyncio.AbstractEventLoop, timeout: float) -> None:
-    """Cancels what runs on it, waits for that at most `timeout` seconds, and ends it."""
-    with contextlib.suppress(TimeoutError):  # a coroutine that does not await cannot be cancelled
-        asyncio.run_coroutine_threadsafe(_cancel_all(), loop).result(timeout)
-    shutdown_event_loop_in_daemon(thread, loop)
-
-
-async def _cancel_all() -> None:
-    tasks = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-
-
 @lru_cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
     """One per device for as long as the process lives: the allocator keeps freed memory by stream."""
     return torch.cuda.Stream(device)
+
+
+@lru_cache
+def _turn(device: torch.device) -> threading.Lock:
+    """Of a device, on which two passes at once would need the memory of both and end no earlier."""
+    return threading.Lock()

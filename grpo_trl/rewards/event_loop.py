@@ -1,0 +1,21 @@
+"""The end of the event loop on which async reward functions run."""
+
+import asyncio
+import contextlib
+import threading
+
+from trl.trainer.utils import shutdown_event_loop_in_daemon
+
+
+def end_event_loop(thread: threading.Thread, loop: asyncio.AbstractEventLoop, timeout: float) -> None:
+    """Cancels what runs on it, waits for that at most `timeout` seconds, and ends it."""
+    with contextlib.suppress(TimeoutError):  # a coroutine that does not await cannot be cancelled
+        asyncio.run_coroutine_threadsafe(_cancel_all(), loop).result(timeout)
+    shutdown_event_loop_in_daemon(thread, loop)
+
+
+async def _cancel_all() -> None:
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -197,7 +197,7 @@ class CollectingTrainer(TrainerHooks):
 
     def sample(self, prompts: list[Prompt]) -> list[Group]:
         """`rollout`, with the groups in the order of the prompts and decoded; refuses an incomplete one. Each group is
-        given to the rewards when it is there."""
+        given to the rewards when it is there, and to a reference that has a device of its own."""
         self.scorer.forget()  # a former rollout that nobody scored
         bar = tqdm(
             self._started(self.rollout(prompts)),
@@ -218,9 +218,9 @@ class CollectingTrainer(TrainerHooks):
         """The groups, decoded, and their scoring begun."""
         for group in groups:
             group.completions = group.completions or decode_completions(group, self.processing_class)
-            self.scorer.start(group, trainer_state=self.state)
             if self._by_group is not None:
                 self._by_group.start(group)
+            self.scorer.start(group, trainer_state=self.state)
             yield group
 
     def score(self, groups: list[Group], metrics: Metrics) -> Tensor:
@@ -302,7 +302,7 @@ class CollectingTrainer(TrainerHooks):
         """In here a reference with a device of its own scores each group that is complete, beside the sampling of
         others."""
         reference = self.reference
-        if reference is None or reference.own_device is None:
+        if reference is None or (device := reference.own_device) is None:
             yield
             return
 
@@ -310,8 +310,9 @@ class CollectingTrainer(TrainerHooks):
             batch = RolloutBatch.from_groups([group], pad_token_id=self.processing_class.pad_token_id)
             return self._logps_of_reference(reference, batch)
 
+        worker = partial(self.scorer.worker_on, device) if self.args.reward_overlap else None
         try:
-            with ScoredByGroup(score, reference.own_device, overlap=self.args.reward_overlap) as self._by_group:
+            with ScoredByGroup(score, worker) as self._by_group:
                 yield
         finally:
             self._by_group = None

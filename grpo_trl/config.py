@@ -153,8 +153,8 @@ class GRPOConfig(VLLMArguments):
     reward_weights: list[float] | None = _help("One weight per reward function. Default: 1 each.")
     reward_call: str = _help("batch: one call per collected batch (as TRL); group: one per group.", "batch")
     reward_overlap: bool = _help(
-        "Score finished groups while others are still sampled: with reward models, accuracy and a reference on a "
-        "device of its own, and with reward_call='group' all functions.",
+        "Score finished groups while others are still sampled: with reward models, accuracy and (without "
+        "dynamic_sampling) a reference on a device of its own, and with reward_call='group' all functions.",
         True,
     )
     reward_timeout: float | None = _help(

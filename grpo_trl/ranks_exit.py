@@ -4,9 +4,11 @@ import atexit
 import functools
 import time
 
+SECONDS = 0.2
+
 
 @functools.cache  # registered once, however many trainers there are
-def pause_at_exit(seconds: float = 0.2) -> None:
+def pause_at_exit() -> None:
     """Makes this process sleep before Python is finalized, so that gloo's threads come to an end of their work.
 
     They drop the tensors of a collective after whoever waited for it has gone on, and need the GIL for that. A thread
@@ -16,4 +18,4 @@ def pause_at_exit(seconds: float = 0.2) -> None:
 
     Source: https://github.com/pytorch/pytorch/issues/190489; here it was `AsyncAllgatherWork`, by its backtrace.
     """
-    atexit.register(time.sleep, seconds)
+    atexit.register(time.sleep, SECONDS)

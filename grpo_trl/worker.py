@@ -10,18 +10,20 @@ from typing import Any
 
 import torch
 
+GRACE = 5.0  # seconds that a thread gets to end when a rollout is broken off
+
 
 class Worker:
     """A daemon thread that runs tasks in their order, without gradients and outside autocast.
 
     Args:
         name: of the thread.
-        device: where the tasks compute, if one is known. Workers of one device take turns there, and on CUDA they
-            share a stream.
+        device: where the tasks compute, if one is known: on CUDA they have a stream of their own.
     """
 
     def __init__(self, name: str, device: torch.device | None = None):
         self.name = name
+        self._dropped = False
         self._tasks: queue.SimpleQueue[tuple[Future, Callable[[], Any]] | None] = queue.SimpleQueue()
         # a new thread starts on the first GPU, not on that of its rank
         current = torch.cuda.current_device() if torch.cuda.is_initialized() else None
@@ -38,23 +40,27 @@ class Worker:
         """Lets the thread end after the tasks that it was given."""
         self._tasks.put(None)
 
-    def join(self, timeout: float | None = None) -> bool:
-        """Waits for the end of the thread, for so many seconds at most. Returns whether it has ended."""
+    def drop(self) -> None:
+        """Cancels the tasks that have not begun."""
+        self._dropped = True
+
+    def join(self, timeout: float) -> bool:
+        """Waits for the end of the thread for so many seconds. Returns whether it has ended."""
         self._thread.join(timeout)
         return not self._thread.is_alive()
 
     def _run(self, device: torch.device | None, current: int | None) -> None:
-        turn = contextlib.nullcontext() if device is None else _turn(device)
         with torch.no_grad(), _on_cuda(device, current):
             while (item := self._tasks.get()) is not None:
                 future, task = item
-                with turn:
-                    if not future.set_running_or_notify_cancel():
-                        continue
-                    try:
-                        future.set_result(task())
-                    except BaseException as error:  # the main thread raises it again
-                        future.set_exception(error)
+                if self._dropped:
+                    future.cancel()
+                if not future.set_running_or_notify_cancel():
+                    continue
+                try:
+                    future.set_result(task())
+                except BaseException as error:  # the main thread raises it again
+                    future.set_exception(error)
                 del item, future, task  # a thread that waits keeps no rollout alive
 
 
@@ -75,9 +81,3 @@ def _on_cuda(device: torch.device | None, current: int | None) -> Iterator[None]
 def _stream(device: torch.device) -> torch.cuda.Stream:
     """One per device for as long as the process lives: the allocator keeps freed memory by stream."""
     return torch.cuda.Stream(device)
-
-
-@lru_cache
-def _turn(device: torch.device) -> threading.Lock:
-    """Of a device, on which two passes at once would need the memory of both and end no earlier."""
-    return threading.Lock()

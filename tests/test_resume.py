@@ -7,6 +7,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import TrainerCallback
 
+from grpo_trl import GRPOTrainer
 from tests.resuming import differences, outcome
 from tests.test_trainer import PROMPTS, dataset, logged, reward_vowels, trained_adapter, trainer
 
@@ -16,6 +17,15 @@ EQUAL = {"question 0", "question 3"}  # prompts whose completions all get the sa
 def some_equal(prompts, completions, **kwargs):
     values = reward_vowels(completions)
     return [1.0 if prompt in EQUAL else value for prompt, value in zip(prompts, values, strict=True)]
+
+
+class ReferenceBesideSampling(GRPOTrainer):
+    """Asks its reference as if that had a device of its own."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        assert self.reference is not None
+        self.reference.own_device = self.args.device
 
 
 def lora(**options):
@@ -44,6 +54,10 @@ CASES = {
     "a synced reference": (
         {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.5, "beta": 0.5},
         (2, 3),
+    ),
+    "a reference that works beside sampling": (
+        {"cls": ReferenceBesideSampling, "beta": 0.5, "num_iterations": 2, "steps_per_generation": 2},
+        (1, 2, 3),
     ),
     "evaluation": ({"eval_dataset": dataset(2), "eval_strategy": "steps", "eval_steps": 2}, (2, 3)),
     "dropout": ({"disable_dropout": False, "peft": lora(lora_dropout=0.5), "num_iterations": 2}, (1, 3)),

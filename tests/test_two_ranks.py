@@ -26,6 +26,7 @@ def run(
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     ranks = [json.loads(path.read_text()) for path in sorted(output.glob("sampled_*.json"))]
     assert [rank["world_size"] for rank in ranks] == [world_size] * world_size
+    assert {rank["pauses"] for rank in ranks} == {int(world_size > 1)}
     if world_size > 1:
         assert {rank["backend"] for rank in ranks} == {"gloo"}
     draws = [set(rank["sampled"]) for rank in ranks]

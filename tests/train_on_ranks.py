@@ -14,6 +14,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from grpo_trl import GRPOConfig, GRPOTrainer
+from grpo_trl.ranks_exit import pause_at_exit
 from tests.tiny import tiny_model, tiny_tokenizer
 
 
@@ -55,7 +56,8 @@ def main(output: str, per_device_train_batch_size: int, options: dict) -> None:
     rank, world_size = trainer.accelerator.process_index, trainer.accelerator.num_processes
     backend = torch.distributed.get_backend() if world_size > 1 else None
     with open(f"{output}/sampled_{rank}.json", "w") as file:
-        json.dump({"world_size": world_size, "backend": backend, "sampled": trainer.sampled}, file)
+        facts = {"world_size": world_size, "backend": backend, "pauses": pause_at_exit.cache_info().currsize}
+        json.dump(facts | {"sampled": trainer.sampled}, file)
     if rank == 0:
         model = trainer.accelerator.unwrap_model(trainer.model)
         weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}

@@ -74,7 +74,8 @@ def score(
     head: Any = model.get_output_embeddings()
     hidden, labels = hidden.to(head.weight.device), labels.to(head.weight.device)
     if hidden.device.type == "cuda" and _is_plain(head):
-        return fused_scores(model, hidden, labels, temperature=temperature, **options)
+        with torch.cuda.device(hidden.device):  # kernels of Triton are launched on the current one, the policy's
+            return fused_scores(model, hidden, labels, temperature=temperature, **options)
 
     def score_chunk(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
         logits = to_logits(model, hidden)

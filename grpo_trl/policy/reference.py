@@ -79,8 +79,11 @@ class FrozenReference:
     @torch.no_grad()
     def per_token_logps(self, batch: RolloutBatch, temperature: float) -> Tensor:
         """See `Reference`."""
-        tokens = batch.tokens().to(input_device(self.model))
-        logps = self.passes.per_token_logps(self.model, tokens, temperature)
+        device = input_device(self.model)
+        tokens = batch.tokens().to(device)
+        # kernels of Triton (Liger's) are launched on the current GPU, which is the policy's
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            logps = self.passes.per_token_logps(self.model, tokens, temperature)
         return logps.to(batch.completion_ids.device)
 
 

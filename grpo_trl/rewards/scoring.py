@@ -7,13 +7,14 @@ from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import FIRST_COMPLETED, FIRST_EXCEPTION, Future, wait
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 from trl.trainer.utils import is_async_callable, start_event_loop_in_daemon
 
 from ..batch import Group
 from ..placement import input_device
-from ..worker import Worker
+from ..worker import GRACE, Worker
 from .calls import Call, in_order, replay
 from .event_loop import end_event_loop
 from .isolation import IsolatedFunction
@@ -25,7 +26,6 @@ from .trl_functions import OnMessages
 logger = logging.get_logger(__name__)
 
 UNFINISHED = 32  # calls of one function that wait or run beside the main thread; then sampling waits
-GRACE = 5.0  # seconds that a thread gets to end when scoring is broken off
 
 
 class RewardScorer:
@@ -144,18 +144,12 @@ class RewardScorer:
         return rewards_per_func
 
     def forget(self) -> None:
-        """Drops the groups that were given to `start`, and ends the threads after the calls that they are in."""
+        """Drops the groups that were given to `start`. Threads end after the calls that they are in, and after what
+        else they were given (`worker_on`)."""
         self._cancel()
-        workers = self._workers
-        self._begun, self._later, self._waiting, self._workers = [], [], [[] for _ in self.names], {}
-        for worker in workers.values():
+        for worker in self._workers.values():
             worker.finish()
-        for worker in workers.values():
-            if not worker.join(GRACE):
-                logger.warning(
-                    f"The thread {worker.name!r} is still in a reward function, which cannot be ended: it runs on "
-                    "until it returns or the program ends. With reward_timeout a Python function is killed."
-                )
+        self._begun, self._later, self._waiting, self._workers = [], [], [[] for _ in self.names], {}
 
     def close(self) -> None:
         """Ends the functions' processes, what runs in threads, and the event loop; at interpreter exit processes end
@@ -165,10 +159,23 @@ class RewardScorer:
             close = getattr(call, "close", None)
             if callable(close):
                 close()
+        workers = list(self._workers.values())
+        for worker in workers:
+            worker.drop()
         self.forget()
+        for worker in workers:
+            if not worker.join(GRACE):
+                logger.warning(
+                    f"The thread {worker.name!r} is still in a call, which cannot be ended: it runs on until it "
+                    "returns or the program ends. With reward_timeout a Python reward function is killed."
+                )
         if self._loop is not None:
             end_event_loop(*self._loop, GRACE)
             self._loop = None
+
+    def worker_on(self, device: torch.device) -> Worker:
+        """The thread of the frozen models on a device, for this rollout."""
+        return self._worker_of(device, f"models on {device}", device)
 
     def _callable(self, func: RewardFunction, name: str) -> RewardFunction:
         if self.timeout is None or _stays_in_process(func) or is_async_callable(func):
@@ -219,10 +226,13 @@ class RewardScorer:
         stays = self._rows_per_call[index] == math.inf or isinstance(func, OnMessages)
         if not self._overlap or (stays and not isinstance(call, IsolatedFunction)):
             return None
-        device = input_device(func.model) if isinstance(func, RewardModel) else None
-        key = device or id(func)
+        if isinstance(func, RewardModel):
+            return self.worker_on(input_device(func.model))
+        return self._worker_of(id(func), f"reward {self.names[index]}")
+
+    def _worker_of(self, key: Hashable, name: str, device: torch.device | None = None) -> Worker:
         if key not in self._workers:
-            self._workers[key] = Worker(f"reward {device or self.names[index]}", device)
+            self._workers[key] = Worker(name, device)
         return self._workers[key]
 
     def _finish(self, groups: Sequence[Group], trainer_state: Any) -> None:

@@ -55,6 +55,7 @@ def test_frozen_models_on_the_cpu_give_the_same_run(tmp_path):
         wanted = "cpu" if place == "cpu" else "cuda"
         assert {p.device.type for model in frozen for p in model.parameters()} == {wanted}
         assert {p.device.type for p in run.model.parameters()} == {"cuda"}
+        assert (run.reference.own_device is None) == (place == "same")
         run.train()
         runs[place] = run
     for key in ("loss", "kl", "reward", "grad_norm", "entropy"):

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -27,73 +28,79 @@ def draws(group: Group) -> torch.Tensor:
 
 
 def threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("reference")]
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("models")]
+
+
+@pytest.fixture
+def worker():
+    worker = Worker("models of a test", CPU)
+    yield lambda: worker
+    worker.finish()
+    assert worker.join(30)
 
 
 @pytest.mark.parametrize("overlap", [True, False])
-def test_rows_are_those_of_the_groups_whichever_came_first(overlap):
+def test_rows_are_those_of_the_groups_whichever_came_first(overlap, worker):
     first, second, third = groups_of(3)
-    with ScoredByGroup(draws, CPU, overlap=overlap) as scored:
+    with ScoredByGroup(draws, worker if overlap else None) as scored:
         scored.start(second)
         scored.start(first)
         found = scored.per_token_logps([first, second, third], 4)  # the third was never started
+    assert found.dtype == torch.float32
     assert found.tolist() == [[0] * 4] * 2 + [[1, 1, 0, 0]] * 2 + [[2, 2, 2, 0]] * 2
-    assert not threads()
 
 
-def test_an_error_comes_with_the_next_group_and_with_the_result():
+def test_an_error_comes_with_the_next_group_and_with_the_result(worker):
     def fails(group):
         raise KeyError(group.prompt.draw)
 
     first, second = groups_of(2)
-    with ScoredByGroup(fails, CPU, overlap=True) as scored:
+    with ScoredByGroup(fails, worker) as scored:
         scored.start(first)
         with pytest.raises(KeyError, match="0"):
             scored.per_token_logps([first], 2)
         with pytest.raises(KeyError, match="0"):
             scored.start(second)
-    assert not threads()
 
 
-def test_what_waits_is_dropped_when_the_rollout_fails():
-    begun, go_on, done = threading.Event(), threading.Event(), []
+class Slow:
+    """Scores a group when it is told to go on."""
 
-    def slow(group):
-        begun.set()
-        go_on.wait(30)
-        done.append(group.prompt.draw)
+    def __init__(self):
+        self.begun, self.go_on, self.done = threading.Event(), threading.Event(), []
+
+    def __call__(self, group):
+        self.begun.set()
+        assert self.go_on.wait(30)
+        self.done.append(group.prompt.draw)
         return draws(group)
 
-    with pytest.raises(KeyboardInterrupt), ScoredByGroup(slow, CPU, overlap=True) as scored:
+    def soon(self):
+        """When it is in a call, which ends a little later."""
+        assert self.begun.wait(30)
+        threading.Timer(0.2, self.go_on.set).start()
+
+
+def test_what_waits_is_dropped_when_the_rollout_fails(worker):
+    slow = Slow()
+    with pytest.raises(KeyboardInterrupt), ScoredByGroup(slow, worker) as scored:
         for group in groups_of(3):
             scored.start(group)
-        begun.wait(30)
-        threading.Timer(0.2, go_on.set).start()
+        slow.soon()
+        worker().finish()  # as the rewards do
         raise KeyboardInterrupt
-    assert done == [0]
+    assert slow.done == [0]
     assert not threads()
 
 
-def test_workers_of_one_device_take_turns():
-    inside, most = [], []
-
-    def task():
-        inside.append(1)
-        most.append(len(inside))
-        time.sleep(0.02)
-        inside.pop()
-
-    device = torch.device("meta")
-    for devices, expected in (([device, device], 1), ([None, None], 2)):
-        most.clear()
-        workers = [Worker(f"worker {i}", where) for i, where in enumerate(devices)]
-        futures = [worker.submit(task) for _ in range(5) for worker in workers]
-        for future in futures:
-            future.result(30)
-        for worker in workers:
-            worker.finish()
-            assert worker.join(30)
-        assert max(most) == expected
+def test_a_worker_drops_what_it_has_not_begun():
+    slow, worker = Slow(), Worker("models of a test", CPU)
+    futures = [worker.submit(partial(slow, group)) for group in groups_of(3)]
+    slow.soon()
+    worker.drop()
+    worker.finish()
+    assert worker.join(30)
+    assert slow.done == [0] and [future.cancelled() for future in futures] == [False, True, True]
 
 
 def collected(run: GRPOTrainer, own_device: torch.device | None):
@@ -152,14 +159,48 @@ def test_groups_are_scored_while_others_are_sampled(make_run):
     assert run.scored == 4
 
 
-def test_a_reward_that_fails_ends_the_reference_too(make_run):
-    def fails(completions, **kwargs):
+@pytest.mark.parametrize("fails", ["rollout", "reward"])
+def test_what_fails_beside_it_ends_the_reference_too(make_run, fails):
+    """In its pass over the first group, whichever of sampling and scoring breaks off."""
+    slow = Slow()
+
+    class Run(GRPOTrainer):
+        def rollout(self, prompts):
+            yield from super().rollout(prompts)
+            if fails == "rollout":
+                slow.soon()
+                raise KeyError("no such key")
+
+        def _logps_of_reference(self, reference, batch):
+            return slow(groups_of(1)[0])
+
+    def reward(completions, **kwargs):
+        slow.soon()
         raise KeyError("no such key")
 
-    run = make_run(rewards=fails)
-    with pytest.raises(RuntimeError, match="no such key"):
+    run = make_run(cls=Run, rewards=reward)
+    with pytest.raises((KeyError, RuntimeError), match="no such key"):
         collected(run, CPU)
+    assert slow.done == [0]
     assert not threads() and run._by_group is None
+
+
+def test_memory_that_runs_out_beside_sampling_only_costs_time(make_run, monkeypatch):
+    run, plain = make_run(), collected(make_run(), CPU)
+    assert run.reference is not None
+    backbone, limit, failed = run.reference.model.base_model, run.reference.passes.limit, []
+    forward = backbone.forward
+
+    def forward_once_too_large(*args, **kwargs):
+        if not failed:
+            failed.append(threading.current_thread())
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(backbone, "forward", forward_once_too_large)
+    batch = collected(run, CPU)
+    assert failed and failed[0] is not threading.main_thread() and limit.tokens is not None
+    torch.testing.assert_close(batch.ref_per_token_logps, plain.ref_per_token_logps, rtol=0, atol=1e-5)
 
 
 def test_evaluation_and_dynamic_sampling_begin_nothing_early(make_run):

@@ -39,7 +39,7 @@ class Capture:
     def __call__(self, step: Replay) -> Replay:
         """Raises RuntimeError when the step does something that a graph cannot hold, as waiting for the device."""
         graph = torch.cuda.CUDAGraph()
-        # thread_local: reward models may run in other threads meanwhile. Autocast's cache of cast weights would tie
+        # thread_local: frozen models may run in other threads meanwhile. Autocast's cache of cast weights would tie
         # the graph to copies that are freed with it
         with (
             torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"),

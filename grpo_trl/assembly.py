@@ -255,11 +255,18 @@ def device_map(args: GRPOConfig, name: str) -> DeviceMap:
             getattr(args, name),
             args.device,
             num_gpus=torch.cuda.device_count(),
-            num_local_ranks=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+            num_local_ranks=_num_local_ranks(args.world_size),
             number=FROZEN_DEVICES.index(name),
         )
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
+
+
+def _num_local_ranks(world_size: int) -> int:
+    """Ranks on this machine. Where the launcher (srun, say) does not tell: one per GPU, if there are so many."""
+    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")  # torchrun, DeepSpeed, mpirun
+    said = next((os.environ[name] for name in names if name in os.environ), None)
+    return int(said) if said else min(world_size, max(1, torch.cuda.device_count()))
 
 
 def default_callbacks(trainer: Any, reference_model: nn.Module | None) -> list[TrainerCallback]:

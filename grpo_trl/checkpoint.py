@@ -26,6 +26,8 @@ COMPUTED = (
     *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args"),
     *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16", "fp16"),
 )
+# Those of them that torch's optimizers and schedulers save and restore
+OF_THE_OPTIMIZER = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
 NOT_COMPUTED = (
     *("logging_steps", "gradient_checkpointing", "model_init_kwargs", "reward_model_init_kwargs", "trust_remote_code"),
     *("ref_device", "reward_device", "ds3_gather_for_generation", "max_concurrent_rows", "reward_call"),
@@ -91,7 +93,12 @@ def config_values(args: GRPOConfig) -> dict[str, Any]:
 
 def changed_config(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """One phrase per setting that differs."""
-    return [f"{name}: {then.get(name)} then, {now[name]} now" for name in now if then.get(name) != now[name]]
+    kept = " (without effect: the optimizer of the checkpoint keeps its own)"
+    return [
+        f"{name}: {then.get(name)} then, {now[name]} now{kept if name in OF_THE_OPTIMIZER else ''}"
+        for name in now
+        if then.get(name) != now[name]
+    ]
 
 
 # ---- A rank's state ----

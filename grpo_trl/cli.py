@@ -97,7 +97,8 @@ class RecipeParser(TrlParser):
 
     def parse_known_args(self, args=None, namespace=None):  # pyright: ignore[reportIncompatibleMethodOverride]
         namespace, unused = super().parse_known_args(args, namespace)
-        raise_all([self._unknown_problem(name) for name in refuse(self._unknown | _options(unused))])
+        unknown = refuse(self._unknown | _options(unused))
+        raise_all([self._unknown_problem(name) for name, value in unknown.items() if not _is_off(name, value)])
         return namespace, []
 
     def error(self, message: str) -> NoReturn:
@@ -111,6 +112,11 @@ class RecipeParser(TrlParser):
         close = difflib.get_close_matches(name.replace("-", "_"), self.field_names, n=1)
         remedy = f"did you mean {close[0]}?" if close else f"`{self.prog} --help` lists the fields."
         return f"{name!r} is no field; {remedy}"
+
+
+def _is_off(name: str, value: Any) -> bool:
+    """An option of TRL's script with its default there."""
+    return name in REFUSED_SCRIPT_OPTIONS and value in (None, False, [])
 
 
 Recipe = tuple[ScriptArguments, GRPOConfig, ModelConfig]

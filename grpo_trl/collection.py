@@ -139,6 +139,7 @@ class CollectingTrainer(TrainerHooks):
         raise_all(replay_problems(rollout.batch, args, path))
         sampled = [group.prompt.draw >= 0 for group in rollout.groups]  # not the places that were left empty
         groups = [group for group, real in zip(rollout.groups, sampled, strict=True) if real]
+        self._count_tokens(groups)
         if groups:
             rewards = rollout.rewards[torch.tensor(sampled).repeat_interleave(args.num_generations)]
             rewards_per_func = torch.cat([group.rewards_per_func for group in groups])  # pyright: ignore[reportArgumentType, reportCallIssue]
@@ -179,6 +180,7 @@ class CollectingTrainer(TrainerHooks):
         self.metrics.add("rollout/scoring_wait_seconds", self.scorer.wait_seconds)
         self.metrics.add("scoring/busy_seconds", self.scorer.busy_seconds)
         self._record(groups, rewards_per_func, rewards, self.reward_names)
+        self._count_tokens(groups)
         verdicts = passed(rewards_per_func, self.reward_weights, self.args.eval_pass_threshold)
         self._remember(groups, verdicts)
         return groups, rewards_per_func, compared, verdicts
@@ -187,6 +189,9 @@ class CollectingTrainer(TrainerHooks):
         self, groups: list[Group], rewards_per_func: Tensor, rewards: Tensor, reward_names: Sequence[str]
     ) -> None:
         record_rollout(self.metrics, groups, rewards_per_func, rewards, reward_names)
+
+    def _count_tokens(self, groups: list[Group]) -> None:
+        """Over all ranks, each of which must call it, with groups or without."""
         lengths = [len(group.prompt.ids) + len(ids) for group in groups for ids in group.completion_ids]
         # of each rank; the update waits for the one that has most
         mine = torch.tensor([float(sum(lengths))], device=self.args.device)

@@ -258,6 +258,12 @@ def combination_problems(args: Any) -> list[str]:
             "range leaves free, and a lower one would narrow that range; raise it, or leave it out.",
         ),
         (
+            args.surrogate == "vespo" and (args.sampler_correction or "").startswith("sequence"),
+            f"surrogate vespo weighs a sequence by the ratios of its tokens, and sampler_correction="
+            f"{args.sampler_correction!r} gives each token that of its sequence; use token_truncate or token_mask "
+            "(with vLLM: vllm_importance_sampling_mode).",
+        ),
+        (
             (args.sampler_correction_min or 0) > (args.sampler_correction_max or math.inf),
             f"sampler_correction_min={args.sampler_correction_min} is above sampler_correction_max="
             f"{args.sampler_correction_max}, so that no weight is left; lower it.",

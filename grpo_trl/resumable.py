@@ -154,7 +154,9 @@ class ResumableTrainer(Trainer):
 
     def _load_state(self, folder: str) -> None:
         # rank 0 has a file whatever the number of ranks was, so a change of it is told as such
-        of_run = checkpoint.load_numbers(folder, 0)
+        numbers: list[Any] = [checkpoint.load_numbers(folder, 0) if self.is_world_process_zero() else None]
+        broadcast_object_list(numbers)  # with save_on_each_node no other machine has that file
+        of_run = numbers[0]
         self.loader.check_layout(of_run["loader"]["layout"])
         changed = checkpoint.changed_config(of_run["config"], checkpoint.config_values(self.args))
         if changed and self.is_world_process_zero():

@@ -156,6 +156,8 @@ def test_options_of_trls_script(write):
         with pytest.raises(ValueError) as error:
             cli.parse_recipe(write(**{name: True}))
         assert remedy in str(error.value)
+        default = False if name in ("streaming", "ignore_bias_buffers") else None  # TRL's
+        cli.parse_recipe(write(**{name: default}))
 
 
 def test_trl_script_options_are_ours_or_refused():

@@ -86,6 +86,10 @@ def test_correction_for_vllm_by_trls_names(config):
         ({"vllm_server_port": 0}, r"vllm_server_port=0 is out of range: expected in \[1, 65535\]"),
         ({"vllm_gpu_memory_utilization": 0.0}, r"vllm_gpu_memory_utilization=0.0 is out of range"),
         ({"vllm_importance_sampling_mode": "tis"}, "sampler_correction='tis'"),
+        (
+            {"loss_type": "vespo"},
+            "sampler_correction='sequence_mask' gives each token that of its sequence",
+        ),
         ({"sampler_correction_max": 2.0}, "sampler_correction_max=2.0 acts with sampler_correction, which is not set"),
         ({"sampler_correction_min": 0.5}, "or use vllm_importance_sampling_clip_min"),
         ({"vllm_importance_sampling_clip_min": 4.0}, "sampler_correction_min=4.0 is above sampler_correction_max=3.0"),

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import Trainer
 
 from grpo_trl import GRPOConfig
+from grpo_trl.assembly import _num_local_ranks
 from grpo_trl.placement import (
     EFFICIENT_LOADING,
     freeze,
@@ -205,3 +206,23 @@ def test_a_model_runs_on_each_device_that_holds_a_part_of_it():
     assert runs_on(split, CPU) and runs_on(split, torch.device("meta"))
     assert runs_on(nn.Linear(1, 1, device="meta"), torch.device("meta", 0))  # the first one, by number
     assert not runs_on(split, cuda(0)) and not runs_on(nn.Linear(1, 1, device="meta"), torch.device("meta", 1))
+
+
+@pytest.mark.parametrize(
+    ("variables", "gpus", "expected"),
+    [
+        ({"LOCAL_WORLD_SIZE": "3"}, 8, 3),
+        ({"LOCAL_SIZE": "2"}, 8, 2),  # of DeepSpeed's launcher
+        ({}, 4, 4),  # two machines of four GPUs
+        ({}, 1, 1),  # each rank sees its own
+        ({}, 16, 8),
+        ({}, 0, 1),
+    ],
+)
+def test_ranks_of_a_machine_whose_launcher_does_not_say(variables, gpus, expected, monkeypatch):
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert _num_local_ranks(8) == expected

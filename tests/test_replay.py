@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig
 
 from grpo_trl import GRPOTrainer
+from grpo_trl.rollouts import dump
 from tests.test_trainer import assert_same, config, dataset, trainer, weights
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "diagnosis.md"
@@ -103,6 +104,27 @@ def test_dynamic_sampling_with_carried_groups(tmp_path):
     of_updates = ("loss", "policy_loss", "kl", "grad_norm", "entropy", "importance_ratio/token", "sampling/logp_gap")
     for key in of_updates:
         assert [row.get(key) for row in logs(first)] == [row.get(key) for row in logs(second)], key
+
+
+def test_a_rank_without_a_group_takes_part_in_what_all_do(tmp_path, monkeypatch):
+    """Where dynamic sampling found too few, all places of a rank may be empty."""
+    recorded(tmp_path / "a", max_steps=1)
+    read = dump.read_rollout
+
+    def without_groups(*args, **kwargs):
+        rollout = read(*args, **kwargs)
+        for group in rollout.groups:
+            group.prompt.draw = -1
+        return rollout
+
+    monkeypatch.setattr(dump, "read_rollout", without_groups)
+    counts = []
+    for source in (Replayed, GRPOTrainer):
+        options = {"replay_rollouts": str(tmp_path / "a" / "rollouts")} if source is Replayed else {}
+        run = trainer(tmp_path / "b", rewards=[reward, rarely], cls=source, max_steps=1, **options)
+        monkeypatch.setattr(run.accelerator, "gather", lambda x, seen=counts: seen.append(x.item()) or x)
+        next(iter(run.get_train_dataloader()))
+    assert len(counts) == 2 and counts[0] == 0 < counts[1]
 
 
 def test_a_resumed_run_can_be_replayed_from_its_checkpoint(tmp_path):

@@ -5,7 +5,7 @@ transformers hands down through gradient checkpointing and adapters. Without one
 function stays in place: checkpointing runs layers again in the backward pass, and must not find another one there.
 
 `GroupLayout` has three implementations of one function: `merged_attention` on the CPU, `varlen_attention` on CUDA in
-16 bit, and `branchwise_attention` everywhere else.
+16 bit where the kernels run, and `branchwise_attention` everywhere else.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from .unread import announce
-from .varlen import VarlenIndex, varlen_attention
+from .varlen import VarlenIndex, varlen_attention, varlen_fits
 
 GROUP_ATTENTION = "group_sdpa"  # a name with "sdpa" in it passes transformers' checks of what a model supports
 
@@ -103,7 +103,7 @@ class GroupLayout:
         """(1, H, N, D) and (1, Hk, N, D) -> (1, N, H, D)."""
         if query.device.type == "cpu" and not dropout:
             out = merged_attention(query, key, value, self, scaling)
-        elif query.device.type == "cuda" and query.dtype in (torch.bfloat16, torch.float16) and not dropout:
+        elif not dropout and varlen_fits(query.device, query.dtype, query.shape[-1]):
             out = varlen_attention(query, key, value, self.varlen_index.to(query.device), scaling)
         else:
             out = branchwise_attention(query, key, value, self, scaling, dropout)

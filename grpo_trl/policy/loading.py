@@ -94,6 +94,7 @@ def _from_path(path: str, args: GRPOConfig, quantization_config: Any) -> PreTrai
             )
         options["quantization_config"] = quantization_config
     if os.path.isfile(os.path.join(path, "adapter_config.json")):
+        options.setdefault("dtype", torch.float32)  # as TRL's function below
         return AutoPeftModelForCausalLM.from_pretrained(path, is_trainable=True, **options)
     return create_model_from_path(path, None, **options)
 

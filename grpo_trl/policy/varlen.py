@@ -1,6 +1,8 @@
-"""Attention kernels of variable length (CUDA, 16 bit): two calls for the whole stream, which keep no copy of a key."""
+"""Attention kernels of variable length (CUDA from Ampere on, 16 bit): two calls for the whole stream, which keep no
+copy of a key."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
@@ -11,6 +13,13 @@ from torch import Tensor
 # is that of a softmax over its own keys and nothing else. Both take fewer key than query heads.
 _flash = torch.ops.aten._flash_attention_forward
 _flash_backward = torch.ops.aten._flash_attention_backward
+
+
+@lru_cache
+def varlen_fits(device: torch.device, dtype: torch.dtype, size: int) -> bool:
+    """Whether the kernels run there, for heads of this size: in 16 bit, and from Ampere on."""
+    possible = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and size % 8 == 0 and size <= 256
+    return possible and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 class Sequences(NamedTuple):

@@ -107,6 +107,11 @@ class IsolatedFunction:
         self._finalizer = weakref.finalize(self, _end_process, process, self._connection, self._owner)
         try:
             self._exchange(self._function, START_TIMEOUT)
+        except RewardTimeoutError as error:
+            raise RuntimeError(
+                f"Reward function {self.name!r} could not be loaded in its own process within {START_TIMEOUT:g} s: "
+                "importing its module takes too long. Load what it needs at the first call, or unset reward_timeout."
+            ) from error
         except Exception as error:
             self._kill()
             raise RuntimeError(

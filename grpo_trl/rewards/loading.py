@@ -43,7 +43,7 @@ def check_rewards(specs: Sequence[RewardSpec], processing_classes: Any, args: GR
         if not is_reward_model(spec)
     ]
     if functions:
-        RewardScorer(functions, timeout=args.reward_timeout).close()  # processes start at the first call
+        RewardScorer(functions, timeout=args.reward_timeout)  # its processes start at the first call
     if isinstance(processing_classes, Sequence) and len(processing_classes) != len(specs):
         raise ValueError(
             f"reward_processing_classes has {len(processing_classes)} entries for {len(specs)} rewards; give one each "

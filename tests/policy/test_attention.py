@@ -242,3 +242,22 @@ def test_what_is_saved_does_not_name_it(tmp_path, qwen3):
     folder = save(qwen3, tiny_tokenizer(), tmp_path)
     assert attention.GROUP_ATTENTION not in json.dumps(json.loads((tmp_path / "config.json").read_text()))
     assert type(qwen3).from_pretrained(folder).config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "size", "expected"),
+    [
+        ((8, 0), torch.bfloat16, 64, True),
+        ((9, 0), torch.float16, 256, True),
+        ((7, 5), torch.bfloat16, 64, False),  # whose bf16 is emulated
+        ((9, 0), torch.bfloat16, 100, False),
+        ((9, 0), torch.bfloat16, 264, False),
+        ((9, 0), torch.float32, 64, False),
+    ],
+)
+def test_where_kernels_of_variable_length_run(capability, dtype, size, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    varlen.varlen_fits.cache_clear()
+    assert varlen.varlen_fits(torch.device("cuda"), dtype, size) == expected
+    assert not varlen.varlen_fits(torch.device("cpu"), dtype, size)
+    varlen.varlen_fits.cache_clear()

@@ -53,6 +53,16 @@ def test_model_init_kwargs(config, model_dir, dtype):
     assert model.config._attn_implementation == "eager"
 
 
+def test_the_base_of_an_adapter_is_in_fp32_whatever_its_file_is(config, tmp_path):
+    tiny_model("qwen3").to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    get_peft_model(base, lora()).save_pretrained(tmp_path / "adapter")
+    for options, dtype in (({}, torch.float32), ({"model_init_kwargs": {"dtype": "bfloat16"}}, torch.bfloat16)):
+        model = load_policy(str(tmp_path / "adapter"), config(**options))
+        assert isinstance(model, PeftModel)
+        assert {p.dtype for name, p in model.named_parameters() if "lora" not in name} == {dtype}
+
+
 def test_model_init_kwargs_may_choose_the_devices(config, model_dir):
     model = load_policy(model_dir, config(model_init_kwargs={"device_map": None}))
     assert model.device.type == "cpu"

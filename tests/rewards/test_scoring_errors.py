@@ -105,6 +105,23 @@ def test_weights_that_are_no_finite_number_are_refused(tmp_path, weight):
     check_rewards(["length", "repetition"], None, args)
 
 
+def test_checking_a_reward_does_not_close_it(tmp_path):
+    class Client:
+        """Opens what it needs when it is made, and is of no use after `close`."""
+
+        is_open = True
+
+        def __call__(self, completions, **kwargs):
+            return [0.0] * len(completions)
+
+        def close(self):
+            self.is_open = False
+
+    client = Client()
+    check_rewards([client], None, GRPOConfig(str(tmp_path), use_cpu=True, report_to="none"))
+    assert client.is_open
+
+
 # ---- Two models of one name ----
 
 

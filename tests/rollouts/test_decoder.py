@@ -54,6 +54,13 @@ def test_a_model_that_only_looks_like_llama_is_noticed(caplog):
     assert_same(groups, rollout(HFGenerateEngine(model)))
 
 
+def test_a_model_that_turns_a_part_of_a_head_is_run_by_its_own_layers():
+    model = tiny_model("glm", head_dim=8, num_key_value_heads=2, partial_rotary_factor=0.5)
+    ours, groups = run(model)
+    assert ours.runner.decoder is None
+    assert_same(groups, rollout(HFGenerateEngine(model)))
+
+
 def test_a_replaced_module_makes_another_model(qwen3):
     ours, before = run(qwen3)
     first = ours.runner

@@ -1,6 +1,7 @@
 """The native engine samples what `hf_generate` samples, whatever runs beside it."""
 
 import logging
+import weakref
 from collections import Counter
 from dataclasses import replace
 
@@ -363,6 +364,20 @@ def test_the_memory_of_graphs_grows_and_is_kept(qwen3):
     longer = replace(SAMPLING, max_completion_length=20)
     assert_same(rollout(ours, large, longer), rollout(NativeEngine(qwen3), large, longer))
     assert NativeEngine(qwen3).memory is None  # without graphs it ends with the rollout
+
+
+def test_the_former_memory_is_gone_before_the_next_is_sized(qwen3, monkeypatch):
+    """Graphs keep the steps that they were captured from, and those their rollout."""
+    ours = NativeEngine(prepared(qwen3))
+    ours.graphs = GraphedSteps(lambda: lambda step: step)
+    rollout(ours), rollout(ours)
+    assert ours.graphs.captured
+    former, alive = weakref.ref(ours.memory), []
+    size = engine.groups_that_fit
+    monkeypatch.setattr(engine, "groups_that_fit", lambda *args: alive.append(former() is not None) or size(*args))
+    longer = replace(SAMPLING, max_completion_length=20)
+    assert_same(rollout(ours, sampling=longer), rollout(NativeEngine(qwen3), sampling=longer))
+    assert alive[:2] == [True, False]  # asked whether it is large enough, then how large the next may be
 
 
 def test_histories_are_not_captured(qwen3):

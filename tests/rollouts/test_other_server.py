@@ -29,7 +29,8 @@ class SGLang(Server):
         }  # fmt: skip
         rows = complete(self.model, body["input_ids"], params)
         found = [[[logp, token, None] for token, logp in zip(ids, logps, strict=True)] for ids, logps in rows]
-        return 200, [{"meta_info": {"output_token_logprobs": row}} for row in found]
+        answers = [{"meta_info": {"output_token_logprobs": row}} for row in found]
+        return 200, answers if given["n"] > 1 else answers[0]
 
 
 @pytest.fixture
@@ -56,13 +57,14 @@ def test_a_run_with_it(tmp_path, code, monkeypatch):
         run.train()
         prompts = [run.encode(row, draw) for draw, row in enumerate(run.train_dataset)]
         groups = list(run.engine.generate(prompts, replace(run.sampling, max_completion_length=3)))
+        (single,) = run.engine.generate(prompts[:1], replace(run.sampling, num_generations=1))
     finally:
         ENGINES.pop("sglang", None)
         server.close()
     gaps = logged(run, "sampling/logp_gap")
     assert len(gaps) == 3 and max(gaps) < 1e-4
     assert server.calls.count("/update_weights_from_disk") == 3
-    assert [group.prompt for group in groups] == prompts
+    assert [group.prompt for group in groups] == prompts and len(single) == 1
     for group in groups:
         assert len(group) == run.args.num_generations
         assert all(len(ids) <= 3 for ids in group.completion_ids)

@@ -67,7 +67,12 @@ class GraphedSteps:
         (an update in place does not move them), or the memory of the rollout; or when other modules run (`modes`)."""
         made_for = [tensor.data_ptr() for tensor in tensors], modes
         if made_for != self.made_for:
-            self.graphs, self.captured, self.made_for, self.capture = {}, [], made_for, self.new_capture()
+            self.forget()
+            self.made_for = made_for
+
+    def forget(self) -> None:
+        """Drops all graphs, and with them what keeps the memory that they were made for."""
+        self.graphs, self.captured, self.made_for, self.capture = {}, [], None, self.new_capture()
 
     def run(self, step: Step, shape: Shape, sampling: Hashable = None) -> None:
         """One step; `sampling` is what it depends on besides its sizes."""

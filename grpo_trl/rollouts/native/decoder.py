@@ -258,9 +258,13 @@ def _norm(module: Any) -> Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor
 
 def _is_like_llama(backbone: Any) -> bool:
     """By the names and sizes of its parts."""
-    return _children(backbone) == {"embed_tokens", "layers", "norm", "rotary_emb"} and all(
+    if _children(backbone) != {"embed_tokens", "layers", "norm", "rotary_emb"}:
+        return False
+    turned = 2 * len(getattr(backbone.rotary_emb, "inv_freq", ()))  # of a head; some models turn a part of it only
+    return all(
         _children(layer) == {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
         and _is_like_llamas(layer.self_attn)
+        and layer.self_attn.head_dim == turned
         for layer in backbone.layers
     )
 

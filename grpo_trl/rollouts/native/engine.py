@@ -114,12 +114,18 @@ class NativeEngine:
 
     def _memory(self, model: Any, prompts: int, longest: int, sampling: SamplingParams) -> "Memory":
         size, length = sampling.num_generations, sampling.max_completion_length
-        rows = self.max_concurrent_rows
-        groups = rows // size if rows else groups_that_fit(model, longest + size * length)
-        wanted = max(1, min(prompts, groups)), size, longest, length
-        if self.memory is not None and self.memory.holds(*wanted):
-            return self.memory
-        memory = Memory(*wanted, input_device(model))
+
+        def wanted() -> tuple[int, int, int, int]:
+            rows = self.max_concurrent_rows
+            groups = rows // size if rows else groups_that_fit(model, longest + size * length)
+            return max(1, min(prompts, groups)), size, longest, length
+
+        if self.memory is not None and self.graphs is not None:
+            if self.memory.holds(*wanted()):
+                return self.memory
+            self.memory = None  # before the new one is sized; graphs hold on to it
+            self.graphs.forget()
+        memory = Memory(*wanted(), input_device(model))
         self.memory = memory if self.graphs else None
         return memory
 
@@ -236,7 +242,8 @@ class Rollout:
         state.ages[rows], state.ended[rows] = 0, False
         self._accept(rows, logits.repeat_interleave(size, dim=0))
         if self.graphs is not None:  # the first prompts have allocated the last of the memory
-            self.graphs.sync([*self.model.parameters(), *self.memory.tensors()], adapter_state(self.model))
+            modes = self.runner, adapter_state(self.model)
+            self.graphs.sync([*self.model.parameters(), *self.memory.tensors()], modes)
 
     def decode(self) -> None:
         """One more token for every row."""
@@ -321,7 +328,11 @@ def adapter_state(model: Any) -> list[tuple[bool, list[str]]]:
 
 def groups_that_fit(model: Any, tokens: int) -> int:
     """How many groups of so many tokens keep their keys and values in half of the memory that is free now."""
-    free = torch.cuda.mem_get_info(model.device)[0] if model.device.type == "cuda" else virtual_memory().available
+    if model.device.type == "cuda":
+        unused = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
+        free = torch.cuda.mem_get_info(model.device)[0] + unused  # what torch keeps of what it has freed
+    else:
+        free = virtual_memory().available
     return free // 2 // key_value_bytes(model, tokens)
 
 

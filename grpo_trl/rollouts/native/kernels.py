@@ -36,8 +36,13 @@ def available() -> bool:
 
 
 def fits(x: Tensor, size: int = 16) -> bool:
-    """Whether the kernels run where `x` is, with heads of this size."""
-    return x.device.type == "cuda" and available() and size >= 16 and size & (size - 1) == 0
+    """Whether the kernels run where `x` is (a GPU from Ampere on), with heads of this size."""
+    return x.device.type == "cuda" and available() and _is_recent(x.device) and size >= 16 and size & (size - 1) == 0
+
+
+@cache
+def _is_recent(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def add_and_norm(

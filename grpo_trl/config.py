@@ -248,7 +248,8 @@ class GRPOConfig(VLLMArguments):
         self.adam_beta1, self.adam_beta2 = float(self.adam_beta1), float(self.adam_beta2)  # torch takes no 0, but 0.0
         self.bf16_by_default = self.bf16 is None  # then it says what this machine can do, not what was asked for
         if self.bf16 is None:
-            self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+            able = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+            self.bf16 = able and not self.fp16
         judged = self.load_best_model_at_end or self.save_strategy == "best"
         follows = self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
         if self.metric_for_best_model is None and (judged or follows):

@@ -20,6 +20,7 @@ def train_adapter(tmp_path, base, **options):
     model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=options.pop("num_labels", 1))
     torch.manual_seed(1)
     config = {"task_type": "SEQ_CLS", "target_modules": ["q_proj"], "init_lora_weights": False} | options
+    torch.manual_seed(0)
     model = get_peft_model(model, LoraConfig(**config)).eval()
     model.save_pretrained(tmp_path / "adapter")
     tiny.tiny_tokenizer().save_pretrained(tmp_path / "adapter")

@@ -423,6 +423,24 @@ def test_16_bit_copies_are_what_autocast_makes(autocast, monkeypatch):
     assert all(own[name] is parameter for name, parameter in model.named_parameters())
 
 
+def test_own_weights_are_back_when_a_signal_comes_while_they_are_put_back(qwen3, monkeypatch):
+    own, weights = dict(qwen3.named_parameters()), LowPrecisionWeights(qwen3, torch.bfloat16)
+    use, calls = weights._use, []
+
+    def interrupted(given):
+        calls.append(given)
+        use(given)
+        if len(calls) == 2:
+            weights.layers[-1].weight = weights.copies[-1]  # as if it had not got there
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(weights, "_use", interrupted)
+    with pytest.raises(KeyboardInterrupt), weights.active():
+        pass
+    assert len(calls) == 3
+    assert all(own[name] is parameter for name, parameter in qwen3.named_parameters())
+
+
 def test_16_bit_copies_follow_the_weights(qwen3):
     weights = LowPrecisionWeights(qwen3, torch.bfloat16)
     with torch.no_grad():

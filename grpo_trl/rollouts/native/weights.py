@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator, Sequence
 from itertools import groupby
+from typing import Any
 
 import torch
 from psutil import virtual_memory
@@ -44,12 +45,18 @@ class LowPrecisionWeights:
         """The layers use the copies; their own weights come back, also after an exception."""
         own = [layer.weight for layer in self.layers]
         try:
-            for layer, copy in zip(self.layers, self.copies, strict=True):
-                layer.weight = copy
+            self._use(self.copies)
             yield
         finally:
-            for layer, weight in zip(self.layers, own, strict=True):
-                layer.weight = weight
+            try:
+                self._use(own)
+            except BaseException:  # a signal: layers would keep their copies, and a checkpoint have them
+                self._use(own)
+                raise
+
+    def _use(self, weights: Sequence[Any]) -> None:
+        for layer, weight in zip(self.layers, weights, strict=True):
+            layer.weight = weight
 
 
 def joined(weights: Sequence[Tensor]) -> Tensor | None:

@@ -78,9 +78,11 @@ class CollectingTrainer(TrainerHooks):
 
         def sample(count: int) -> list[Scored]:
             groups, rewards_per_func, compared, verdicts = self._sample_and_score(take(count))
+            rows_before = sum(len(rewards) for _, rewards in sampled)
             sampled.append((groups, rewards_per_func))
-            for column, values in self.extra_columns.items():
-                columns.setdefault(column, []).extend(values)
+            for column in {**columns, **self.extra_columns}:  # one that a round left out is None there
+                values = self.extra_columns.get(column, [None] * len(rewards_per_func))
+                columns.setdefault(column, [None] * rows_before).extend(values)
             rows = zip(groups, compared.view(-1, size), verdicts.view(-1, size), strict=True)
             return [Scored(group, row.tolist(), step, bool(seen.nanmean() == 1)) for group, row, seen in rows]
 

@@ -1,5 +1,6 @@
 """Dynamic sampling in real runs."""
 
+import pandas as pd
 import pytest
 import torch
 from transformers import TrainerCallback
@@ -188,3 +189,24 @@ def test_dapo(tmp_path):
 def test_fp16_is_refused(tmp_path):
     with pytest.raises(ValueError, match="gradient scaler of fp16 does not allow; use bf16"):
         dynamic(tmp_path, fp16=True)
+
+
+def test_a_column_that_some_rounds_leave_out_is_none_there(tmp_path):
+    """What the table of completions holds of all that was sampled."""
+    calls = []
+
+    def reward(prompts, completions, log_extra, **kwargs):
+        calls.append(len(completions))
+        if len(calls) == 2:
+            log_extra("second", completions)
+        return some_equal(prompts, completions)
+
+    run = dynamic(tmp_path, rewards=reward, log_completions=True, max_steps=1)
+    run.train()
+    (file,) = (tmp_path / "completions").glob("*.parquet")
+    table = pd.read_parquet(file)
+    assert len(calls) >= 2 and len(table) == sum(calls)
+    found, texts = table["second"].tolist(), table["completion"].tolist()
+    second = slice(calls[0], calls[0] + calls[1])
+    assert found[second] == texts[second]
+    assert not any(map(pd.notna, found[: calls[0]] + found[sum(calls[:2]) :]))

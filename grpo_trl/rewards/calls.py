@@ -67,6 +67,11 @@ class Call:
             raise RuntimeError(describe_failure(failing, self.name, self.rows, error)) from error
         self._take(output, start)
 
+    @property
+    def columns(self) -> list[str]:
+        """Those that `log_extra` was called with."""
+        return [args[0] for key, args in self.logs if key == "log_extra"]
+
     def _take(self, output: Any, start: float) -> None:
         self.rewards = to_rewards(output, len(self.rows["completions"]), self.name)
         self.seconds = time.perf_counter() - start
@@ -94,9 +99,14 @@ def in_order(calls: Sequence[Call], groups: Sequence[Group], count: int) -> Tens
 
 
 def replay(calls: Sequence[Call], **log: Callable[..., None] | None) -> None:
-    """Hands on what the functions logged."""
+    """Hands on what the functions logged. A column that only some calls of a function gave is None in the others."""
+    columns: dict[int, dict[str, None]] = {}
     for call in calls:
-        for key, args in call.logs:
+        columns.setdefault(call.index, {}).update(dict.fromkeys(call.columns))
+    for call in calls:
+        missing = [column for column in columns[call.index] if column not in call.columns]
+        nothing = [("log_extra", (column, [None] * len(call.rewards))) for column in missing]
+        for key, args in [*call.logs, *nothing]:
             if (function := log[key]) is not None:
                 function(*args)
 

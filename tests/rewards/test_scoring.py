@@ -262,6 +262,20 @@ def test_the_state_and_the_logs_cross_the_process(make_scorer):
     assert extra == [("upper", ["A", "B"])] and metrics == [("step", 7)]
 
 
+def test_a_column_that_some_calls_leave_out_is_none_there(make_scorer):
+    def sometimes(completions, log_extra, **kwargs):
+        if "b" in completions:
+            log_extra("seen", completions)
+        return [0.0] * len(completions)
+
+    extra = []
+    make_scorer(sometimes, per_group=True).score(
+        [group("a", "c"), group("b", "d"), group("e", "f")],
+        log_extra=lambda column, values: extra.extend((column, value) for value in values),
+    )
+    assert extra == [("seen", value) for value in (None, None, "b", "d", None, None)]
+
+
 def test_a_timeout_kills_and_names_and_the_next_call_works(make_scorer):
     scorer = make_scorer(functions.sleeps_on_slow, timeout=1)
     assert scorer.score([group("a")]).tolist() == [[1.0]]

@@ -154,11 +154,13 @@ class ResumableTrainer(Trainer):
 
     def _load_state(self, folder: str) -> None:
         # rank 0 has a file whatever the number of ranks was, so a change of it is told as such
-        numbers: list[Any] = [checkpoint.load_numbers(folder, 0) if self.is_world_process_zero() else None]
-        broadcast_object_list(numbers)  # with save_on_each_node no other machine has that file
-        of_run = numbers[0]
-        self.loader.check_layout(of_run["loader"]["layout"])
-        changed = checkpoint.changed_config(of_run["config"], checkpoint.config_values(self.args))
+        then: list[Any] = [None, None]
+        if self.is_world_process_zero():  # with save_on_each_node no other machine has that file
+            of_run = checkpoint.load_numbers(folder, 0)
+            then = [of_run["loader"]["layout"], of_run["config"]]
+        layout, config = broadcast_object_list(then)
+        self.loader.check_layout(layout)
+        changed = checkpoint.changed_config(config, checkpoint.config_values(self.args))
         if changed and self.is_world_process_zero():
             logger.warning(
                 "The run goes on with other settings than those of %s, so it is no longer the run that was "

@@ -18,7 +18,7 @@ import torch
 from transformers import TrainerState
 
 from grpo_trl.batch import Group, Prompt
-from grpo_trl.rewards import RewardScorer, accuracy
+from grpo_trl.rewards import RewardScorer, accuracy, isolation
 from grpo_trl.rewards.isolation import IsolatedFunction
 from tests.rewards import reward_functions as functions
 
@@ -286,6 +286,14 @@ def test_a_timeout_kills_and_names_and_the_next_call_works(make_scorer):
     assert time.monotonic() - start < 10
     assert not is_running(pid)
     assert scorer.score([group("a")]).tolist() == [[1.0]]
+
+
+def test_a_module_that_takes_too_long_to_import_is_not_told_to_raise_the_timeout(make_scorer, monkeypatch):
+    monkeypatch.setattr(isolation, "START_TIMEOUT", 0.001)
+    scorer = make_scorer(functions.process_id, timeout=30)
+    with pytest.raises(RuntimeError, match=r"'process_id' could not be loaded in its own process within 0.001 s"):
+        scorer.score([group("a")])
+    assert scorer._calls[0].pid is None
 
 
 def test_a_timeout_kills_what_the_function_started(make_scorer, tmp_path):

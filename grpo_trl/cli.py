@@ -319,7 +319,7 @@ def plan(argv: Sequence[str]) -> None:
         run = Run(spec, tuple(script_args.rewards), args)
         planned = plan_run(run, memory)
         ranked = ranked_changes(run, planned, memory)
-    except (ValueError, OSError, yaml.YAMLError) as error:
+    except (ValueError, OSError, ImportError, yaml.YAMLError) as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from error
     console = Console(highlight=False)

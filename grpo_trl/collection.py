@@ -268,6 +268,7 @@ class CollectingTrainer(TrainerHooks):
         distribution that is trained. None: they may, and the first rollout measures whether they do."""
         candidate = (
             own_rollout
+            and not self.args.use_vllm
             and not self.sampling.truncates
             and self.args.sampler_correction is None
             and self.accelerator.mixed_precision == "no"
@@ -284,7 +285,7 @@ class CollectingTrainer(TrainerHooks):
 
         logps = self._policy_logps(batch)
         if sampled is not None and carried is not None:
-            logps = torch.where(carried[:, None], sampled, logps)
+            logps = torch.where(carried[:, None] & ~sampled.isnan(), sampled, logps)
         if sampled is None or self._sampling_is_exact is False:
             return logps
         far = (sampled - logps).abs().gt(SAMPLING_GAP) & batch.completion_mask.bool()

@@ -1,5 +1,6 @@
 """The data forms: one loader function per `type` of a `train_datasets` entry, in `LOADERS`."""
 
+import codecs
 import glob
 import itertools
 import json
@@ -106,6 +107,7 @@ def _json_rows(file: Path) -> list[dict[str, Any]]:
     """
     with fsspec.open(str(file), "rb", compression="infer") as opened:
         content = opened.read()  # type: ignore[attr-defined]
+    content = content.removeprefix(codecs.BOM_UTF8)
     if content.lstrip().startswith(b"["):
         rows = [(f"item {i}", row) for i, row in enumerate(_parse_json(content, line=1), 1)]
     else:
@@ -142,11 +144,12 @@ def json_texts(values: Sequence[Any]) -> Any:
 
 
 def _has_one_type(values: Sequence[Any]) -> bool:
+    """Of Arrow's, which would make 72.0 of a 72 among decimals."""
     try:
         pa.array(values)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError):
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError):
         return False
-    return True
+    return not {int, float} <= set(map(type, values))
 
 
 def _broken_files(entry: DatasetEntry, files: Sequence[Path], error: Exception) -> str:

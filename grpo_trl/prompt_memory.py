@@ -130,4 +130,4 @@ def _reached(streak: int, limit: int | None) -> bool:
 
 
 def _readable(prompt: Any) -> str:
-    return prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
+    return prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False, default=str)

@@ -9,7 +9,6 @@ from datasets import Dataset, IterableDataset
 from jinja2 import TemplateError
 from torch.utils.data import Subset
 from transformers import PreTrainedTokenizerBase
-from trl.data_utils import apply_chat_template
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +64,10 @@ def _render(messages: Messages, tokenizer: PreTrainedTokenizerBase, kwargs: dict
             "tokenizer, set tokenizer.chat_template (trl.clone_chat_template copies one), or give text prompts "
             "without system_prompt and with prompt_format='text'."
         )
+    continued = messages[-1]["role"] == "assistant"
+    options: dict[str, Any] = {"add_generation_prompt": not continued, "continue_final_message": continued, **kwargs}
     try:
-        return apply_chat_template({"prompt": messages}, tokenizer, **kwargs)["prompt"]
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
     except TemplateError as error:
         roles = ", ".join(message["role"] for message in messages)
         raise ValueError(
@@ -83,8 +84,18 @@ def _with_system(messages: Messages, system_prompt: str | None) -> Messages:
 
 
 def _without_fillers(messages: Messages) -> Messages:
-    # Arrow gives each message the keys of all messages, filled with None; templates test `'tool_calls' in message`.
-    return [{k: v for k, v in message.items() if v is not None or k == "content"} for message in messages]
+    # Arrow gives each message, and each tool call's arguments, the keys of all, filled with None; templates test
+    # `'tool_calls' in message`
+    return [
+        {k: v if k == "content" else _without_none(v) for k, v in message.items() if v is not None or k == "content"}
+        for message in messages
+    ]
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
+    return [_without_none(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _row_kwargs(example: dict[str, Any]) -> dict[str, Any]:

@@ -53,7 +53,7 @@ from .policy import (
 from .prompts import encode_prompt, truncate_prompt
 from .refused import raise_all, uncalled
 from .rewards import RewardScorer, load_rewards
-from .rollouts import make_engine, make_replica, weights_for_generation
+from .rollouts import check_finite, make_engine, make_replica, weights_for_generation
 from .trainer_checks import named_datasets, problems, prompt_problems
 
 logger = logging.get_logger(__name__)
@@ -254,7 +254,8 @@ class GRPOTrainer(CollectingTrainer):
             if not (self.args.use_vllm and self._vllm_is_of == self.state.global_step):
                 self.engine.sync_weights(model)
                 self._vllm_is_of = self.state.global_step
-            yield from self.engine.generate(prompts, self.sampling)
+            groups = self.engine.generate(prompts, self.sampling)
+            yield from groups if self.args.use_vllm else map(check_finite, groups)  # a NaN of vLLM: it gave none
 
     # ---- Update ----
 
@@ -323,6 +324,7 @@ class GRPOTrainer(CollectingTrainer):
             entropy_gradient=args.entropy_coef != 0,
         )
         assert inputs.advantages is not None and inputs.token_weights is not None and entropies is not None
+        corrects, truncates = args.sampler_correction is not None, self.train_sampling.truncates
         policy_mask = None
         if args.top_entropy_quantile < 1:
             policy_mask = top_entropy_mask(
@@ -332,7 +334,8 @@ class GRPOTrainer(CollectingTrainer):
             logps,
             old_per_token_logps=inputs.old_per_token_logps,
             ref_per_token_logps=inputs.ref_per_token_logps,
-            sampling_per_token_logps=inputs.sampling_per_token_logps,
+            # those of a truncated distribution differ from the policy's without any drift
+            sampling_per_token_logps=inputs.sampling_per_token_logps if corrects or not truncates else None,
             policy_mask=policy_mask,
             advantages=inputs.advantages,
             token_weights=inputs.token_weights,
@@ -355,8 +358,9 @@ class GRPOTrainer(CollectingTrainer):
             }
             for name, then in before.items():
                 if then is not None:
-                    gap = torch.where(mask, then - logps.detach(), 0).abs()
-                    self.metrics.add(name, gap.sum(), mask.sum())
+                    known = mask & ~then.isnan()
+                    gap = torch.where(known, then - logps.detach(), 0).abs()
+                    self.metrics.add(name, gap.sum(), known.sum())
         return loss
 
     def _gather_values(self, values: Tensor) -> Tensor:

@@ -118,7 +118,8 @@ def prompt_problems(
     datasets: dict[str, Any], tokenizer: Any, chat_options: dict[str, Any], remove_unused_columns: bool | None
 ) -> list[str]:
     """What is wrong with the first text and the first conversation of each dataset once they meet the tokenizer (no
-    chat template, say), with its `chat_template_kwargs`, and with columns named as an argument of every reward."""
+    chat template, say), with its `chat_template_kwargs`, and with columns of images or named as an argument of every
+    reward."""
     found = []
     for name, dataset in datasets.items():
         rows = first_rows(dataset)
@@ -128,6 +129,11 @@ def prompt_problems(
         taken = [] if remove_unused_columns else sorted(set(RESERVED) & set(rows[0]))
         if taken:
             found.append(f"{name} has columns {', '.join(taken)}, which rewards get as arguments; rename them.")
+        if images := sorted({"image", "images"} & set(rows[0])):
+            found.append(
+                f"{name} has the column {' and '.join(images)}, which the policy would not see: prompts are text. "
+                "Train a vision model with TRL, or rename or remove the column."
+            )
     return found
 
 

@@ -28,7 +28,9 @@ from grpo_trl.callbacks import (
     metrics_plot,
     mix_into_reference,
     plot_metrics,
+    read_parquet,
     recipe_yaml,
+    write_parquet,
 )
 from grpo_trl.cli import parse_recipe
 from grpo_trl.config import FIELD_NAMES, GRPOConfig
@@ -218,6 +220,13 @@ def test_completions_are_printed_and_written(tmp_path, capsys):
     assert [path.name for path in (tmp_path / "completions").iterdir()] == ["completions_00012.parquet"]
 
 
+@pytest.mark.parametrize("value", [{}, [{"arguments": {}}], 10**30, "half \ud800"])
+def test_what_parquet_cannot_hold_is_written_as_text(tmp_path, value):
+    write_parquet({"step": [1, 2], "extra": [value, None]}, tmp_path / "rows.parquet")
+    text = str(value).encode("utf-8", "backslashreplace").decode()
+    assert read_parquet(tmp_path / "rows.parquet") == {"step": [1, 2], "extra": [text, None]}
+
+
 @pytest.mark.parametrize(("number", "printed"), [(0, 0), (1, 1), (None, 2)])
 def test_number_of_printed_completions(tmp_path, capsys, number, printed):
     args = make_args(tmp_path, num_completions_to_print=number)
@@ -394,6 +403,25 @@ def test_lora_folder_holds_the_trained_adapter_only(tmp_path, model_dir, script)
     torch.testing.assert_close(PeftModel.from_pretrained(plain, str(folder))(**batch).logits, expected)
 
 
+def test_an_adapter_of_another_name_is_loaded_from_the_folder(tmp_path, model_dir, script, caplog):
+    lora = LoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_dir), lora, adapter_name="policy")
+    trainer = make_trainer(tmp_path / "out", model, num_train_epochs=1)
+    trainer.add_callback(EpochExportCallback(trainer))
+    trainer.train()
+    folder, batch = tmp_path / "out" / "epoch_1", {"input_ids": torch.arange(20)[None]}
+    assert not (folder / "policy").exists() and "no safetensors" not in caplog.text
+    expected = trainer.model.eval()(**batch).logits
+    torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(folder)(**batch).logits, expected)
+
+
+def test_a_push_leaves_epoch_folders_out(tmp_path, qwen3, script):
+    trainer = make_trainer(tmp_path / "out", qwen3, num_train_epochs=1)
+    trainer.args.push_to_hub = True  # by itself it would look for the Hub
+    EpochExportCallback(trainer).on_epoch_end(trainer.args, TrainerState(epoch=1.0), None)
+    assert [path.name for path in (tmp_path / "out").glob("*epoch_*")] == ["_epoch_1"]
+
+
 def test_without_a_script_one_sentence_and_no_file(tmp_path, qwen3, monkeypatch, caplog):
     monkeypatch.delattr(sys.modules["__main__"], "__file__", raising=False)
     trainer = make_trainer(tmp_path, qwen3)
@@ -467,6 +495,8 @@ def test_recipe_holds_the_resolved_objective_and_what_was_changed(tmp_path, qwen
     assert values["learning_rate"] == 1e-2
     assert "temperature" not in values  # as by default
     assert "accelerator_config" not in values
+    trainer.args.resume_from_checkpoint = "true"  # how this run was started, not what it is
+    assert "resume_from_checkpoint" not in recipe_yaml(trainer)
     assert "arXiv 2402.03300" in recipe
 
 
@@ -553,6 +583,10 @@ def test_reference_that_cannot_follow_is_refused_before_the_first_step(tmp_path,
     with pytest.raises(ValueError, match=r"embed_tokens.weight: \(263, 16\) in the reference, \(263, 32\)"):
         trainer.train()
     assert trainer.state.global_step == 0
+    in_8_bit = tiny.tiny_model().requires_grad_(False)  # of the same shapes
+    in_8_bit.lm_head.weight.data = in_8_bit.lm_head.weight.data.to(torch.int8)
+    with pytest.raises(ValueError, match=r"lm_head.weight: None in the reference.*unquantised copy"):
+        SyncReferenceCallback(in_8_bit, 0.5, 2).on_train_begin(None, None, None, model=qwen3)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -155,6 +155,21 @@ def test_values_of_mixed_types_keep_their_own(tmp_path):
     assert rows["answer"][:] == rows["solution"][:] == [1, "1"]
 
 
+def test_numbers_of_two_kinds_and_beyond_64_bit_keep_their_own(tmp_path):
+    numbers = [72, 0.5, 2**60 + 1]
+    path = jsonl(tmp_path / "a.jsonl", [{"question": "q", "answer": number} for number in numbers])
+    assert [repr(value) for value in load_datasets([entry(path)])["answer"]] == list(map(repr, numbers))
+    path = jsonl(tmp_path / "b.jsonl", [{"question": "q", "answer": number} for number in (-5, 10**30)])
+    assert list(map(str, load_datasets([entry(path)])["answer"])) == ["-5", str(10**30)]
+
+
+@pytest.mark.parametrize("form", ["json", "jsonl"])
+def test_files_with_a_byte_order_mark(tmp_path, form):
+    path = write(form, tmp_path / "rows")
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert load_datasets([entry(path, form)])["answer"][:] == [row["answer"] for row in ROWS]
+
+
 def test_json_text_stays_text_in_every_file(tmp_path):
     jsonl(tmp_path / "a.jsonl", [{"question": "When?", "answer": "2024-01-01"}])
     jsonl(tmp_path / "b.jsonl", [{"question": [{"role": "user", "content": "5"}], "answer": 5}])

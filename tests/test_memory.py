@@ -1,6 +1,7 @@
 """The memory plan: exact where bytes are known, and the same code as the run where they are counted."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,17 +9,19 @@ import yaml
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import BitsAndBytesConfig, DebertaV2ForSequenceClassification
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 
 from grpo_trl import GRPOConfig, GRPOTrainer, cli
 from grpo_trl.batch import Group, Prompt, RolloutBatch
 from grpo_trl.memory import PolicySpec, Run, advice_lines, parse_size, plan_run, plan_table, ranked_changes
 from grpo_trl.memory.dry_run import FakeModel, rollout_bytes, update_bytes
-from grpo_trl.memory.models import policy_of, quantized_bytes
+from grpo_trl.memory.models import policy_of, quantized_bytes, reference_options
 from grpo_trl.memory.optimizer import optimizer_bytes
 from grpo_trl.memory.tracker import LiveBytes
 from grpo_trl.policy import prepare
 from grpo_trl.rollouts import SamplingParams, make_engine
 from tests.conftest import ROOT
+from tests.policy.test_packed import KINDS
 from tests.test_trainer import trainer
 from tests.tiny import tiny_model, tiny_reward_model
 
@@ -119,6 +122,47 @@ def test_a_reward_model_that_does_not_run_without_numbers_is_named(run, reward_m
     assert len(plan.assumptions) == 1
     assert f"DebertaV2ForSequenceClassification ({reward_model_dir})" in plan.assumptions[0]
     assert "does not run without numbers" in plan.assumptions[0]
+
+
+def test_experts_are_planned_in_bf16_and_refused_in_fp32(run, tmp_path):
+    tiny_model("qwen3_moe", **KINDS["qwen3_moe"]).save_pretrained(path := str(tmp_path / "experts"))
+    assert items(run(path=path, model_init_kwargs={"dtype": "bfloat16"}))["activations"] > 0
+    with pytest.raises(ValueError, match=r"Qwen3MoeForCausalLM .* cannot be planned"):
+        plan_run(run(path=path), 2**30)
+
+
+def test_a_policy_that_was_quantised_before(run, model_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr("grpo_trl.policy.loading.is_quantized", lambda model: False)  # which the CPU refuses
+    shutil.copytree(model_dir, path := tmp_path / "quantised")
+    config = json.loads((path / "config.json").read_text())
+
+    def planned(**quantization):
+        (path / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+        return plan_run(run(ADAPTER, path=str(path)), 2**30)
+
+    full, small = plan_run(run(ADAPTER), 2**30), planned(quant_method="bitsandbytes", load_in_4bit=True)
+    sizes = [plan.devices["cpu"].items["parameters"] for plan in (full, small)]
+    assert sizes[1] < sizes[0] * 0.8
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="quantised weights cannot be trained on the CPU"):
+        planned(quant_method="bitsandbytes", load_in_4bit=True)
+    assert any("quantised by gptq" in text for text in planned(quant_method="gptq", bits=4).assumptions)
+
+
+def test_a_policy_that_does_not_run_without_numbers_is_named(run, monkeypatch):
+    def looks(self, *args, **kwargs):
+        raise RuntimeError("item() of a fake tensor")
+
+    monkeypatch.setattr(Qwen3Model, "forward", looks)
+    with pytest.raises(ValueError, match=r"Qwen3ForCausalLM .* cannot be planned: .*grpo-trl check"):
+        plan_run(run(), 2**30)
+
+
+def test_the_policys_revision_is_not_that_of_another_reference(run):
+    args = run(model_init_kwargs={"revision": "v2"}).args
+    assert reference_options(args, "policy")["revision"] == "v2"
+    args.ref_model_name_or_path = "other"
+    assert "revision" not in reference_options(args, "policy")
 
 
 def test_a_reference_has_its_own_dtype(run):
@@ -303,6 +347,18 @@ def test_a_change_that_is_named_saves_what_it_says(run):
     name, value = best.change.split(": ")
     again = plan_run(run(max_completion_length=256, **{name: yaml.safe_load(value)}), 2**24)
     assert again.devices["cpu"].items == best.plan.devices["cpu"].items
+
+
+def test_a_change_that_a_trainer_would_refuse_is_not_named(run, tmp_path):
+    tiny_model(hidden_size=256, intermediate_size=512).save_pretrained(path := str(tmp_path / "wide"))
+
+    def changes(**options):
+        planned = run(path=path, max_completion_length=256, num_generations=8, **options)
+        return [advice.change.split(":")[0] for advice in ranked_changes(planned, plan_run(planned, 2**24), 2**24)]
+
+    assert {"use_peft", "max_tokens_per_microbatch"} <= set(changes())
+    assert "use_peft" not in changes(sync_ref_model=True)
+    assert "max_tokens_per_microbatch" not in changes(top_entropy_quantile=0.2)
 
 
 def test_no_advice_where_nothing_is_left_to_change(run):

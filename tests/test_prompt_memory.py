@@ -1,5 +1,6 @@
 """Per-prompt pass rates, and the skipping of prompts that follows from them. No model: rollouts are made up."""
 
+import datetime
 import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -85,6 +86,13 @@ def test_a_prompt_is_skipped_after_so_many_draws_in_a_row(options, row, skipped_
     assert skipped == [skipped_after is not None and draws >= skipped_after for draws in range(1, 5)]
     assert not kept.skips(Prompt([6], {}, 0))  # one that was never drawn
     assert kept.can_skip == bool(options)
+
+
+def test_a_conversation_with_a_date_is_kept_as_text():
+    message = {"role": "user", "content": "Hi", "timestamp": datetime.datetime(2024, 5, 1)}
+    kept = memory()
+    kept.update([group(0, 5, prompt=[message])], [[1] * G], 0, alone)
+    assert "2024-05-01" in kept.table()["prompt"][0]
 
 
 def test_a_prompt_is_known_by_its_tokens():

@@ -19,6 +19,25 @@ def text_of(ids, tokenizer):
     return tokenizer.decode(ids)
 
 
+def test_a_conversation_may_end_with_any_role():
+    tokenizer = tiny_tokenizer()
+    for role in ("system", "developer", "ipython"):  # all answered, as in TRL
+        text = text_of(encode([USER, {"role": role, "content": "Go on"}], tokenizer)[0], tokenizer)
+        assert text.endswith(f"<|im_start|>{role}\nGo on<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_arguments_of_tool_calls_are_those_that_were_written():
+    def calling(arguments):
+        return {"role": "assistant", "content": None, "tool_calls": [{"function": {"arguments": arguments}}]}
+
+    rows = Dataset.from_list([{"prompt": [USER, calling(a), USER]} for a in ({"city": "Rome"}, {"x": 1, "y": [2, 3]})])
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ messages | tojson }}"
+    for row, written in zip(rows, ({"city": "Rome"}, {"x": 1, "y": [2, 3]}), strict=True):
+        _, seen = encode(row["prompt"], tokenizer)
+        assert seen[1] == calling(written)
+
+
 # --- exactly one BOS
 
 

@@ -1,5 +1,6 @@
 """The examples of docs/rollouts.md, trained with."""
 
+import math
 import re
 from pathlib import Path
 
@@ -147,6 +148,21 @@ def test_ids_that_do_not_survive_tokenising_stay(tmp_path):
     for batch in batches:
         rows = zip(batch.completion_ids, batch.completion_mask, strict=True)
         assert [row[mask.bool()].tolist() for row, mask in rows] == ids * 2
+
+
+@pytest.mark.parametrize("options", [{"sampler_correction": "token_mask"}, {"num_iterations": 2}, {}])
+def test_a_log_probability_that_the_sampler_did_not_give_is_no_difference(tmp_path, options):
+    class Forgetful(GRPOTrainer):
+        def rollout(self, prompts):
+            for group in super().rollout(prompts):
+                assert group.sampling_per_token_logps is not None
+                group.sampling_per_token_logps[0][0] = math.nan
+                yield group
+
+    trainer, _ = train(Forgetful, tmp_path, **options)
+    assert moved(trainer)
+    values = [value for entry in trainer.state.log_history for value in entry.values() if isinstance(value, float)]
+    assert values and all(map(math.isfinite, values))
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,7 @@ def late(before, after, at=0.5):
 
 TRUNCATED = {"completions/clipped_ratio": 1.0}
 BOTH_CONSTANT = {"rewards/accuracy/std": 0.0, "rewards/format/std": 0.0}
+NO_REWARD = dict.fromkeys(key for key in HEALTHY if key == "reward" or key.startswith("rewards/"))
 
 PROVOKED = {
     "EOS never appears": [TRUNCATED],
@@ -90,6 +91,7 @@ NOT_PROVOKED = {
     "dead groups": [
         {"frac_reward_zero_std": 0.7},
         {"frac_reward_zero_std": 1.0, **BOTH_CONSTANT},  # one cause, said of the rewards
+        {"frac_reward_zero_std": 1.0, **NO_REWARD},  # none applied: scoring says so
     ],
     "constant reward: accuracy": [
         {"rewards/accuracy/std": 0.0, "rewards/accuracy/mean": lambda share: share},

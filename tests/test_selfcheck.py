@@ -143,6 +143,17 @@ def test_a_second_bos(tmp_path):
     assert "take <|bos|> out of the chat template" in results[TEMPLATE].remedy
 
 
+def test_a_bos_that_begins_each_turn(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.bos_token = "<|im_start|>"  # as of SmolLM2-Instruct
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("{{ bos_token if bos_token }}", "")
+    results, trial = run_checks(build(tmp_path / "turns", tokenizer=tokenizer))
+    assert failing(results) == set() and trial.prompts[0].ids.count(tokenizer.bos_token_id) > 1
+    talks = [[{"role": "user", "content": f"What is <|im_start|> {i}?"}] for i in range(4)]
+    results, _ = run_checks(build(tmp_path / "data", tokenizer=tokenizer, data=Dataset.from_dict({"prompt": talks})))
+    assert failing(results) == {TEMPLATE}
+
+
 @pytest.mark.parametrize(
     ("declared", "tokenizers", "said"),
     [

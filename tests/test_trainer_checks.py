@@ -29,6 +29,10 @@ def test_all_that_is_wrong_is_said_before_a_model_is_loaded(tmp_path):
     ("options", "message"),
     [
         ({"data": Dataset.from_dict({"prompt": ["a"], "trainer_state": ["b"]})}, "columns trainer_state"),
+        (
+            {"data": Dataset.from_dict({"prompt": ["a"], "image": ["b"]})},
+            "column image, which the policy would",
+        ),
         ({"eval_dataset": Dataset.from_dict({"prompt": []})}, "eval_dataset has no rows"),
         ({"prompt_format": "text", "system_prompt": "be brief"}, "system_prompt needs a chat template"),
         ({"rewards": ["/no/such/judge"]}, "no/such/judge"),

@@ -196,6 +196,12 @@ def test_a_sampler_that_is_not_the_policy_is_warned_of(tmp_path, caplog, options
     assert ("change the sampling distribution" in caplog.text) is warned
 
 
+def test_a_truncated_distribution_is_no_drift(tmp_path):
+    run = trainer(tmp_path, num_iterations=1, off_policy_mask_threshold=0.5, top_k=5)
+    run.train()
+    assert set(logged(run, "off_policy_masked")) == {0.0}
+
+
 # ---- Reward models ----
 
 

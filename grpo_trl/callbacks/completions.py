@@ -60,7 +60,8 @@ def log_completions(rows: Sequence[Mapping[str, Any]], *, args: Any, state: Trai
 
 
 def write_parquet(table: Mapping[str, list], path: Path) -> None:
-    """Writes columns as parquet, in one move. A column whose values have no common type is written as text."""
+    """Writes columns as parquet, in one move. A column whose values have no common type, or one that parquet cannot
+    hold, is written as text."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"_{path.name}")
     pyarrow.parquet.write_table(pa.table({name: _arrow(values) for name, values in table.items()}), temporary)
@@ -83,10 +84,17 @@ def printable(value: Any) -> Any:
 
 def _arrow(values: list) -> pa.Array:
     try:
-        return pa.array(values)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError):
+        column = pa.array(values)
+        pyarrow.parquet.write_table(pa.table({"column": column}), pa.BufferOutputStream())  # no {}, say
+        return column
+    except (pa.ArrowException, OverflowError, UnicodeEncodeError):
         # e.g. answers that are numbers in one data set and text in another
-        return pa.array([None if value is None else str(value) for value in values])
+        return pa.array([None if value is None else _writable(str(value)) for value in values])
+
+
+def _writable(text: str) -> str:
+    """Without half of a character, which UTF-8 does not have."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _log_to_trackers(table: Mapping[str, list], args: Any, key: str) -> None:

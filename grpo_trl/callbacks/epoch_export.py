@@ -41,8 +41,11 @@ if __name__ == "__main__":
 # Keys of nested dicts that hold credentials; at the top level `TrainingArguments.to_dict` hides `*_token`.
 SECRETS = frozenset({"token", "hf_token", "hub_token", "push_to_hub_token", "use_auth_token", "api_key"})
 
-# Follow from other arguments, from the machine or from the trainer, and so do not belong into a recipe.
-DERIVED = frozenset({"do_eval", "generation_batch_size", "ignore_data_skip", "dataloader_pin_memory"})
+# Follow from other arguments, from the machine, from the trainer or from how a run was started, and so do not belong
+# into a recipe.
+DERIVED = frozenset(
+    {"do_eval", "generation_batch_size", "ignore_data_skip", "dataloader_pin_memory", "resume_from_checkpoint"}
+)
 
 
 class EpochExportCallback(TrainerCallback):
@@ -57,6 +60,9 @@ class EpochExportCallback(TrainerCallback):
     `base_model/config.json`. Beside the adapter a `config.json` would make transformers take the folder for a whole
     model: without it `AutoModelForCausalLM.from_pretrained` loads the base model and the adapter.
 
+    A run that pushes to the Hub writes `_epoch_<n>/`, which a push leaves out: neither a script nor a copy of the
+    weights per epoch is to be published unasked.
+
     Args:
         trainer: its `save_model`, `args`, `model` and `accelerator` are used, and what [`recipe_yaml`] reads.
     """
@@ -67,7 +73,9 @@ class EpochExportCallback(TrainerCallback):
 
     def on_epoch_end(self, args, state, control, **kwargs):
         # an epoch that a resume or `max_steps` cut counts as the one it is part of
-        self._export(Path(str(args.output_dir)) / f"epoch_{max(1, math.ceil(state.epoch - 1e-6))}")
+        number = max(1, math.ceil(state.epoch - 1e-6))
+        mark = "_" if args.push_to_hub else ""
+        self._export(Path(str(args.output_dir)) / f"{mark}epoch_{number}")
 
     def _export(self, folder: Path) -> None:
         trainer = self.trainer
@@ -93,6 +101,10 @@ class EpochExportCallback(TrainerCallback):
             shutil.rmtree(folder / adapter, ignore_errors=True)
         if isinstance(model, PeftModel):
             model.config.save_pretrained(folder / "base_model")
+            # PEFT gives an adapter that is not called "default" a folder of its own, where transformers does not look
+            for file in (folder / str(model.active_adapter)).glob("*"):
+                os.replace(file, folder / file.name)
+            shutil.rmtree(folder / str(model.active_adapter), ignore_errors=True)
         if not any(folder.glob("*.safetensors")):
             logger.warning(
                 "%s holds no safetensors: the weights are sharded over ranks and were not gathered; set "

@@ -131,10 +131,11 @@ def _length_shrinks(course: Course) -> list[Found]:
 
 
 def _dead_groups(course: Course) -> list[Found]:
-    shares = course.recent("frac_reward_zero_std")
-    if not shares or fmean(shares) < DEAD_SHARE or _no_reward_varies(course):
+    shares, rewards = course.recent("frac_reward_zero_std"), course.recent("reward")
+    applied = bool(rewards)  # else no function gave a reward to anything, which the scorer says
+    if not shares or fmean(shares) < DEAD_SHARE or not applied or _no_reward_varies(course):
         return []
-    return [{"share": fmean(shares), "reward_mean": fmean(course.recent("reward"))}]
+    return [{"share": fmean(shares), "reward_mean": fmean(rewards)}]
 
 
 def _constant_reward(course: Course) -> list[Found]:

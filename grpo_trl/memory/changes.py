@@ -7,6 +7,10 @@ from typing import Any
 
 from peft import LoraConfig
 
+from ..config import GRPOConfig
+from ..config_checks import combination_problems
+from ..placement import is_zero3
+from ..trainer_checks import zero3_problems
 from .plan import Plan, Run, plan_run
 
 
@@ -24,9 +28,22 @@ def ranked_changes(run: Run, plan: Plan, memory: int | None = None) -> list[Advi
     `memory`: as for `plan_run`.
     """
     suggested = [suggestion for suggest in CHANGES if (suggestion := suggest(run)) is not None]
-    advice = [Advice(change, plan_run(changed, memory)) for change, changed in suggested]
+    possible = [(change, changed) for change, changed in suggested if not _refused(run, changed)]
+    advice = [Advice(change, plan_run(changed, memory)) for change, changed in possible]
     helpful = [each for each in advice if each.plan.fullest.strain < plan.fullest.strain]
     return sorted(helpful, key=lambda each: each.plan.fullest.strain)
+
+
+def _refused(run: Run, changed: Run) -> bool:
+    """Whether the change leads to a run that a trainer would not begin."""
+    new_problems = set(_problems(changed.args)) - set(_problems(run.args))
+    with_adapter = changed.policy.peft_config is not None
+    return bool(new_problems) or (with_adapter and changed.args.sync_ref_model)
+
+
+def _problems(args: GRPOConfig) -> list[str]:
+    placed = zero3_problems(args.ref_device) if is_zero3(args.deepspeed_plugin) else []
+    return combination_problems(args) + placed
 
 
 Suggestion = tuple[str, Run] | None

@@ -1,8 +1,9 @@
 """Models from their configurations alone, by the rules by which real ones are loaded: weights on the meta device."""
 
+import copy
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -39,15 +40,16 @@ def policy_of(spec: PolicySpec, args: GRPOConfig) -> Any:
         peft_config = PeftConfig.from_pretrained(path)
         path = str(peft_config.base_model_name_or_path)
     options = from_pretrained_options(args)
-    if spec.quantization_config is not None:
-        options["dtype"] = _compute_dtype(spec.quantization_config, options)
+    taken = copy.copy(args)
+    taken.model_init_kwargs = None  # what they say is done here
     with META:
         model = _from_config(AutoModelForCausalLM, path, options)
-        if spec.quantization_config is not None:
+        quantization = spec.quantization_config or quantization_of(options, model.config)
+        if quantization is not None:
+            model.to(dtype=_compute_dtype(quantization, model.dtype))
             # what is known of quantised weights by their names; their layers stay plain, and are counted by `weights`
-            model.is_loaded_in_4bit = spec.quantization_config.load_in_4bit
-            model.is_loaded_in_8bit = spec.quantization_config.load_in_8bit
-        policy = load_policy(model, args, peft_config=peft_config)
+            model.is_loaded_in_4bit, model.is_loaded_in_8bit = quantization.load_in_4bit, quantization.load_in_8bit
+        policy = load_policy(model, taken, peft_config=peft_config)
         if trained and args.beta and not args.ref_model_name_or_path:
             assert isinstance(policy, PeftModel)
             freeze_adapter(policy)
@@ -64,20 +66,34 @@ def reference_of(policy: Any, spec: PolicySpec, args: GRPOConfig) -> Any | None:
     if not needs_reference_model(args, has_adapter=isinstance(policy, PeftModel)):
         return None
     with META:
-        model = _from_config(AutoModelForCausalLM, args.ref_model_name_or_path or spec.path, reference_options(args))
+        options = reference_options(args, spec.path)
+        model = _from_config(AutoModelForCausalLM, args.ref_model_name_or_path or spec.path, options)
     prepare(model)
     return model.requires_grad_(False)
 
 
-def reference_options(args: GRPOConfig) -> dict[str, Any]:
+def reference_options(args: GRPOConfig, policy_path: str) -> dict[str, Any]:
     """What `from_pretrained` of the reference gets, as in `load_reference_model`."""
-    return from_pretrained_options(args) | mapping(args.ref_model_init_kwargs)
+    options = from_pretrained_options(args)
+    if args.ref_model_name_or_path not in (None, policy_path):
+        options.pop("revision", None)
+    return options | mapping(args.ref_model_init_kwargs)
 
 
-def quantization_of(options: dict[str, Any]) -> Any:
-    """The BitsAndBytesConfig in arguments of `from_pretrained`, which may have it as a mapping; or None."""
-    config = options.get("quantization_config")
-    return BitsAndBytesConfig.from_dict(config) if isinstance(config, dict) else config
+def quantization_of(options: dict[str, Any], config: Any) -> BitsAndBytesConfig | None:
+    """How bitsandbytes quantises a model by the arguments of `from_pretrained`, or has quantised it by its config."""
+    found = options.get("quantization_config") or getattr(config, "quantization_config", None)
+    if isinstance(found, dict):
+        ours = found.get("quant_method", "bitsandbytes") == "bitsandbytes"
+        return cast(BitsAndBytesConfig, BitsAndBytesConfig.from_dict(found)) if ours else None
+    return found if isinstance(found, BitsAndBytesConfig) else None
+
+
+def unknown_quantization(config: Any) -> str | None:
+    """The method by which a checkpoint is quantised, where its sizes are not known here."""
+    found = getattr(config, "quantization_config", None)
+    method = found.get("quant_method") if isinstance(found, dict) else None
+    return None if method in (None, "bitsandbytes") else str(method)
 
 
 def reward_model_of(path: str, args: GRPOConfig) -> Any:
@@ -98,8 +114,8 @@ def _from_config(auto_class: Any, path: str, options: dict[str, Any], **changes:
     return auto_class.from_config(config, dtype=dtype, attn_implementation=options.get("attn_implementation"), **trust)
 
 
-def _compute_dtype(quantization: BitsAndBytesConfig, options: dict[str, Any]) -> Any:
-    return quantization.bnb_4bit_compute_dtype if quantization.load_in_4bit else options.get("dtype", "float32")
+def _compute_dtype(quantization: BitsAndBytesConfig, own: torch.dtype) -> torch.dtype:
+    return quantization.bnb_4bit_compute_dtype if quantization.load_in_4bit else own
 
 
 def unique_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

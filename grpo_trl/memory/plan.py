@@ -12,6 +12,7 @@ from ..assembly import device_map
 from ..config import GRPOConfig, mapping
 from ..placement import DeviceMap
 from ..policy import causal_lm, is_packed
+from ..policy.loading import from_pretrained_options
 from ..rewards.loading import is_reward_model
 from ..rollouts.native.engine import key_value_bytes
 from .dry_run import FakeModel, copied_bytes, generate_bytes, reward_bytes, rollout_bytes, scoring_bytes, update_bytes
@@ -24,6 +25,7 @@ from .models import (
     reference_options,
     reward_model_of,
     unique_parameters,
+    unknown_quantization,
     weights,
 )
 from .optimizer import is_known, optimizer_bytes, step_bytes
@@ -55,9 +57,10 @@ class Run:
 
 @dataclass
 class DevicePlan:
-    """Bytes on one device, by what they are for, and the bytes that there are."""
+    """Bytes on one device, by what they are for, and the bytes that there are: free, and in all."""
 
     available: int
+    total: int
     items: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -102,7 +105,8 @@ def plan_run(run: Run, memory: int | None = None) -> Plan:
         memory: bytes of each device; default: what is free on it now.
 
     Raises:
-        ValueError, OSError: models, devices or a combination that the trainer would refuse too.
+        ValueError, OSError: models, devices or a combination that the trainer would refuse too; a policy whose code
+            does not run without numbers.
     """
     args, device = run.args, str(run.args.device)
     devices: dict[str, DevicePlan] = {}
@@ -110,16 +114,24 @@ def plan_run(run: Run, memory: int | None = None) -> Plan:
 
     def on(name: str) -> Counter[str]:
         if name not in devices:
-            devices[name] = DevicePlan(_free(name) if memory is None else memory)
+            devices[name] = DevicePlan(*(_free_and_total(name) if memory is None else (memory, memory)))
         return devices[name].items
 
     policy, own = policy_of(run.policy, args), on(device)
     trained = [p for p in unique_parameters(policy).values() if p.requires_grad]
-    own["parameters"] = sum(weights(policy, run.policy.quantization_config).values())
+    quantization = run.policy.quantization_config or quantization_of(from_pretrained_options(args), policy.config)
+    own["parameters"] = sum(weights(policy, quantization).values())
     own["gradients"] = sum(p.nbytes for p in trained)
     own["optimizer"] = optimizer_bytes(args.optim, trained)
     fake = FakeModel(policy)
     reference = reference_of(policy, run.policy, args)
+    try:
+        update = update_bytes(fake, args, run.prompt_length) + _dequantized(policy, quantization)
+    except RuntimeError as error:  # of code that looks at numbers, or is TorchScript
+        raise ValueError(
+            f"{type(policy).__name__} ({policy.name_or_path}) cannot be planned: its code does not run without "
+            f"numbers ({type(error).__name__}: {error!s:.200}). `grpo-trl check` runs it on a few completions."
+        ) from error
     if not args.on_policy or (args.beta and reference is None):
         own["scoring"] = scoring_bytes(fake, args, run.prompt_length)
 
@@ -129,18 +141,19 @@ def plan_run(run: Run, memory: int | None = None) -> Plan:
         items = on(_first(frozen.where))  # its passes are counted where they begin; they come one after the other
         try:
             items[frozen.phase] = max(items[frozen.phase], frozen.pass_bytes(FakeModel(frozen.model)))
-        except RuntimeError as error:  # of code that looks at numbers, or is TorchScript
+        except RuntimeError as error:
             name = f"{type(frozen.model).__name__} ({frozen.model.name_or_path})"
             unknown.append(f"nothing for passes of {name}: it does not run without numbers ({type(error).__name__})")
 
-    update = update_bytes(fake, args, run.prompt_length) + _dequantized(policy, run)
     own["activations"] = max(update - own["gradients"], step_bytes(args.optim, trained, args.device.type))
     _add_rollout(run, fake, devices[device])
     return Plan(devices, _assumptions(run, policy) + unknown)
 
 
-def _free(device: str) -> int:
-    return torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else virtual_memory().available
+def _free_and_total(device: str) -> tuple[int, int]:
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)
+    return virtual_memory().available, virtual_memory().total
 
 
 @dataclass
@@ -157,11 +170,11 @@ class _Frozen:
 def _frozen_models(run: Run, reference: Any | None) -> Iterator[_Frozen]:
     args = run.args
     if reference is not None:
-        options = reference_options(args)
+        options = reference_options(args, run.policy.path)
         where = options.get("device_map") or device_map(args, "ref_device")
         yield _Frozen(
             reference,
-            quantization_of(options),
+            quantization_of(options, reference.config),
             where,
             "scoring",
             lambda fake: scoring_bytes(fake, args, run.prompt_length),
@@ -172,7 +185,8 @@ def _frozen_models(run: Run, reference: Any | None) -> Iterator[_Frozen]:
         where = options.get("device_map") or device_map(args, "reward_device")
         model = reward_model_of(path, args)
         size = _reward_pass(run, model)
-        yield _Frozen(model, quantization_of(options), where, phase, lambda fake, size=size: reward_bytes(fake, *size))
+        quantization = quantization_of(options, model.config)
+        yield _Frozen(model, quantization, where, phase, lambda fake, size=size: reward_bytes(fake, *size))
 
 
 def _reward_pass(run: Run, model: Any) -> tuple[int, int]:
@@ -188,7 +202,7 @@ def _add_rollout(run: Run, fake: FakeModel, device: DevicePlan) -> None:
     if args.use_vllm:
         if args.vllm_mode == "colocate":
             item = "key-value cache" if args.vllm_enable_sleep_mode else "kept cache"
-            device.items[item] = int(args.vllm_gpu_memory_utilization * device.available)
+            device.items[item] = int(args.vllm_gpu_memory_utilization * device.total)
         return
     on_device = args.device.type
     native = args.rollout_engine == "native" and packed
@@ -216,6 +230,9 @@ def _assumptions(run: Run, policy: Any) -> list[str]:
         f"for optim={args.optim} the memory of AdamW": not is_known(args.optim),
         "a whole policy on each rank, though DeepSpeed or FSDP may shard it": sharded,
         "padded rows: this model cannot be run on streams of groups": not is_packed(policy),
+        f"weights as if they were not quantised by {unknown_quantization(policy.config)}": unknown_quantization(
+            policy.config
+        ),
     }
     return [text for text, applies in said.items() if applies]
 
@@ -241,8 +258,8 @@ def _name(place: Any) -> str:
     return "cuda:0" if name == "cuda" else name
 
 
-def _dequantized(policy: Any, run: Run) -> int:
+def _dequantized(policy: Any, quantization: Any) -> int:
     """A quantised weight is unpacked to be used, one at a time."""
-    if run.policy.quantization_config is None:
+    if quantization is None:
         return 0
     return max((weight.nbytes for weight in quantized(policy).values()), default=0)

@@ -14,6 +14,8 @@ from ..batch import Group
 from .isolation import IsolatedFunction, RewardTimeoutError, read
 from .rows import describe_failure, describe_timeout, one_by_one, rows_of, to_rewards
 
+LOGS_SENT = 100  # of `trainer_state.log_history`, to a function in a process of its own
+
 
 @dataclass
 class Call:
@@ -77,11 +79,13 @@ class Call:
         self.seconds = time.perf_counter() - start
 
     def _arguments(self) -> dict[str, Any]:
-        return self.rows | {
-            "trainer_state": self.trainer_state,
-            "log_extra": lambda *args: self.logs.append(("log_extra", args)),
-            "log_metric": lambda *args: self.logs.append(("log_metric", args)),
-        }
+        def log_extra(column: str, values: list[Any]) -> None:
+            self.logs.append(("log_extra", (column, values)))
+
+        def log_metric(name: str, value: float) -> None:
+            self.logs.append(("log_metric", (name, value)))
+
+        return self.rows | {"trainer_state": self.trainer_state, "log_extra": log_extra, "log_metric": log_metric}
 
     def _single_rows(self) -> list[dict[str, Any]]:
         """The arguments for each row alone, without logs: rows that are tried again would log twice."""
@@ -148,9 +152,15 @@ async def _within(timeout: float | None, func: Callable[..., Any], name: str, kw
 
 
 def _snapshot(trainer_state: Any) -> Any:
-    """The trainer's state by its attributes: as a TrainerState it would make every child import transformers."""
-    return trainer_state if trainer_state is None else SimpleNamespace(**vars(trainer_state))
+    """The trainer's state by its attributes: as a TrainerState it would make every child import transformers. Of its
+    logs the latest: all those of a long run take longer to send than the rewards."""
+    if trainer_state is None:
+        return None
+    attributes = dict(vars(trainer_state))
+    if "log_history" in attributes:
+        attributes["log_history"] = attributes["log_history"][-LOGS_SENT:]
+    return SimpleNamespace(**attributes)
 
 
-def _ignore(*args: Any) -> None:
+def _ignore(*args: Any, **kwargs: Any) -> None:
     """Takes the place of log_extra and log_metric."""

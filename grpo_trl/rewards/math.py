@@ -9,13 +9,22 @@ from typing import Any
 
 from .isolation import IsolatedFunction, RewardTimeoutError
 from .math_verification import verify_answer
-from .text import THINK_END, completion_texts, final_answer, gold_answers, normalize_text, stated_answer
+from .text import (
+    THINK_END,
+    completion_texts,
+    final_answer,
+    gold_answers,
+    normalize_text,
+    reasoned_texts,
+    stated_answer,
+)
 
 logger = logging.getLogger(__name__)
 
 PROCESS_TIMEOUT = 20.0  # seconds per answer, for what a signal does not interrupt (one long operation in C)
 
-_MATHEMATICAL = re.compile(r"[\d\\^=+*/<>]")
+# a digit or a sign, or letters of which some is subtracted: "p - q", but not "Coca-Cola"
+_MATHEMATICAL = re.compile(r".*[\d\\^=+*/<>]|(?=.*-)[-()\s]*[A-Za-z](?:[-()\s]+[A-Za-z])*[()\s]*\Z", re.DOTALL)
 
 
 class AccuracyReward:
@@ -65,7 +74,7 @@ class AccuracyReward:
             return 0.0
         if same_text(gold, answer):
             return 1.0
-        if not _MATHEMATICAL.search(gold):
+        if not _MATHEMATICAL.match(gold):
             return 0.0
         try:
             return float(self._verify(gold, answer))
@@ -80,7 +89,7 @@ class ReasoningAccuracyReward(AccuracyReward):
     __name__ = "reasoning_accuracy"
 
     def __call__(self, completions: list[Any], **kwargs: Any) -> list[float | None]:
-        answers = [text if THINK_END in text else "" for text in completion_texts(completions)]
+        answers = [text if THINK_END in text else "" for text in reasoned_texts(completions)]
         return super().__call__(answers, **kwargs)
 
 

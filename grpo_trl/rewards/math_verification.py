@@ -11,8 +11,8 @@ from sympy.core.function import AppliedUndef
 SIGNAL_TIMEOUT = 3  # seconds; math-verify's own, per parse and per comparison
 
 _NUMBER = re.compile(r"[$€£]?\s*[-+]?\s*[$€£]?(?:\d[\d,]*|\d{1,3}(?: \d{3})+)?(?:\.\d+)?\s*[%$€£]?")
-_TEXT_MACRO = re.compile(r"\\(?:text|mathrm|mbox)\s*\{[^{}]*\}|\\[A-Za-z]+")
-_WORD = re.compile(r"[A-Za-z]{2,}")
+_MACRO = re.compile(r"\\(?:text|mathrm|mbox|begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+")
+_WORD = re.compile(r"(?<!\S)[A-Za-z]{2,}(?!\S)|[A-Za-z]{4,}")  # "xy" in "2xy + 3" is a product
 _OR = re.compile(r",?\s*(?:\\text\s*\{\s*(?:or|and)\s*\}|\b(?:or|and)\b)\s*")  # "71 or 72" is a list
 _UNIT = re.compile(r"(?<=\d)\s+[A-Za-z]{2}[A-Za-z ]*$")  # "72 clips"
 
@@ -41,7 +41,7 @@ def _equations(parsed: tuple) -> list[Any]:
 @lru_cache(maxsize=1024)
 def _parse(answer: str) -> tuple:
     """Expressions in an answer. A bare formula is boxed first: math-verify reads `2^{10}` as 2 and `(1, 2)` as 2."""
-    answer = answer.replace(r"\$", "$").strip().strip("*").rstrip(".").removeprefix("+")
+    answer = answer.replace(r"\$", "$").replace("\N{MINUS SIGN}", "-").strip().strip("*").rstrip(".").removeprefix("+")
     formula = _formula(answer)
     if formula:
         parsed = parse(f"\\boxed{{{formula}}}", parsing_timeout=SIGNAL_TIMEOUT)
@@ -53,6 +53,6 @@ def _parse(answer: str) -> tuple:
 def _formula(answer: str) -> str | None:
     """An answer of one line without words which is not a plain number. `71 or 72 clips` is one too: `71, 72`."""
     formula = _UNIT.sub("", _OR.sub(", ", answer))
-    if "\n" in answer or _NUMBER.fullmatch(formula) or _WORD.search(_TEXT_MACRO.sub(" ", formula)):
+    if "\n" in answer or _NUMBER.fullmatch(formula) or _WORD.search(_MACRO.sub(" ", formula)):
         return None
     return formula

@@ -5,11 +5,9 @@ from typing import Any
 
 from transformers.tokenization_utils_base import BatchEncoding
 
-from .text import completion_text, message_text
+from .text import Messages, completion_text, message_text
 
 INPUT_FORMATS = ("auto", "pair", "chat", "text")
-
-Messages = list[dict[str, Any]]
 
 # <|im_start|> <|user|> <|turn> <turn|>, DeepSeek's with its own bars, <start_of_turn>, [INST]
 _MARKUP = re.compile(r"<[|｜][\w▁/]+[|｜]?>|<[\w/]+[|｜]>|<(?:start|end)_of_turn>|\[/?INST\]")

@@ -1,7 +1,8 @@
 """What text rewards read: the text of a completion, the answer in it, the gold answer of its row."""
 
 import re
-from math import isnan
+from decimal import Decimal
+from math import isfinite, isnan
 from typing import Any
 
 # Completions are what a policy happens to write, so every search here takes time linear in their length: none starts
@@ -12,8 +13,11 @@ _HASHES = "####"
 _NUMBER_ALONE = re.compile(r"\S?[ \t]*-?\d[\d,. ]*\S?")  # "72", "$1,234.00", "-5%"
 _BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|[{}]")
 _ANSWER_PHRASE = re.compile(r"answer(?:\s+is|\s*:)[\s:]*([^\n]+)", re.IGNORECASE)
-_TEXT_MACRO = re.compile(r"\\text\s*\{([^{}]*)\}")
+_TEXT_MACRO = re.compile(r"\\(?:text(?:bf|it|rm)?|math(?:bf|it|rm)|mbox)\s*\{([^{}]*)\}")
 _OPTION = re.compile(r"\(([a-z])\)")
+
+
+Messages = list[dict[str, Any]]
 
 
 def message_text(content: Any) -> str:
@@ -27,17 +31,29 @@ def message_text(content: Any) -> str:
 
 def completion_text(completion: Any) -> str:
     """Text of one completion: the string itself, or the content of the last assistant message."""
-    if isinstance(completion, str):
-        return completion
-    for message in reversed(completion):
-        if message.get("role", "assistant") == "assistant":
-            return message_text(message.get("content"))
-    return ""
+    return completion if isinstance(completion, str) else message_text(_last_answer(completion).get("content"))
+
+
+def _last_answer(completion: Messages) -> dict[str, Any]:
+    return next((m for m in reversed(completion) if m.get("role", "assistant") == "assistant"), {})
 
 
 def completion_texts(completions: list[Any]) -> list[str]:
     """Texts of plain and of conversational completions; of several messages (tool turns), the last assistant's."""
     return [completion_text(completion) for completion in completions]
+
+
+def reasoned_texts(completions: list[Any]) -> list[str]:
+    """`completion_texts`, after the reasoning in its tags where a message was parsed into both."""
+    return [_reasoning(completion) + completion_text(completion) for completion in completions]
+
+
+def _reasoning(completion: str | Messages) -> str:
+    if isinstance(completion, str):
+        return ""
+    answer = _last_answer(completion)
+    reasoning = answer.get("reasoning_content") or answer.get("thinking")
+    return f"{_THINK}\n{reasoning}\n{THINK_END}\n\n" if reasoning else ""
 
 
 def as_messages(completions: list[Any]) -> list[list[dict[str, Any]]]:
@@ -61,6 +77,8 @@ def _gold_text(value: Any) -> str | None:
         return None
     if isinstance(value, list) and not all(isinstance(message, dict) for message in value):
         raise ValueError(f"A gold answer is a text, a number or messages, got the list {value!r}; give one answer.")
+    if isinstance(value, float) and isfinite(value):  # 72.0 of whole numbers with one left out, 1e-05
+        value = f"{Decimal(repr(value)):f}".removesuffix(".0")
     text = completion_text(value) if isinstance(value, (str, list)) else str(value)
     return text.strip() or None
 

@@ -2,7 +2,7 @@
 
 from .context import Replica, make_replica, weights_for_generation
 from .engine import ENGINES, RolloutEngine, check_engine, make_engine
-from .groups import decode_completions, ordered_groups
+from .groups import check_finite, decode_completions, ordered_groups
 from .sampling import EVAL_STREAM, SamplingParams
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "RolloutEngine",
     "SamplingParams",
     "check_engine",
+    "check_finite",
     "decode_completions",
     "make_engine",
     "make_replica",

@@ -150,7 +150,7 @@ def _tensor(values: list[float | None]) -> Tensor:
 
 
 def _text(value: Any) -> str | None:
-    return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _held(folder: Path) -> str:

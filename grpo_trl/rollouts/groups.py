@@ -15,7 +15,6 @@ def ordered_groups(prompts: Sequence[Prompt], groups: Iterable[Group], num_gener
 
     Raises:
         ValueError: a prompt without a group, a group without a prompt, or one with another number of completions.
-        FloatingPointError: a token was sampled from logits that are not finite.
     """
     by_draw = {group.prompt.draw: group for group in groups}
     missing = [prompt.draw for prompt in prompts if prompt.draw not in by_draw]
@@ -25,14 +24,15 @@ def ordered_groups(prompts: Sequence[Prompt], groups: Iterable[Group], num_gener
             f"rollout() must give one group of {num_generations} completions for each of its {len(prompts)} prompts; "
             f"draws without a group: {missing}, draws with another number of completions: {wrong}."
         )
-    ordered = [by_draw[prompt.draw] for prompt in prompts]
-    for group in ordered:
-        check_finite(group)
-    return ordered
+    return [by_draw[prompt.draw] for prompt in prompts]
 
 
-def check_finite(group: Group) -> None:
-    """Raises a FloatingPointError where the log-probability of a sampled token is NaN."""
+def check_finite(group: Group) -> Group:
+    """The group, sampled by an engine that runs the policy.
+
+    Raises:
+        FloatingPointError: a token was sampled from logits that are not finite: its log-probability is NaN.
+    """
     for row, logps in enumerate(group.sampling_per_token_logps or []):
         for position, logp in enumerate(logps):
             if math.isnan(logp):
@@ -42,13 +42,15 @@ def check_finite(group: Group) -> None:
                     "kl and loss of the steps before; lower learning_rate or max_grad_norm, use bf16 instead of fp16, "
                     "and start again from a checkpoint before that."
                 )
+    return group
 
 
 def decode_completions(group: Group, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
     """What rewards and logs read: text, or an assistant message when the prompt is a conversation; as TRL, one that is
     parsed (into reasoning, content, tool calls) where the tokenizer says how."""
     is_text = isinstance(group.prompt.example["prompt"], str)
-    if not is_text and getattr(tokenizer, "response_template", None):
+    parsed = any(getattr(tokenizer, name, None) for name in ("response_template", "response_schema"))
+    if not is_text and parsed:
         return [[parse_response(tokenizer, ids, prefix=group.prompt.ids)] for ids in group.completion_ids]
     texts = tokenizer.batch_decode(group.completion_ids, skip_special_tokens=True)
     return texts if is_text else [[{"role": "assistant", "content": text}] for text in texts]

@@ -2,16 +2,21 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 
 from ..algorithm import KL_ESTIMATORS
+from ..batch import Prompt
 from ..callbacks.run_doctor import SAMPLER_GAP
 from ..collection import SAMPLING_GAP
 from ..placement import input_device
 from ..policy import FrozenReference, causal_lm, evaluation_mode, is_packed, per_token_logps
+from ..prompts import encode_prompt
+from ..rewards.model_inputs import is_templated
+from ..trainer import GRPOTrainer
 from .ends import end_of_turn, token_names
 from .trial import Trial
 
@@ -47,10 +52,10 @@ def result_of(check: Check, trial: Trial) -> Result:
 
 
 def template(trial: Trial) -> Result:
-    """No prompt has a second BOS, nor one that is not its first token."""
+    """No prompt has two BOS in a row, nor one that its chat template does not write."""
     tokenizer = trial.trainer.processing_class
     bos, ids = tokenizer.bos_token_id, trial.prompts[0].ids
-    wrong = [prompt for prompt in trial.prompts if _misplaced_bos(prompt.ids, bos, tokenizer.eos_token_id)]
+    wrong = [prompt for prompt in trial.prompts if _has_bos_too_many(prompt, trial.trainer)]
     first = f"one BOS ({tokenizer.bos_token})" if ids[0] == bos else "no BOS"
     if wrong:
         ids = wrong[0].ids
@@ -59,17 +64,23 @@ def template(trial: Trial) -> Result:
     if len(text) > 2 * SHOWN:
         text = f"{text[:SHOWN]} [...] {text[-SHOWN:]}"
     remedy = (
-        f"{len(wrong)} of {len(trial.prompts)} prompts have a BOS that is not their first token alone: take "
-        f"{tokenizer.bos_token} out of the chat template, or out of the texts of the data, where it stands twice."
+        f"{len(wrong)} of {len(trial.prompts)} prompts have a BOS too many: take {tokenizer.bos_token} out of the "
+        "chat template, or out of the texts of the data, where it stands twice."
     )
     return Result(not wrong, f"{first}, {len(ids)} tokens:\n{text}", remedy if wrong else "")
 
 
-def _misplaced_bos(ids: list[int], bos: int | None, eos: int | None) -> bool:
+def _has_bos_too_many(prompt: Prompt, trainer: GRPOTrainer) -> bool:
+    tokenizer, ids, written = trainer.processing_class, prompt.ids, prompt.example["prompt"]
+    bos = tokenizer.bos_token_id
     if bos is None:
         return False
-    rest = ids[1:2] if bos == eos else ids[1:]  # one token for both stands between turns too
-    return bos in rest
+    if (bos, bos) in pairwise(ids):
+        return True
+    if isinstance(written, str):  # a template that was applied before may begin each turn with it, or end it
+        return bos in ids[1:] and bos != tokenizer.eos_token_id and not is_templated(written)
+    bare = prompt.example | {"prompt": [message | {"content": "a"} for message in written]}
+    return ids.count(bos) > encode_prompt(bare, tokenizer, **trainer.chat_options)[0].count(bos)
 
 
 def ends(trial: Trial) -> Result:
@@ -184,6 +195,9 @@ def accumulation(trial: Trial) -> Result:
         return Result(True, "not compared: top_entropy_quantile picks tokens within each micro-batch")
     whole, parts = trial.gradient(1), trial.gradient(4)
     norm = _norm(whole)
+    if trial.trainer.accelerator.scaler is not None and not norm < torch.inf:
+        remedy = "fp16 overflowed at the first scale of the loss, which training lowers as long as that happens."
+        return Result(True, f"not compared: gradient norm {norm:.3g}", remedy)
     if not 0 < norm < torch.inf:
         remedy = (
             "No finite gradient reaches the trained weights: look for an adapter that is merged or not active, and "

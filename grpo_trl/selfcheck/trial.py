@@ -101,7 +101,9 @@ class Trial:
                 trainer.accelerator.gradient_state._set_sync_gradients(number == micro_batches)
                 trainer.training_step(trainer.model_wrapped, micro_batch)
             trained = [p for p in trainer.model.parameters() if p.requires_grad]
-            return [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
+            scaler = trainer.accelerator.scaler  # of fp16, whose gradients are scaled until the optimizer's step
+            scale = 1.0 if scaler is None else scaler.get_scale()
+            return [torch.zeros_like(p) if p.grad is None else p.grad / scale for p in trained]
         finally:
             trainer.args = args
             trainer.model.zero_grad(set_to_none=True)

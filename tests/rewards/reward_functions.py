@@ -73,6 +73,11 @@ def logs(prompts, completions, trainer_state, log_extra=None, log_metric=None, *
     return [0.5] * len(prompts)
 
 
+def logs_known(prompts, trainer_state, **kwargs):
+    history = trainer_state.log_history
+    return [10000.0 * len(history) + history[-1]["step"]] * len(prompts)
+
+
 async def async_sleep(prompts, **kwargs):
     await asyncio.sleep(0.3)
     return [1.0] * len(prompts)

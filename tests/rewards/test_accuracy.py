@@ -78,10 +78,32 @@ def test_trl_gives_zero_or_raises_where_ours_is_right():
         ("-5", "5", 0.0),
         ("5", ".5", 0.0),
         (72, "72", 1.0),
+        # a whole number in a column of floats, and one that Python writes with an exponent
+        (72.0, "72", 1.0),
+        (1e-05, "0.00001", 1.0),
+        (1e-05, "\\boxed{e - 5}", 0.0),
+        (1e16, "10^{16}", 1.0),
+        # matrices and products of letters are formulas
+        ("\\begin{pmatrix} 1 & 2 \\\\ 3 & 4 \\end{pmatrix}", "\\boxed{\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}}", 1.0),
+        ("\\begin{pmatrix} 1 & 2 \\\\ 3 & 4 \\end{pmatrix}", "\\boxed{4}", 0.0),
+        ("3abc - 1", "\\boxed{1}", 0.0),
+        ("2xy+3", "\\boxed{3+2xy}", 1.0),
+        ("2xy+3", "\\boxed{3}", 0.0),
+        ("p - q", "\\boxed{p-q}", 1.0),
+        ("x - y", "\\boxed{-y+x}", 1.0),
+        ("x - y", "\\boxed{y-x}", 0.0),
+        ("Coca-Cola", "coca-cola", 1.0),
+        ("Coca-Cola", "Pepsi", 0.0),
+        # a minus of typography
+        ("-5", "The answer is \u22125.", 1.0),
+        ("5", "The answer is \u22125.", 0.0),
         # not mathematical: the same text
         ("Paris", "The answer is Paris.", 1.0),
         ("Paris", "Lyon", 0.0),
         ("B", "(B)", 1.0),
+        ("B", "\\boxed{\\textbf{(B)}}", 1.0),
+        ("B", "\\boxed{\\mathrm{B}}", 1.0),
+        ("B", "\\boxed{\\textbf{(C)}}", 0.0),
         ("A", "The answer is B", 0.0),
         ("blue", "\\boxed{\\text{blue}}", 1.0),
         # no gold answer

@@ -19,6 +19,7 @@ from transformers import TrainerState
 
 from grpo_trl.batch import Group, Prompt
 from grpo_trl.rewards import RewardScorer, accuracy, isolation
+from grpo_trl.rewards.calls import LOGS_SENT
 from grpo_trl.rewards.isolation import IsolatedFunction
 from tests.rewards import reward_functions as functions
 
@@ -260,6 +261,32 @@ def test_the_state_and_the_logs_cross_the_process(make_scorer):
     )
     assert rewards.tolist() == [[0.5], [0.5]]
     assert extra == [("upper", ["A", "B"])] and metrics == [("step", 7)]
+
+
+def test_logs_by_keyword_also_of_rows_that_are_tried_again(make_scorer):
+    def logs(completions, log_extra, log_metric, **kwargs):
+        log_extra(column="upper", values=[text.upper() for text in completions])
+        log_metric(name="count", value=len(completions))
+        return [1 / (text != "b") for text in completions]
+
+    extra, metrics = [], []
+    scorer = make_scorer(logs)
+    scorer.score(
+        [group("a", "c")],
+        log_extra=lambda *args: extra.append(args),
+        log_metric=lambda *args: metrics.append(args),
+    )
+    assert extra == [("upper", ["A", "C"])] and metrics == [("count", 2)]
+    with pytest.raises(RuntimeError, match="'logs' failed on row 1: ZeroDivisionError"):
+        scorer.score([group("a", "b")])
+
+
+def test_the_latest_logs_alone_cross_the_process(make_scorer):
+    scorer = make_scorer(functions.logs_known, timeout=30)
+    for length, expected in ((3, 3), (5000, LOGS_SENT)):
+        state = TrainerState(log_history=[{"step": step} for step in range(length)])
+        assert scorer.score([group("a")], trainer_state=state).tolist() == [[expected * 10000.0 + length - 1]]
+    assert len(state.log_history) == 5000
 
 
 def test_a_column_that_some_calls_leave_out_is_none_there(make_scorer):

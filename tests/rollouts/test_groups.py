@@ -8,8 +8,8 @@ from trl.chat_template_utils import qwen3_template
 
 from grpo_trl import GRPOTrainer
 from grpo_trl.batch import Group, Prompt
-from grpo_trl.rewards import completion_texts
-from grpo_trl.rollouts import SamplingParams, decode_completions, make_engine, ordered_groups
+from grpo_trl.rewards import completion_texts, reasoning_accuracy, think_format
+from grpo_trl.rollouts import SamplingParams, check_finite, decode_completions, make_engine, ordered_groups
 from grpo_trl.rollouts.sampling import sample
 from tests.test_trainer import PROMPTS, trainer
 from tests.tiny import ENDOFTEXT, IM_END, IM_START, PAD, tiny_model, tiny_tokenizer
@@ -87,6 +87,8 @@ def test_messages_are_parsed_where_the_tokenizer_says_how():
     assert thought["role"] == plain["role"] == "assistant"
     assert thought["reasoning_content"].strip() == "Eight times nine." and not plain.get("reasoning_content")
     assert [text.strip() for text in completion_texts(completions)] == ["So 72.", "So 72."]
+    assert think_format(completions) == [1.0, 0.0]  # what rewards read of the form is as it was written
+    assert reasoning_accuracy(completions, answer=["72", "72"]) == [1.0, 0.0]
     group.prompt.example["prompt"] = "q"
     assert decode_completions(group, tokenizer) == texts
 
@@ -116,11 +118,11 @@ def diverged(kind="qwen3"):
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_policy_that_diverged_is_named(temperature):
     sampling = SamplingParams(2, 4, (IM_END,), PAD, seed=0, temperature=temperature)
-    groups = make_engine("hf_generate", diverged()).generate(DRAWS, sampling)
+    group = next(iter(make_engine("hf_generate", diverged()).generate(DRAWS, sampling)))
     with pytest.raises(
         FloatingPointError, match=r"not finite at token 0 of completion 0 of draw 0.*diverged.*grad_norm"
     ):
-        ordered_groups(DRAWS, groups, 2)
+        check_finite(group)
 
 
 def test_training_and_evaluation_stop_there(tmp_path):

@@ -339,8 +339,10 @@ def groups_that_fit(model: Any, tokens: int) -> int:
 def key_value_bytes(model: Any, tokens: int) -> int:
     """Of the keys and values of so many tokens, in all layers."""
     config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if not (queries := getattr(config, "num_attention_heads", None)):
+        return 0  # no attention
+    heads = getattr(config, "num_key_value_heads", None) or queries
+    size = getattr(config, "head_dim", None) or config.hidden_size // queries
     return 2 * tokens * config.num_hidden_layers * heads * size * model.dtype.itemsize
 
 

@@ -12,9 +12,10 @@ SIGNAL_TIMEOUT = 3  # seconds; math-verify's own, per parse and per comparison
 
 _NUMBER = re.compile(r"[$€£]?\s*[-+]?\s*[$€£]?(?:\d[\d,]*|\d{1,3}(?: \d{3})+)?(?:\.\d+)?\s*[%$€£]?")
 _MACRO = re.compile(r"\\(?:text|mathrm|mbox|begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+")
-_WORD = re.compile(r"(?<!\S)[A-Za-z]{2,}(?!\S)|[A-Za-z]{4,}")  # "xy" in "2xy + 3" is a product
+# letters between spaces and the marks of a text, or many: "xy" in "2xy + 3" is a product
+_WORD = re.compile(r"""(?<![^\s("'])[A-Za-z]{2,}(?![^\s,.:;!?'")])|[A-Za-z]{4,}""")
 _OR = re.compile(r",?\s*(?:\\text\s*\{\s*(?:or|and)\s*\}|\b(?:or|and)\b)\s*")  # "71 or 72" is a list
-_UNIT = re.compile(r"(?<=\d)\s+[A-Za-z]{2}[A-Za-z ]*$")  # "72 clips"
+_UNIT = re.compile(r"(?<=\d)\s+[A-Za-z]{2}[A-Za-z/ ]*$")  # "72 clips", "72 km/h"
 
 
 def verify_answer(gold: str, answer: str) -> bool:

@@ -17,6 +17,7 @@ from peft import LoraConfig
 from torch.distributed.tensor import DTensor
 
 from grpo_trl import GRPOConfig, GRPOTrainer
+from grpo_trl.policy import head
 from grpo_trl.policy.logprobs import causal_lm
 from tests.train_on_ranks import reward_vowels
 
@@ -69,7 +70,11 @@ def main(output: str, models: str, world_size: int, options: dict) -> None:
         "max_grad_norm": 1e4,  # a norm is logged, and no gradient clipped
         "adam_epsilon": 1e-3,  # of gradients near 0 the usual one makes steps of full size: rounding, magnified
     }  # fmt: skip
+    if (chunk := options.pop("chunk", None)) is not None:
+        head.CHUNK, head.CHUNK_LOGITS = chunk, 0
     args = GRPOConfig(output, per_device_train_batch_size=8 // world_size, **(defaults | options))
+    if args.deepspeed_plugin is not None:  # else tiny weights are whole on each rank, as no real ones are
+        args.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     trainer = RecordingTrainer(
         model=f"{models}/policy", reward_funcs=[reward_slow_on_rank_1, f"{models}/reward"], args=args,
         train_dataset=Dataset.from_dict({"prompt": [f"question {i}" * (1 + i % 3) for i in range(12)]}),

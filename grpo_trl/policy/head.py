@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
@@ -84,7 +84,7 @@ def score(
         return scores_of_logits(logits, labels, **options)
 
     size = max(CHUNK, CHUNK_LOGITS // model.config.get_text_config().vocab_size)
-    count = _as_on_all_ranks(max(1, -(-len(labels) // size)), head.weight)
+    count = _as_on_all_ranks(max(1, -(-len(labels) // size)), model)
     *chunks, last = zip(hidden.tensor_split(count), labels.tensor_split(count), strict=True)
     scores = [checkpoint(score_chunk, *chunk, use_reentrant=False) for chunk in chunks]
     # the backward pass begins with the last chunk, and would have its logits made again at once
@@ -92,9 +92,11 @@ def score(
     return torch.cat(logps), torch.cat(entropies) if with_entropy else None
 
 
-def _as_on_all_ranks(count: int, weight: Tensor) -> int:
-    """How often every rank calls a head, which for the sharded one of ZeRO-3 or FSDP is a collective each time."""
-    if not (hasattr(weight, "ds_id") or isinstance(weight, DTensor)):
+def _as_on_all_ranks(count: int, model: PreTrainedModel) -> int:
+    """How often every rank calls the head: where ZeRO-3 or FSDP shards a model, a call or its gradient is a
+    collective."""
+    weight = model.get_output_embeddings().weight
+    if not (hasattr(weight, "ds_id") or any(isinstance(module, FSDPModule) for module in model.modules())):
         return count
     most = torch.tensor(count, device=weight.device)
     torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)

@@ -26,6 +26,7 @@ class InterruptibleTrainer(ResumableTrainer):
         super().__init__(*args, **kwargs)
         self.signals = SignalWatch(enabled=False)
         self._moment: Moment | None = None
+        self._epoch_has_steps = False  # made here, not before a resume
         self.add_callback(_UpdateCallback(self))
         if self.accelerator.num_processes > 1:
             pause_at_exit()
@@ -41,8 +42,14 @@ class InterruptibleTrainer(ResumableTrainer):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """The micro-batches of the next optimizer step: where one step has ended and the next begins."""
-        self._at_boundary()
+        # a resumed run asks for as many more as it left out at the beginning of its epoch, when that is over
+        if not (self._epoch_has_steps and self.loader.epoch_is_over):
+            self._at_boundary()
         return super().get_batch_samples(*args, **kwargs)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        self._epoch_has_steps = False
+        super()._run_epoch(*args, **kwargs)
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
         if skip_scheduler:  # before the first step: there is nothing to save yet
@@ -91,3 +98,4 @@ class _UpdateCallback(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self.trainer.signals.forbid()
+        self.trainer._epoch_has_steps = True

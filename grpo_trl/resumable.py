@@ -169,6 +169,12 @@ class ResumableTrainer(Trainer):
                 "; ".join(changed),
             )
         state = self._resumed = checkpoint.load(folder, self.accelerator.process_index)
+        if self.args.beta and state["loader"]["buffer"] and "ref_per_token_logps" not in state["loader"]["buffer"]:
+            raise ValueError(
+                f"beta={self.args.beta} needs log-probabilities of a reference, which the rollout that {folder} is in "
+                "the middle of does not have (beta was 0 then). Resume with beta=0, from a checkpoint at the end of a "
+                "rollout, or start from the weights (model_name_or_path)."
+            )
         self.loader.load_state_dict(state["loader"])
         self.metrics.load_state_dict(state["metrics"])
         self.num_tokens = state["num_tokens"]
@@ -176,7 +182,7 @@ class ResumableTrainer(Trainer):
         self.prompt_memory.load_table(read_parquet(Path(folder) / PROMPT_MEMORY_NAME))
         self._sampling_is_exact = state["sampling_is_exact"]
         self.completions_log = state["completions_log"]
-        if self.args.sync_ref_model:
+        if self.args.sync_ref_model and config.get("sync_ref_model"):
             checkpoint.load_reference(folder, self._synced_reference)
         self._last_checkpoint = (self.state.global_step, Path(folder))
 

@@ -240,6 +240,22 @@ def test_other_settings_are_named_and_do_not_stop_the_run(tmp_path, caplog):
     assert "logging_steps" not in message and "max_steps" not in message
 
 
+def test_a_penalty_that_begins_within_a_rollout_is_refused(tmp_path):
+    build(tmp_path, num_iterations=2, max_steps=3, save_steps=1, save_strategy="steps", beta=0.0).train()
+    with pytest.raises(ValueError, match=r"beta=0.05 needs log-probabilities.*checkpoint-3 is in the middle of"):
+        build(tmp_path, num_iterations=2, beta=0.05).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    run = build(tmp_path, num_iterations=2, beta=0.05, max_steps=4)
+    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert run.state.global_step == 4
+
+
+def test_a_reference_that_begins_to_follow_is_the_one_that_was_loaded(tmp_path):
+    folder = cut(tmp_path)
+    run = build(tmp_path, num_iterations=2, sync_ref_model=True, ref_model_sync_steps=1)
+    run.train(resume_from_checkpoint=folder)
+    assert run.state.global_step == run.state.max_steps
+
+
 def test_the_same_settings_are_not_mentioned(tmp_path, caplog):
     folder = cut(tmp_path)
     build(tmp_path, num_iterations=2).train(resume_from_checkpoint=folder)

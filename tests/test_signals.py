@@ -116,6 +116,23 @@ def test_wherever_it_comes_the_resumed_run_is_the_run(tmp_path, expected, name, 
     assert not differences(expected(name), outcome(resumed))
 
 
+@pytest.mark.parametrize(("event", "nth"), [("on_optimizer_step", 3), ("on_epoch_end", 1)])
+def test_a_resumed_run_ends_its_epoch_before_a_signal_stops_it(tmp_path, event, nth):
+    """Resumed after the first of an epoch's four updates."""
+    options = PLAIN | {"eval_dataset": dataset(2), "eval_strategy": "epoch", "save_epochs": True}
+    first = build(tmp_path, **options)
+    first.add_callback(Kick("on_step_begin", 2))
+    interrupted(first)
+    assert first.state.global_step == 1
+    second = build(tmp_path, **options)
+    second.add_callback(Kick(event, nth))
+    interrupted(second)
+    assert second.state.global_step == 4 and (tmp_path / "epoch_1").is_dir()
+    resumed = build(tmp_path, **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert [log["step"] for log in resumed.state.log_history if "eval_reward" in log] == [4, 6]
+
+
 def test_an_interrupted_evaluation_is_made_again(tmp_path):
     options = {
         **PLAIN, "num_iterations": 1, "eval_dataset": dataset(2), "eval_strategy": "steps", "eval_steps": 2,

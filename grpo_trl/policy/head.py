@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -95,7 +95,7 @@ def score(
 def _as_on_all_ranks(count: int, model: PreTrainedModel) -> int:
     """How often every rank calls the head: where ZeRO-3 or FSDP shards a model, a call or its gradient is a
     collective."""
-    weight = model.get_output_embeddings().weight
+    weight = cast(nn.Linear, model.get_output_embeddings()).weight
     if not (hasattr(weight, "ds_id") or any(isinstance(module, FSDPModule) for module in model.modules())):
         return count
     most = torch.tensor(count, device=weight.device)

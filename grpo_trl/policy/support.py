@@ -63,10 +63,21 @@ def obstacle(model: PreTrainedModel | PeftModel) -> str | None:
         f"it has layers of the kind {', '.join(sorted(kinds - {'full_attention'}))}": kinds != {"full_attention"},
         "its attention has a sliding window": getattr(config, "sliding_window", None) is not None,
         f"its positions ({rope} RoPE) depend on the longest row": rope in ("dynamic", "longrope"),
+        "its values have another size than its keys": _value_size(config) != _key_size(config),
         "its adapter adds tokens to the prompt": any(adapter.is_prompt_learning for adapter in adapters),
         "attn_implementation='eager' was asked for": exchangeable and lm.config._attn_implementation == "eager",
     }
     return next((reason for reason, applies in reasons.items() if applies), None)
+
+
+def _key_size(config: Any) -> int | None:
+    """Of multi-head latent attention (DeepSeek); None for any other, whose keys and values are of one size."""
+    rotated = getattr(config, "qk_rope_head_dim", None)
+    return None if rotated is None else rotated + (getattr(config, "qk_nope_head_dim", None) or 0)
+
+
+def _value_size(config: Any) -> int | None:
+    return None if _key_size(config) is None else getattr(config, "v_head_dim", _key_size(config))
 
 
 def _try(lm: Any, evaluation: str, expected: Tensor | None) -> str | None:

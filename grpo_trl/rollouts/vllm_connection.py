@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from accelerate import Accelerator
 from peft import PeftModel
@@ -82,6 +83,7 @@ class Adapters:
     def __init__(self, client: VLLMClient, model: PeftModel, args: GRPOConfig, accelerator: Accelerator):
         self.client, self.model, self.accelerator = client, model, accelerator
         self.folder = Path(args.output_dir or ".").resolve() / "vllm_adapter"
+        self.run = uuid4().hex[:8]  # a server outlives a run, and knows the names of one before
         self.name: str | None = None  # of what is loaded
         self.loaded = 0
 
@@ -92,7 +94,7 @@ class Adapters:
             ValueError: the server does not load them.
         """
         self.loaded += 1
-        former, self.name = self.name, f"policy_{self.loaded}"
+        former, self.name = self.name, f"policy_{self.run}_{self.loaded}"
         active = str(self.model.active_adapter)
         with DistributedBackend(self.accelerator).gather_params(list(self.model.parameters())):
             if self.accelerator.is_main_process:

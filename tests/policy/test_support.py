@@ -26,9 +26,19 @@ FALLBACKS = {
     "mamba": "layers of the kind linear_attention",
     "qwen3_next": "layers of the kind linear_attention",
     "bloom": "attention cannot be exchanged",
+    "deepseek_v3": "its values have another size than its keys",
     "bart": "other ways than through attention",  # no configuration says so: found by trying
 }
-OWN = {"bloom": {"n_layer": 2, "n_head": 4}, "mistral": {"sliding_window": 4}}
+OWN = {
+    "bloom": {"n_layer": 2, "n_head": 4},
+    "mistral": {"sliding_window": 4},
+    "deepseek_v3": {
+        "num_key_value_heads": 4,
+        "moe_intermediate_size": 16, "kv_lora_rank": 16, "q_lora_rank": 24, "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8, "v_head_dim": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
+        "topk_group": 1, "first_k_dense_replace": 1,
+    },
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", FALLBACKS)

@@ -61,6 +61,28 @@ def test_a_model_that_turns_a_part_of_a_head_is_run_by_its_own_layers():
     assert_same(groups, rollout(HFGenerateEngine(model)))
 
 
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("olmo", {"clip_qkv": 4.0}),  # which a first step may not reach
+        (
+            "ministral3",
+            {
+                "rope_parameters": {
+                    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0, "beta_fast": 32.0, "beta_slow": 1.0,
+                    "mscale": 1.0, "mscale_all_dim": 1.0, "original_max_position_embeddings": 32,
+                    "llama_4_scaling_beta": 0.5,
+                },
+            },
+        ),
+    ],
+)  # fmt: skip
+def test_a_model_that_does_more_in_later_steps_is_run_by_its_own_layers(kind, options):
+    ours, groups = run(model := tiny_model(kind, **options))
+    assert ours.runner.decoder is None
+    assert_same(groups, rollout(HFGenerateEngine(model)))
+
+
 def test_a_replaced_module_makes_another_model(qwen3):
     ours, before = run(qwen3)
     first = ours.runner

@@ -166,7 +166,7 @@ def test_rows_that_fit_follow_from_free_memory(qwen3, monkeypatch):
     monkeypatch.setattr("grpo_trl.rollouts.native.engine.virtual_memory", Memory)
     assert groups_that_fit(qwen3, 100) == 3
     sampling = replace(SAMPLING, num_generations=2, max_completion_length=45)
-    assert NativeEngine(qwen3)._memory(qwen3, 5, 10, sampling).most.groups == 3
+    assert NativeEngine(qwen3)._memory(qwen3, 5, 10, sampling, kept=False).most.groups == 3
 
 
 def test_nothing_random_is_touched_and_modes_are_restored(qwen3):
@@ -364,6 +364,19 @@ def test_the_memory_of_graphs_grows_and_is_kept(qwen3):
     longer = replace(SAMPLING, max_completion_length=20)
     assert_same(rollout(ours, large, longer), rollout(NativeEngine(qwen3), large, longer))
     assert NativeEngine(qwen3).memory is None  # without graphs it ends with the rollout
+
+
+def test_a_rollout_within_a_rollout_has_memory_of_its_own(qwen3):
+    """As of a tool's second turn, asked for while groups of the first are taken."""
+    expected = rollout(NativeEngine(prepared(qwen3)))
+    ours = graphed_engine(qwen3, [])
+    rollout(ours)
+    kept, inner, outer = ours.memory, [Prompt([40, 41, 42], {}, 100)], {}
+    for group in ours.generate(PROMPTS, SAMPLING):
+        outer[group.prompt.draw] = group
+        assert_same(rollout(ours, inner), rollout(NativeEngine(qwen3), inner))
+    assert_same(outer, expected)
+    assert ours.memory is kept and ours.going_on == 0
 
 
 def test_the_former_memory_is_gone_before_the_next_is_sized(qwen3, monkeypatch):

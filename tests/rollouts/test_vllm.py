@@ -5,6 +5,7 @@ import importlib.metadata
 import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -213,9 +214,10 @@ def test_the_adapter_alone_is_sent_where_the_server_loads_them(tmp_path, qwen3, 
         with torch.no_grad():
             model.base_model.model.model.layers[0].self_attn.q_proj.lora_B["default"].weight.mul_(2)
         engine.sync_weights(model)
-        assert list(server.adapters) == [f"policy_{number}"]  # the former is gone
+        (name,) = server.adapters  # the former is gone
+        assert name.startswith("policy_") and name.endswith(f"_{number}")
         assert_logps_are_the_policys(model, engine.generate(PROMPTS, SAMPLING))
-        assert server.requests[-1]["model"] == f"policy_{number}"
+        assert server.requests[-1]["model"] == name
     assert "/update_weights" not in server.calls
     server.adapters.clear()  # as after a restart
     engine.sync_weights(model)
@@ -233,9 +235,19 @@ def test_an_adapter_that_the_server_cannot_load_is_merged(tmp_path, qwen3, serve
     assert_logps_are_the_policys(model, engine.generate(PROMPTS, SAMPLING))
 
 
-def test_an_adapter_that_is_refused_is_an_error_that_says_so(tmp_path, qwen3, serve):
+def test_a_run_that_finds_the_adapter_of_a_former_one_uses_its_own(tmp_path, qwen3, serve):
     server, model = serve(tiny_model("qwen3"), max_lora_rank=8), adapted(qwen3)
-    server.adapters["policy_1"] = server.model
+    engine_of(tmp_path, model, server).sync_weights(model)  # a run that died
+    engine = engine_of(tmp_path, model, server)
+    engine.sync_weights(model)
+    assert len(server.adapters) == 2
+    assert_logps_are_the_policys(model, engine.generate(PROMPTS, SAMPLING))
+
+
+def test_an_adapter_that_is_refused_is_an_error_that_says_so(tmp_path, qwen3, serve, monkeypatch):
+    server, model = serve(tiny_model("qwen3"), max_lora_rank=8), adapted(qwen3)
+    monkeypatch.setattr("grpo_trl.rollouts.vllm_connection.uuid4", lambda: SimpleNamespace(hex="0123456789"))
+    server.adapters["policy_01234567_1"] = server.model
     with pytest.raises(ValueError, match=r"refuses load_lora_adapter .*400, .*already been loaded.*able to read"):
         engine_of(tmp_path, model, server).sync_weights(model)
 

@@ -258,7 +258,7 @@ def _norm(module: Any) -> Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor
 
 def _is_like_llama(backbone: Any) -> bool:
     """By the names and sizes of its parts."""
-    if _children(backbone) != {"embed_tokens", "layers", "norm", "rotary_emb"}:
+    if _children(backbone) != {"embed_tokens", "layers", "norm", "rotary_emb"} or _acts_later(backbone.config):
         return False
     turned = 2 * len(getattr(backbone.rotary_emb, "inv_freq", ()))  # of a head; some models turn a part of it only
     return all(
@@ -267,6 +267,13 @@ def _is_like_llama(backbone: Any) -> bool:
         and layer.self_attn.head_dim == turned
         for layer in backbone.layers
     )
+
+
+def _acts_later(config: Any) -> bool:
+    """Whether layers do what a first step does not show: cut what they project (OLMo), scale queries at positions
+    behind the original length (Ministral-3)."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return getattr(config, "clip_qkv", None) is not None or "llama_4_scaling_beta" in rope
 
 
 def _is_like_llamas(attention: Any) -> bool:

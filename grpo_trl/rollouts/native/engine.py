@@ -6,7 +6,7 @@ Rows that finish leave at once, and waiting prompts take their place. What is sa
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,6 +65,7 @@ class NativeEngine:
         self.max_concurrent_rows = max_concurrent_rows
         self.graphs = GraphedSteps() if cuda_graphs else None
         self.memory: Memory | None = None
+        self.going_on = 0  # rollouts whose groups are not all taken yet
         self.weights: LowPrecisionWeights | None = None
         self.runner: Runner | None = None
         self.fallback = HFGenerateEngine(
@@ -88,19 +89,30 @@ class NativeEngine:
         model = causal_lm(self.model)
         longest = max(len(prompt.ids) for prompt in prompts)
         check_positions(model.config, longest, sampling.max_completion_length)
-        graphs = None if sampling.history_processors else self.graphs  # those run on the host
         if self.runner is None or not self.runner.fits(model):
             self.runner = Runner(model)
         weights = self._weights(model)
-        with self.runner.rollout():
+        with self._alone() as alone, self.runner.rollout():
+            graphs = self.graphs if alone else None
             # when the copies of weights are there: as many rows as there is room for besides
-            memory = self._memory(model, len(prompts), longest, sampling)
+            memory = self._memory(model, len(prompts), longest, sampling, kept=graphs is not None)
+            graphs = None if sampling.history_processors else graphs  # those run on the host
             rollout = Rollout(model, self.runner, prompts, sampling, memory, graphs)
             while rollout.unfinished:
                 # not around the yield, where the consumer's code runs
                 with evaluation_mode(self.model), weights.active() if weights else nullcontext(), torch.no_grad():
                     finished = rollout.advance()
                 yield from finished
+
+    @contextmanager
+    def _alone(self) -> Iterator[bool]:
+        """Around a rollout: whether it does not begin within another. Else it has memory of its own, which no graph
+        knows."""
+        self.going_on += 1
+        try:
+            yield self.going_on == 1
+        finally:
+            self.going_on -= 1
 
     def _weights(self, model: Any) -> LowPrecisionWeights | None:
         """Copies in autocast's dtype, where it is on and does not keep its own for as long as a rollout takes."""
@@ -112,7 +124,7 @@ class NativeEngine:
         self.weights = weights if self.graphs else None  # graphs read them where they are
         return weights
 
-    def _memory(self, model: Any, prompts: int, longest: int, sampling: SamplingParams) -> "Memory":
+    def _memory(self, model: Any, prompts: int, longest: int, sampling: SamplingParams, *, kept: bool) -> "Memory":
         size, length = sampling.num_generations, sampling.max_completion_length
 
         def wanted() -> tuple[int, int, int, int]:
@@ -120,13 +132,14 @@ class NativeEngine:
             groups = rows // size if rows else groups_that_fit(model, longest + size * length)
             return max(1, min(prompts, groups)), size, longest, length
 
-        if self.memory is not None and self.graphs is not None:
+        if kept and self.memory is not None and self.graphs is not None:
             if self.memory.holds(*wanted()):
                 return self.memory
             self.memory = None  # before the new one is sized; graphs hold on to it
             self.graphs.forget()
         memory = Memory(*wanted(), input_device(model))
-        self.memory = memory if self.graphs else None
+        if kept:
+            self.memory = memory
         return memory
 
 

@@ -14,6 +14,7 @@ from transformers.utils import is_liger_kernel_available, strtobool
 
 from .algorithm import SAMPLER_CORRECTIONS
 from .config_types import set_to_default
+from .placement import is_zero3
 
 
 class Range(NamedTuple):
@@ -232,6 +233,12 @@ def combination_problems(args: Any) -> list[str]:
             "max_tokens_per_microbatch cannot be used with FSDP: every piece gathers weights from all ranks, and "
             "ranks may have different numbers of pieces; lower per_device_train_batch_size and raise "
             "gradient_accumulation_steps instead.",
+        ),
+        (
+            is_zero3(args.deepspeed_plugin)
+            and not {"every_n_layers", "offload"}.isdisjoint(args.gradient_checkpointing_kwargs or {}),
+            "gradient_checkpointing_kwargs every_n_layers and offload cannot be used with ZeRO-3: TRL turns "
+            "checkpointing off for a rollout and on again, and does not know them; leave them out.",
         ),
         (
             args.save_on_signal and args.save_only_model,

@@ -568,3 +568,12 @@ def test_schedulers_that_follow_a_metric_know_which_way_is_better(config, schedu
     assert args.lr_scheduler_kwargs["mode"] == mode
     assert ("patience" in args.lr_scheduler_kwargs) == ("lr_scheduler_kwargs" in options)
     assert "mode" not in (config(lr_scheduler_type="linear").lr_scheduler_kwargs or {})
+
+
+def test_checkpointing_that_a_rollout_under_zero3_would_lose_is_refused(config, monkeypatch):
+    options = {"gradient_checkpointing_kwargs": {"every_n_layers": 2}}
+    config(**options)
+    monkeypatch.setattr(config_checks, "is_zero3", lambda plugin: True)
+    with pytest.raises(ValueError, match="every_n_layers and offload cannot be used with ZeRO-3"):
+        config(**options)
+    config(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -4,12 +4,14 @@ What is known to fail is told by the configuration; everything else is tried onc
 own logits. So an architecture that nobody thought of is either right or padded.
 """
 
+import os
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.utils import strtobool
 
 from ..batch import Group, Prompt, RolloutBatch
 from ..placement import input_device
@@ -83,20 +85,32 @@ def _value_size(config: Any) -> int | None:
 def _try(lm: Any, evaluation: str, expected: Tensor | None) -> str | None:
     """Switches to another evaluation and compares it; switches back and says why when it fails."""
     before, lm.evaluation = lm.evaluation, evaluation
+    trouble = _of_rank_0(_trouble(lm, expected))
+    if trouble is not None:
+        lm.evaluation = before
+    return trouble
+
+
+def _of_rank_0(trouble: str | None) -> str | None:
+    """Under FSDP, where no other rank need have weights to try, and all must run the model alike."""
+    if not (torch.distributed.is_initialized() and strtobool(os.environ.get("ACCELERATE_USE_FSDP", "false"))):
+        return trouble
+    found = [trouble]
+    torch.distributed.broadcast_object_list(found)
+    return found[0]
+
+
+def _trouble(lm: Any, expected: Tensor | None) -> str | None:
+    """What is wrong with the log-probabilities of a trial, as the model is evaluated now."""
     if expected is None:
         return None
     try:
         gap = float((_trial(lm) - expected).abs().max())  # pyright: ignore[reportOptionalOperand]
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
-        trouble = f"{type(error).__name__}: {error}"
-    else:
-        # a wrong mask or position makes differences of order 1 nat, rounding in 16 bit or less up to some 0.1
-        exact = expected.dtype == torch.float32 and next(lm.parameters()).dtype == torch.float32
-        if gap <= (1e-3 if exact else 0.3):
-            return None
-        trouble = f"log-probabilities differ by {gap:.2g}"
-    lm.evaluation = before
-    return trouble
+        return f"{type(error).__name__}: {error}"
+    # a wrong mask or position makes differences of order 1 nat, rounding in 16 bit or less up to some 0.1
+    exact = expected.dtype == torch.float32 and next(lm.parameters()).dtype == torch.float32
+    return None if gap <= (1e-3 if exact else 0.3) else f"log-probabilities differ by {gap:.2g}"
 
 
 @torch.no_grad()

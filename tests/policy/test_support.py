@@ -106,6 +106,20 @@ def test_modes_and_gradients_are_left_alone(qwen3):
     assert all(parameter.grad is None and parameter.requires_grad for parameter in qwen3.parameters())
 
 
+def test_under_fsdp_the_first_rank_decides(qwen3, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    own = []
+
+    def broadcast(found):
+        own.extend(found)
+        found[0] = None if len(own) == 1 else "rank 0 said so"
+
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast)
+    assert "(rank 0 said so)" in prepare(qwen3) and qwen3.evaluation == "padded"
+    assert own == [None, None]  # this rank had nothing against either
+
+
 def test_weights_that_are_not_there_cannot_be_tried():
     with torch.device("meta"):
         model = tiny_model("qwen3")

@@ -230,7 +230,9 @@ def test_cache_is_what_the_native_engine_allocates(run, qwen3, monkeypatch):
     engine = make_engine("native", qwen3)
     seen = []
     real = type(engine)._memory
-    monkeypatch.setattr(type(engine), "_memory", lambda *args: seen.append(real(*args)) or seen[-1])
+    monkeypatch.setattr(
+        type(engine), "_memory", lambda *args, **kwargs: seen.append(real(*args, **kwargs)) or seen[-1]
+    )
     prompts = [Prompt([5] * 32, {}, draw) for draw in range(2)]
     list(engine.generate(prompts, SamplingParams(4, 64, (1,), 0, seed=0)))
     planned, work = rollout_bytes(FakeModel(policy_of(run().policy, run().args)), run().args, 32, 2)

@@ -1,6 +1,5 @@
 """What the trainer is put together from: arguments, tokenizer, models, sampling parameters, devices, callbacks."""
 
-import os
 import pydoc
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, get_int_from_env
 from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
@@ -29,7 +28,7 @@ from .callbacks import (
 )
 from .config import GRPOConfig, mapping
 from .placement import DeviceMap, resolve_device_map
-from .policy import disable_dropout, freeze_adapter, load_policy, load_reference_model, prepare
+from .policy import causal_lm, disable_dropout, freeze_adapter, load_policy, load_reference_model, prepare
 from .prompt_memory import PromptMemory
 from .prompts import encode_prompt, limit_prompts
 from .rewards.registry import TRL_NAMES
@@ -197,12 +196,16 @@ def load_tokenizer(
     return processing_class
 
 
+def declared_eos(policy: Any) -> list[int]:
+    """The EOS ids of a model's generation config."""
+    declared = causal_lm(policy).generation_config.eos_token_id
+    return [] if declared is None else [declared] if isinstance(declared, int) else list(declared)
+
+
 def train_sampling(args: GRPOConfig, policy: Any, tokenizer: Any) -> SamplingParams:
     """Training's sampling. Every EOS id that the model declares ends a completion, and the tokenizer's."""
-    declared = policy.generation_config.eos_token_id
-    declared = [] if declared is None else [declared] if isinstance(declared, int) else declared
     own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    eos = tuple(dict.fromkeys([*own, *declared]))
+    eos = tuple(dict.fromkeys([*own, *declared_eos(policy)]))
     if not eos:
         raise ValueError(
             "Neither the tokenizer nor the model's generation config has an EOS token, so no completion could end; "
@@ -265,8 +268,7 @@ def device_map(args: GRPOConfig, name: str) -> DeviceMap:
 def _num_local_ranks(world_size: int) -> int:
     """Ranks on this machine. Where the launcher (srun, say) does not tell: one per GPU, if there are so many."""
     names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")  # torchrun, DeepSpeed, mpirun
-    said = next((os.environ[name] for name in names if name in os.environ), None)
-    return int(said) if said else min(world_size, max(1, torch.cuda.device_count()))
+    return get_int_from_env(names, min(world_size, max(1, torch.cuda.device_count())))
 
 
 def default_callbacks(trainer: Any, reference_model: nn.Module | None) -> list[TrainerCallback]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 
 @dataclass
@@ -101,13 +102,13 @@ class RolloutBatch:
         sampling_logps = None
         if all(group.sampling_per_token_logps is not None for group in groups):
             rows = [logps for group in groups for logps in group.sampling_per_token_logps or []]
-            sampling_logps = _pad(rows, 0.0)
+            sampling_logps = pad_rows(rows, 0.0)
         return cls(
-            prompt_ids=_pad(prompts, pad_token_id, side="left"),
-            prompt_mask=_pad([[1] * len(ids) for ids in prompts], 0, side="left"),
-            completion_ids=_pad(completions, pad_token_id),
-            completion_mask=_pad([[1] * len(ids) for ids in completions], 0),
-            loss_mask=_pad(loss_masks, 0),
+            prompt_ids=pad_rows(prompts, pad_token_id, side="left"),
+            prompt_mask=pad_rows([[1] * len(ids) for ids in prompts], 0, side="left"),
+            completion_ids=pad_rows(completions, pad_token_id),
+            completion_mask=pad_rows([[1] * len(ids) for ids in completions], 0),
+            loss_mask=pad_rows(loss_masks, 0),
             group_ids=torch.tensor([number for number, group in enumerate(groups) for _ in range(len(group))]),
             sampling_per_token_logps=sampling_logps,
         )
@@ -154,13 +155,9 @@ class RolloutBatch:
         return RolloutBatch(**chosen)
 
 
-def _pad(rows: Sequence[Sequence[int | float]], value: int | float, side: str = "right") -> Tensor:
+def pad_rows(rows: Sequence[Sequence[int | float]], value: int | float, side: str = "right") -> Tensor:
     """Ragged rows -> (B, longest), at least one column wide."""
-    width = max(1, max(len(row) for row in rows))
     dtype = torch.float32 if isinstance(value, float) else torch.long
-    padded = torch.full((len(rows), width), value, dtype=dtype)
-    for i, row in enumerate(rows):
-        if len(row):
-            start = width - len(row) if side == "left" else 0
-            padded[i, start : start + len(row)] = torch.tensor(row, dtype=dtype)
-    return padded
+    tensors = [torch.tensor(row, dtype=dtype) for row in rows]
+    padded = pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
+    return padded if padded.shape[1] else padded.new_full((len(rows), 1), value)

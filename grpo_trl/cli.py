@@ -19,7 +19,7 @@ from trl.scripts.utils import TrlParser
 from trl.trainer.model_config import ModelConfig
 from trl.trainer.utils import get_peft_config, get_quantization_config
 
-from .config import GRPOConfig
+from .config import GRPOConfig, mapping
 from .data import load_datasets, parse_entries
 from .refused import raise_all, refuse
 from .trainer_checks import check_path
@@ -154,7 +154,7 @@ def _problems(script_args: ScriptArguments, args: GRPOConfig, model_args: ModelC
             "training data: expected either train_datasets: [{path, type, input, output}] or dataset_name, "
             f"got {found}."
         )
-    if _wants_evaluation(args) and not (script_args.eval_datasets or script_args.dataset_name):
+    if args.evaluates and not (script_args.eval_datasets or script_args.dataset_name):
         problems.append("evaluation (eval_strategy, eval_on_start) needs data: set eval_datasets, or switch it off.")
     for where, entries in {"train_datasets": script_args.train_datasets, **_named_eval_sets(script_args)}.items():
         if entries:
@@ -245,7 +245,7 @@ def load_data(script_args: ScriptArguments, args: GRPOConfig) -> tuple[Any, Any]
     else:
         train_dataset = _load_trl_dataset(script_args, script_args.dataset_train_split)
     eval_entries: Any = script_args.eval_datasets
-    if not _wants_evaluation(args):
+    if not args.evaluates:
         eval_dataset = None
     elif isinstance(eval_entries, dict):
         eval_dataset = {
@@ -271,10 +271,6 @@ def _load_trl_dataset(script_args: ScriptArguments, split: str) -> Any:
     return load_dataset(name, script_args.dataset_config, split=split, streaming=streaming)
 
 
-def _wants_evaluation(args: GRPOConfig) -> bool:
-    return args.eval_strategy != "no" or args.eval_on_start
-
-
 def _named_eval_sets(script_args: ScriptArguments) -> dict[str, Any]:
     sets = script_args.eval_datasets
     return {f"eval_datasets[{n}]": e for n, e in sets.items()} if isinstance(sets, dict) else {"eval_datasets": sets}
@@ -287,8 +283,7 @@ def _model_init_kwargs(args: GRPOConfig, model_args: ModelConfig) -> dict[str, A
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
     }
-    assert not isinstance(args.model_init_kwargs, str)  # parsed by TrainingArguments
-    return named | (args.model_init_kwargs or {})
+    return named | mapping(args.model_init_kwargs)
 
 
 def _changed(arguments: Any) -> dict[str, Any]:

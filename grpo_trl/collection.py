@@ -387,7 +387,7 @@ class CollectingTrainer(TrainerHooks):
 
 def replay_problems(batch: RolloutBatch, args: GRPOConfig, path: Path) -> list[str]:
     """Why a batch that was read cannot be trained on with this configuration."""
-    expected = args.per_device_train_batch_size * args.steps_per_generation
+    expected = args.completions_per_rank
     found = []
     if len(batch) != expected:
         found.append(

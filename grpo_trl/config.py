@@ -296,6 +296,21 @@ class GRPOConfig(VLLMArguments):
         return self.num_iterations == 1 and self.steps_per_generation == self.gradient_accumulation_steps
 
     @property
+    def completions_per_rank(self) -> int:
+        """Of one rollout, prompts' copies included."""
+        return self.per_device_train_batch_size * self.steps_per_generation
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether the run asks for evaluation."""
+        return self.eval_strategy != "no" or self.eval_on_start
+
+    @property
+    def captures_graphs(self) -> bool:
+        """Whether the native engine's decoding steps are captured as CUDA graphs."""
+        return self.device.type == "cuda" and self.cuda_graphs is not False
+
+    @property
     def optimizer_steps_per_rollout(self) -> int:
         """Updates between two rollouts."""
         return self.steps_per_generation // self.gradient_accumulation_steps * self.num_iterations

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from transformers import Trainer, get_scheduler
 from transformers.trainer_pt_utils import AcceleratorConfig
-from transformers.utils import is_liger_kernel_available, strtobool
+from transformers.utils import is_liger_kernel_available
 
 from .algorithm import SAMPLER_CORRECTIONS
 from .config_types import set_to_default
-from .placement import is_zero3
+from .placement import is_fsdp, is_zero3
 
 
 class Range(NamedTuple):
@@ -229,7 +229,7 @@ def combination_problems(args: Any) -> list[str]:
             "per_device_train_batch_size and raise gradient_accumulation_steps instead.",
         ),
         (
-            args.max_tokens_per_microbatch and strtobool(os.environ.get("ACCELERATE_USE_FSDP", "false")),
+            args.max_tokens_per_microbatch and is_fsdp(),
             "max_tokens_per_microbatch cannot be used with FSDP: every piece gathers weights from all ranks, and "
             "ranks may have different numbers of pieces; lower per_device_train_batch_size and raise "
             "gradient_accumulation_steps instead.",

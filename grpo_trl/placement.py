@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import dispatch_model
-from accelerate.utils import DistributedType, disable_fsdp_ram_efficient_loading
+from accelerate.utils import disable_fsdp_ram_efficient_loading, parse_flag_from_env
 from torch import nn
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
@@ -103,19 +103,23 @@ def whole_models(args: TrainingArguments) -> Iterator[None]:
             os.environ[EFFICIENT_LOADING] = efficient
 
 
-def refuse_empty(model: Any, what: str, args: TrainingArguments) -> None:
+def is_fsdp() -> bool:
+    """Whether the launcher asked for FSDP, which the `distributed_state` of `TrainingArguments` does not know."""
+    return parse_flag_from_env("ACCELERATE_USE_FSDP")
+
+
+def refuse_empty(model: Any, what: str) -> None:
     """For a model that was passed as an instance and that FSDP does not send its weights.
 
     Raises:
-        ValueError: it was loaded outside `whole_models` and is all zeros.
+        ValueError: it was loaded outside `whole_models` and is without numbers (zeros before transformers 5.23).
     """
-    state = args.distributed_state
-    fsdp = state is not None and state.distributed_type == DistributedType.FSDP
-    if fsdp and not model.get_input_embeddings().weight.any():  # an adapter's weights may be there
+    weight = model.get_input_embeddings().weight  # an adapter's weights may be there
+    if is_fsdp() and (weight.is_meta or not weight.any()):
         raise ValueError(
-            f"{what} is all zeros on this rank: with fsdp_cpu_ram_efficient_loading, transformers before 5.23 loads "
-            "weights on the first rank of a machine only. Pass the model's path instead of the model, set "
-            "fsdp_cpu_ram_efficient_loading to false, or install a later transformers."
+            f"{what} has no weights on this rank: with fsdp_cpu_ram_efficient_loading, transformers loads them on the "
+            "first rank of a machine only. Pass the model's path instead of the model, or set "
+            "fsdp_cpu_ram_efficient_loading to false."
         )
 
 

@@ -187,7 +187,7 @@ class GRPOTrainer(CollectingTrainer):
             sharded=is_zero3(args.deepspeed_plugin) and not args.ds3_gather_for_generation,
             max_concurrent_rows=args.max_concurrent_rows,
             cache_implementation=args.cache_implementation,
-            cuda_graphs=args.device.type == "cuda" and args.cuda_graphs is not False,
+            cuda_graphs=args.captures_graphs,
             args=args,
             accelerator=self.accelerator,
         )

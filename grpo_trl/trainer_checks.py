@@ -43,8 +43,7 @@ def problems(
         if value not in (None, [])
     ]
     found += _reference_problems(model, args, with_adapter)
-    evaluates = args.eval_strategy != "no" or args.eval_on_start
-    if evaluates and datasets.keys() == {"train_dataset"}:
+    if args.evaluates and datasets.keys() == {"train_dataset"}:
         found.append(
             "eval_strategy or eval_on_start asks for evaluation, but there is no eval_dataset; pass one, or set "
             "eval_strategy='no' and eval_on_start=False."

@@ -50,7 +50,12 @@ class Worker:
         return not self._thread.is_alive()
 
     def _run(self, device: torch.device | None, current: int | None) -> None:
-        with torch.no_grad(), _on_cuda(device, current):
+        with torch.no_grad(), contextlib.ExitStack() as stack:
+            trouble: Exception | None = None
+            try:
+                stack.enter_context(_on_cuda(device, current))
+            except Exception as error:  # every task's: the main thread waits for them
+                trouble = error
             while (item := self._tasks.get()) is not None:
                 future, task = item
                 if self._dropped:
@@ -58,6 +63,8 @@ class Worker:
                 if not future.set_running_or_notify_cancel():
                     continue
                 try:
+                    if trouble is not None:
+                        raise trouble
                     future.set_result(task())
                 except BaseException as error:  # the main thread raises it again
                     future.set_exception(error)

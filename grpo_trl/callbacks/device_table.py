@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 from transformers import TrainerCallback
+from trl.trainer.utils import get_config_model_id
 
 from ..policy import FrozenReference, Reference, causal_lm
 from ..rewards import RewardModel
@@ -81,7 +82,7 @@ def _row(name: str, model: nn.Module, *, trained: bool = False) -> ModelRow:
     dtypes: Counter[str] = Counter()
     for parameter in parameters:
         dtypes[_dtype(parameter)] += _count(parameter)
-    path = getattr(causal_lm(model).config, "_name_or_path", "").rstrip("/").split("/")[-1]
+    path = get_config_model_id(causal_lm(model).config).rstrip("/").split("/")[-1]
     return ModelRow(
         f"{name} {path}".strip() if trained or name == "reference" else name,
         ", ".join(sorted(devices)),

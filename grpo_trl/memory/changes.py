@@ -66,7 +66,7 @@ def _smaller_pieces(run: Run) -> Suggestion:
 def _fewer_rows(run: Run) -> Suggestion:
     """Half of the completions at a time, but not less than one group."""
     args = run.args
-    most = args.per_device_train_batch_size * args.steps_per_generation
+    most = args.completions_per_rank
     now = min(args.max_concurrent_rows or most, most)
     half = max(now // 2, args.num_generations)
     return _set(run, "max_concurrent_rows", half) if half < now else None

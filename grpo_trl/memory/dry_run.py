@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ..batch import Group, Prompt, RolloutBatch
 from ..config import GRPOConfig, mapping
 from ..policy import causal_lm, is_packed, pieces
-from ..policy.logprobs import from_head, from_logits
+from ..policy.logprobs import evaluate
 from ..policy.packing import Stream, pack, pad
 from ..rollouts import SamplingParams
 from ..rollouts.native.decoder import Runner
@@ -59,7 +59,7 @@ def _like(tensor: Tensor) -> Tensor:
 def largest_stream(args: GRPOConfig, prompt_length: int, *, packed: bool) -> tuple[Stream, int]:
     """The largest piece of a micro-batch, if every prompt has `prompt_length` tokens and no completion ends early; and
     how many pieces an optimizer step is at least."""
-    size, rows = args.per_device_train_batch_size, args.per_device_train_batch_size * args.steps_per_generation
+    size, rows = args.per_device_train_batch_size, args.completions_per_rank
     starts = range(0, rows, size)
     numbers = max(
         ([row // args.num_generations for row in range(start, start + size)] for start in starts),
@@ -100,8 +100,8 @@ def update_bytes(fake: FakeModel, args: GRPOConfig, prompt_length: int) -> int:
     with fake.mode, LiveBytes(fake.tensors()) as memory:
         for _ in range(min(2, count)):  # the second adds its gradients to those of the first
             with autocast(args):
-                logps, entropies = _evaluate(model, stream, args, **entropy)
-            loss = logps.sum() + (entropies.sum() if args.entropy_coef else 0)
+                logps, entropies = evaluate(model, stream, temperature=args.temperature, **entropy)
+            loss = logps.sum() if entropies is None or not args.entropy_coef else logps.sum() + entropies.sum()
             del logps, entropies
             loss.backward()
             del loss
@@ -114,13 +114,8 @@ def scoring_bytes(fake: FakeModel, args: GRPOConfig, prompt_length: int) -> int:
     model = fake.model.eval()
     stream = fake.fake(largest_stream(args, prompt_length, packed=is_packed(model))[0])
     with fake.mode, torch.no_grad(), LiveBytes(fake.tensors()) as memory, autocast(args):
-        _evaluate(model, stream, args, with_entropy=False, entropy_gradient=False)
+        evaluate(model, stream, temperature=args.temperature, with_entropy=False, entropy_gradient=False)
     return memory.peak
-
-
-def _evaluate(model: Any, stream: Stream, args: GRPOConfig, **options: Any) -> Any:
-    evaluate = from_logits if getattr(causal_lm(model), "evaluation", "logits") == "logits" else from_head
-    return evaluate(model, stream, temperature=args.temperature, **options)
 
 
 def reward_bytes(fake: FakeModel, rows: int, length: int) -> int:

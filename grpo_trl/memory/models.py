@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from ..config import GRPOConfig, mapping
-from ..policy import disable_dropout, freeze_adapter, is_packed, load_policy, needs_reference_model, prepare
+from ..policy import causal_lm, disable_dropout, freeze_adapter, load_policy, needs_reference_model, prepare
 from ..policy.loading import from_pretrained_options
-from ..policy.norms import use_short_norms
+from ..policy.reference import reference_options
 from ..rewards.model import base_model
 
 META = torch.device("meta")
@@ -55,9 +55,7 @@ def policy_of(spec: PolicySpec, args: GRPOConfig) -> Any:
             freeze_adapter(policy)
     if args.disable_dropout:
         disable_dropout(policy)
-    prepare(policy)
-    if is_packed(policy) and args.device.type == "cpu":
-        use_short_norms(policy)
+    prepare(policy, args.device.type)
     return policy
 
 
@@ -70,14 +68,6 @@ def reference_of(policy: Any, spec: PolicySpec, args: GRPOConfig) -> Any | None:
         model = _from_config(AutoModelForCausalLM, args.ref_model_name_or_path or spec.path, options)
     prepare(model)
     return model.requires_grad_(False)
-
-
-def reference_options(args: GRPOConfig, policy_path: str) -> dict[str, Any]:
-    """What `from_pretrained` of the reference gets, as in `load_reference_model`."""
-    options = from_pretrained_options(args)
-    if args.ref_model_name_or_path not in (None, policy_path):
-        options.pop("revision", None)
-    return options | mapping(args.ref_model_init_kwargs)
 
 
 def quantization_of(options: dict[str, Any], config: Any) -> BitsAndBytesConfig | None:
@@ -133,8 +123,7 @@ def weights(model: nn.Module, quantization: BitsAndBytesConfig | None = None) ->
 
 def quantized(model: nn.Module) -> dict[str, Tensor]:
     """The weights that bitsandbytes keeps in 4 or 8 bit: of linear layers, but for head and adapters."""
-    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    head = inner.get_output_embeddings()
+    head = causal_lm(model).get_output_embeddings()
     return {
         f"{name}.weight": module.weight
         for name, module in model.named_modules()

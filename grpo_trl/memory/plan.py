@@ -10,11 +10,12 @@ from psutil import virtual_memory
 
 from ..assembly import device_map
 from ..config import GRPOConfig, mapping
-from ..placement import DeviceMap
+from ..placement import DeviceMap, is_fsdp
 from ..policy import causal_lm, is_packed
 from ..policy.loading import from_pretrained_options
+from ..policy.reference import reference_options
 from ..rewards.loading import is_reward_model
-from ..rollouts.native.engine import key_value_bytes
+from ..rollouts.native.engine import groups_that_fit
 from .dry_run import FakeModel, copied_bytes, generate_bytes, reward_bytes, rollout_bytes, scoring_bytes, update_bytes
 from .models import (
     PolicySpec,
@@ -22,7 +23,6 @@ from .models import (
     quantization_of,
     quantized,
     reference_of,
-    reference_options,
     reward_model_of,
     unique_parameters,
     unknown_quantization,
@@ -193,7 +193,7 @@ def _reward_pass(run: Run, model: Any) -> tuple[int, int]:
     """The rows of a reward model's largest pass, and their tokens."""
     args, length = run.args, run.prompt_length + run.args.max_completion_length
     limits = (args.reward_max_length, getattr(model.config.get_text_config(), "max_position_embeddings", None))
-    rows = min(args.reward_batch_size, args.per_device_train_batch_size * args.steps_per_generation)
+    rows = min(args.reward_batch_size, args.completions_per_rank)
     return rows, min(length, *(limit for limit in limits if limit))
 
 
@@ -208,23 +208,22 @@ def _add_rollout(run: Run, fake: FakeModel, device: DevicePlan) -> None:
     native = args.rollout_engine == "native" and packed
     if native:
         device.items["weights for decoding"] = copied_bytes(fake, args, on_device)
-    groups = prompts = args.per_device_train_batch_size * args.steps_per_generation // args.num_generations
+    groups = prompts = args.completions_per_rank // args.num_generations
     if args.max_concurrent_rows:
         groups = args.max_concurrent_rows // args.num_generations
     elif native:
         tokens = run.prompt_length + args.num_generations * args.max_completion_length
         free = device.available - sum(device.items[name] for name in (*RESIDENT, "weights for decoding"))
-        groups = free // 2 // key_value_bytes(model, tokens)
+        groups = groups_that_fit(model, tokens, free)
     measure = rollout_bytes if native else generate_bytes
     cache, work = measure(fake, args, run.prompt_length, max(1, min(prompts, groups)))
-    kept = native and on_device == "cuda" and args.cuda_graphs is not False
-    device.items["kept cache" if kept else "key-value cache"] = cache
+    device.items["kept cache" if native and args.captures_graphs else "key-value cache"] = cache
     device.items["decoding"] = work
 
 
 def _assumptions(run: Run, policy: Any) -> list[str]:
     args = run.args
-    sharded = args.distributed_state is not None and args.distributed_state.distributed_type in ("DEEPSPEED", "FSDP")
+    sharded = args.deepspeed_plugin is not None or is_fsdp()
     said = {
         f"prompts of {ASSUMED_PROMPT} tokens: max_prompt_length is not set": args.max_prompt_length is None,
         f"for optim={args.optim} the memory of AdamW": not is_known(args.optim),

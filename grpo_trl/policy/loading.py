@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, PeftType, get_peft_model
 from transformers import PreTrainedModel
-from transformers.utils import logging, strtobool
+from transformers.utils import logging
 from trl.trainer.utils import create_model_from_path
 
 from ..config import GRPOConfig, mapping
-from ..placement import is_zero3
+from ..placement import is_fsdp, is_zero3
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
@@ -107,7 +107,7 @@ def from_pretrained_options(args: GRPOConfig) -> dict[str, Any]:
 def policy_device_map(args: GRPOConfig) -> dict[str, torch.device] | None:
     """One explicit device, where the default of `from_pretrained` wrappers, "auto", may spread the policy over every
     visible GPU (`model_init_kwargs` can still say so). DeepSpeed and FSDP place the weights themselves."""
-    if args.deepspeed_plugin is not None or strtobool(os.environ.get("ACCELERATE_USE_FSDP", "false")):
+    if args.deepspeed_plugin is not None or is_fsdp():
         return None
     return {"": args.device}
 

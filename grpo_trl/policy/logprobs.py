@@ -36,11 +36,16 @@ def per_token_logps(
     Returns:
         (B, T) log-probabilities, and (B, T) entropies or None; 0 outside `completion_mask`.
     """
-    evaluate = from_logits if getattr(causal_lm(model), "evaluation", "logits") == "logits" else from_head
     stream = pack(batch) if is_packed(model) else pad(batch)
     options = {"with_entropy": with_entropy, "entropy_gradient": entropy_gradient}
     logps, entropies = evaluate(model, stream, temperature=temperature, **options)
     return stream.rows(logps), None if entropies is None else stream.rows(entropies)
+
+
+def evaluate(model: nn.Module, stream: Stream, **options: Any) -> Scored:
+    """(M,) each, in the way that `prepare` found for the model."""
+    by_logits = getattr(causal_lm(model), "evaluation", "logits") == "logits"
+    return (from_logits if by_logits else from_head)(model, stream, **options)
 
 
 def from_head(model: nn.Module, stream: Stream, **options: Any) -> Scored:

@@ -120,15 +120,20 @@ def load_reference_model(
     path = args.ref_model_name_or_path or policy_path
     sharded = is_zero3(args.deepspeed_plugin)
     if path is None:
-        refuse_empty(policy, "The policy, whose copy is the reference,", args)
+        refuse_empty(policy, "The policy, whose copy is the reference,")
         copied: Any = copy.deepcopy(policy)
         return copied if sharded else place(copied, device_map)  # pyright: ignore[reportReturnType]
-    options: dict[str, Any] = {"device_map": None if sharded else device_map} | from_pretrained_options(args)
-    if path != policy_path:
-        options.pop("revision", None)  # of the policy's repository
-    options |= mapping(args.ref_model_init_kwargs)
+    options = {"device_map": None if sharded else device_map} | reference_options(args, policy_path)
     with contextlib.nullcontext() if sharded else whole_models(args):
         return create_model_from_path(path, None, **options)
+
+
+def reference_options(args: GRPOConfig, policy_path: str | None) -> dict[str, Any]:
+    """Arguments of `from_pretrained` for the frozen model."""
+    options = from_pretrained_options(args)
+    if args.ref_model_name_or_path not in (None, policy_path):
+        options.pop("revision", None)  # of the policy's repository
+    return options | mapping(args.ref_model_init_kwargs)
 
 
 def needs_reference_model(args: GRPOConfig, *, has_adapter: bool) -> bool:

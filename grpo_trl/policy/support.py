@@ -4,17 +4,15 @@ What is known to fail is told by the configuration; everything else is tried onc
 own logits. So an architecture that nobody thought of is either right or padded.
 """
 
-import os
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils import strtobool
 
 from ..batch import Group, Prompt, RolloutBatch
-from ..placement import input_device
+from ..placement import input_device, is_fsdp
 from .attention import use_group_attention
 from .head import score_completions
 from .logprobs import causal_lm, per_token_logps
@@ -23,12 +21,13 @@ from .norms import use_short_norms
 from .unread import skip_unread
 
 
-def prepare(model: PreTrainedModel | PeftModel) -> str | None:
+def prepare(model: PreTrainedModel | PeftModel, device_type: str | None = None) -> str | None:
     """Makes `per_token_logps` run a causal LM on streams of groups. Returns None, or why the model cannot be.
 
     Then it is padded; and where its head does more than a known product, evaluated by the logits of all positions.
     Changes the model's attention function and forward, which do what they did when called without `layout` and
-    `scored`; and its norms on the CPU, which round in another order.
+    `scored`; and its norms on the CPU, which round in another order. `device_type`: of where the model will be, if it
+    is not there yet.
     """
     lm = causal_lm(model)
     if getattr(lm, "evaluation", None) == "packed":
@@ -45,7 +44,7 @@ def prepare(model: PreTrainedModel | PeftModel) -> str | None:
     if trouble := _try(lm, "packed", expected):
         lm.set_attn_implementation(attention)
         return f"its tokens see each other in other ways than through attention ({trouble})"
-    if input_device(lm).type == "cpu":
+    if (device_type or input_device(lm).type) == "cpu":
         use_short_norms(lm)
     skip_unread(lm)
     return None
@@ -93,7 +92,7 @@ def _try(lm: Any, evaluation: str, expected: Tensor | None) -> str | None:
 
 def _of_rank_0(trouble: str | None) -> str | None:
     """Under FSDP, where no other rank need have weights to try, and all must run the model alike."""
-    if not (torch.distributed.is_initialized() and strtobool(os.environ.get("ACCELERATE_USE_FSDP", "false"))):
+    if not (torch.distributed.is_initialized() and is_fsdp()):
         return trouble
     found = [trouble]
     torch.distributed.broadcast_object_list(found)

@@ -45,13 +45,13 @@ class Call:
         start = time.perf_counter()
         try:
             with torch.no_grad():
-                output = read(self.func(**self._arguments()))
+                output = _output(self.func, self._arguments())
         except RewardTimeoutError as error:
             raise RewardTimeoutError(describe_timeout(error, self.rows)) from error
         except Exception as error:
             if self.cancelled:
                 raise
-            failing = _first_error([lambda row=row: read(self.func(**row)) for row in self._single_rows()])
+            failing = _first_error([lambda row=row: _output(self.func, row) for row in self._single_rows()])
             raise RuntimeError(describe_failure(failing, self.name, self.rows, error)) from error
         self._take(output, start)
 
@@ -115,6 +115,14 @@ def replay(calls: Sequence[Call], **log: Callable[..., None] | None) -> None:
                 function(*args)
 
 
+def _output(func: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    """What the function returns. `sys.exit` in it is an error like others: it would end the run without a word."""
+    try:
+        return read(func(**arguments))
+    except SystemExit as error:
+        raise RuntimeError(f"SystemExit: {error}") from error
+
+
 def _first_error(attempts: list[Callable[[], Any]]) -> tuple[int, Exception] | None:
     for row, attempt in enumerate(attempts):
         try:
@@ -142,6 +150,13 @@ async def _within(timeout: float | None, func: Callable[..., Any], name: str, kw
     try:
         async with scope:
             return read(await func(**kwargs))
+    except (SystemExit, KeyboardInterrupt) as error:  # asyncio would end the event loop, for which calls wait
+        raise RuntimeError(f"{type(error).__name__}: {error}") from error
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise RuntimeError(f"CancelledError: {error}") from error  # of something that the function awaited
     except TimeoutError as error:
         if not scope.expired():  # the function's own
             raise

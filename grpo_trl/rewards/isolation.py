@@ -38,6 +38,14 @@ def read(output: Any) -> Any:
     return list(output) if isinstance(output, Iterator) else output
 
 
+def in_words(error: BaseException) -> str:
+    """Type and text of an error, also of one that has none to give."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception as second:
+        return f"{type(error).__name__} (whose text cannot be had: {type(second).__name__})"
+
+
 class IsolatedFunction:
     """Calls `func` in a child process, started at the first call and kept for the next ones.
 
@@ -95,7 +103,8 @@ class IsolatedFunction:
 
     def _start(self) -> None:
         ours, theirs = socket.socketpair()
-        command = [sys.executable, "-c", _BOOT, str(theirs.fileno()), json.dumps(sys.path)]
+        path = [entry for entry in sys.path if isinstance(entry, str)]  # as the import system reads it
+        command = [sys.executable, "-c", _BOOT, str(theirs.fileno()), json.dumps(path)]
         with theirs:
             # a session of its own: Ctrl-C in a terminal reaches the trainer only, and what the function starts
             # (code under test, say) is killed with it
@@ -200,7 +209,7 @@ def _pickled_error(error: BaseException, trace: str) -> bytes:
         reply = pickle.dumps((error, None))
         pickle.loads(reply)  # exceptions with their own __init__ may pickle and then fail to load
     except Exception:
-        plain = RuntimeError(f"{type(error).__name__}: {error}")
+        plain = RuntimeError(in_words(error))
         plain.add_note(note)
         reply = pickle.dumps((plain, None))
     return reply

@@ -94,7 +94,7 @@ def _load_model(
 ) -> RewardModel:
     options = mapping(args.reward_model_init_kwargs)
     if isinstance(spec, nn.Module):
-        refuse_empty(spec, f"The reward model {type(spec).__name__}", args)
+        refuse_empty(spec, f"The reward model {type(spec).__name__}")
     return RewardModel(
         spec,
         tokenizer,

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from transformers.tokenization_utils_base import BatchEncoding, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
+from trl.trainer.utils import get_config_model_id
 
 from ..placement import DeviceMap, freeze, input_device, place
 from ..token_limit import TokenLimit, token_batches
@@ -70,7 +71,7 @@ class RewardModel:
             raise ValueError(f"input_format={input_format!r} is unknown; use one of {', '.join(INPUT_FORMATS)}.")
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1 row per forward pass.")
-        path = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
+        path = model if isinstance(model, str) else get_config_model_id(model.config)  # pyright: ignore[reportArgumentType]
         if isinstance(model, str):
             init_kwargs = {"trust_remote_code": trust_remote_code, **(model_init_kwargs or {})}
             loaded = _load(model, device_map=_as_device_map(device_map), dtype=dtype, **init_kwargs)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..batch import Group
+from .isolation import in_words
 
 NOT_COLUMNS = ("prompt", "completion", "completion_ids")  # as in TRL: passed under other names, or the sampled ids
 RESERVED = ("prompts", "completions", "trainer_state", "log_extra", "log_metric")
@@ -78,14 +79,9 @@ def _to_float(value: Any, row: int, name: str) -> float:
 def describe_failure(found: tuple[int, Exception] | None, name: str, rows: dict[str, list], error: Exception) -> str:
     """Of a function that raised `error` on all rows, and the first row that fails alone, with its error."""
     if found is None:
-        return (
-            f"Reward function {name!r} failed on all rows together, though on none of them alone: "
-            f"{type(error).__name__}: {error}"
-        )
+        return f"Reward function {name!r} failed on all rows together, though on none of them alone: {in_words(error)}"
     row, row_error = found
-    return (
-        f"Reward function {name!r} failed on row {row}: {type(row_error).__name__}: {row_error}. {_shown(rows, row)}"
-    )
+    return f"Reward function {name!r} failed on row {row}: {in_words(row_error)}. {_shown(rows, row)}"
 
 
 def describe_timeout(error: TimeoutError, rows: dict[str, list]) -> str:

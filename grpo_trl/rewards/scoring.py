@@ -3,9 +3,10 @@
 import asyncio
 import math
 import time
+import weakref
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import FIRST_COMPLETED, FIRST_EXCEPTION, Future, wait
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,8 @@ from ..placement import input_device
 from ..worker import GRACE, Worker
 from .calls import Call, in_order, replay
 from .event_loop import end_event_loop
-from .isolation import IsolatedFunction
+from .isolation import IsolatedFunction, RewardTimeoutError, in_words
+from .math import AccuracyReward
 from .model import RewardModel
 from .registry import RewardFunction, reward_name
 from .rows import rows_of
@@ -83,7 +85,9 @@ class RewardScorer:
         self._waiting: list[list[Group]] = [[] for _ in self.names]  # per function, too few groups for a call
         self._begun: list[tuple[Call, Future | None]] = []  # None: left to the main thread
         self._workers: dict[Hashable, Worker] = {}
-        self._loop: tuple[Any, asyncio.AbstractEventLoop] | None = None  # one for all calls: async clients stay valid
+        self._loop: asyncio.AbstractEventLoop | None = None  # one for all calls: async clients stay valid
+        self._end_loop: Callable[[], Any] = lambda: None
+        self._is_scoring = False
         self._held_up = 0.0
         self._warned_all_none = False
 
@@ -126,16 +130,19 @@ class RewardScorer:
         """
         if not groups:
             raise ValueError("There are no groups to score; give at least one.")
-        began = time.perf_counter()
+        self._refuse_within_itself()
+        began, self._is_scoring = time.perf_counter(), True
         try:
             self._finish(groups, trainer_state)
         except BaseException:
             self.close()
             raise
+        finally:
+            self._is_scoring = False
         order = {id(group): place for place, group in enumerate(groups)}
         calls = [call for call, _ in self._begun if any(id(group) in order for group in call.groups)]
         calls.sort(key=lambda call: (min(order.get(id(group), len(order)) for group in call.groups), call.index))
-        self.forget()
+        self._drop()
         replay(calls, log_extra=log_extra, log_metric=log_metric)
         rewards_per_func = in_order(calls, groups, len(self.names))
         self._warn_if_all_none(rewards_per_func, groups)
@@ -145,7 +152,22 @@ class RewardScorer:
 
     def forget(self) -> None:
         """Drops the groups that were given to `start`. Threads end after the calls that they are in, and after what
-        else they were given (`worker_on`)."""
+        else they were given (`worker_on`).
+
+        Raises:
+            RuntimeError: a reward function called this.
+        """
+        self._refuse_within_itself()
+        self._drop()
+
+    def _refuse_within_itself(self) -> None:
+        if self._is_scoring:
+            raise RuntimeError(
+                "A reward function cannot sample, score or evaluate with the trainer that is calling it; make "
+                "completions in GRPOTrainer.rollout, or score with models and functions of your own."
+            )
+
+    def _drop(self) -> None:
         self._cancel()
         for worker in self._workers.values():
             worker.finish()
@@ -154,24 +176,38 @@ class RewardScorer:
     def close(self) -> None:
         """Ends the functions' processes, what runs in threads, and the event loop; at interpreter exit processes end
         by themselves. Scoring again restarts."""
-        self._cancel()
-        for call in self._calls:
-            close = getattr(call, "close", None)
-            if callable(close):
-                close()
         workers = list(self._workers.values())
         for worker in workers:
             worker.drop()
-        self.forget()
-        for worker in workers:
-            if not worker.join(GRACE):
-                logger.warning(
-                    f"The thread {worker.name!r} is still in a call, which cannot be ended: it runs on until it "
-                    "returns or the program ends. With reward_timeout a Python reward function is killed."
-                )
-        if self._loop is not None:
-            end_event_loop(*self._loop, GRACE)
-            self._loop = None
+        self._drop()
+        for call, name in zip(self._calls, self.names, strict=True):
+            if not _has_own_process(call):
+                self._close(call, name)
+        give_up = time.perf_counter() + GRACE
+        while True:
+            running = [worker for worker in workers if not worker.join(0.02)]
+            for call in filter(_has_own_process, self._calls):
+                call.close()  # again: a thread that is between two rows starts a process for the next
+            if not running or time.perf_counter() > give_up:
+                break
+        for worker in running:
+            logger.warning(
+                f"The thread {worker.name!r} is still in a call, which cannot be ended: it runs on until it "
+                "returns or the program ends. With reward_timeout a Python reward function is killed."
+            )
+        self._end_loop()
+        self._loop = None
+
+    def _close(self, call: Any, name: str) -> None:
+        """What a user's function brings; no error of it may take the place of that for which all is closed."""
+        close = getattr(call, "close", None)
+        if not callable(close):
+            return
+        try:
+            if asyncio.iscoroutine(closing := close()):
+                asyncio.run_coroutine_threadsafe(closing, self._event_loop()).result(GRACE)
+        except Exception as error:
+            logger.warning(f"close() of reward function {name!r} failed: {in_words(error)}")
 
     def worker_on(self, device: torch.device) -> Worker:
         """The thread of the frozen models on a device, for this rollout."""
@@ -207,18 +243,18 @@ class RewardScorer:
         """Waits while too many calls of a function are unfinished."""
         began = time.perf_counter()
         while True:
-            futures = [f for call, f in self._begun if call.index == index and f is not None and not f.done()]
-            if len(futures) < UNFINISHED:
+            begun = [(call, f) for call, f in self._begun if call.index == index and f is not None and not f.done()]
+            if len(begun) < UNFINISHED:
                 break
-            wait(futures, return_when=FIRST_COMPLETED)
+            self._wait(begun, FIRST_COMPLETED)
         self._held_up += time.perf_counter() - began
 
     def _event_loop(self) -> asyncio.AbstractEventLoop:
         if self._loop is None:
-            thread, loop, ready = start_event_loop_in_daemon(name="rewards")
+            thread, self._loop, ready = start_event_loop_in_daemon(name="rewards")
             ready.wait()
-            self._loop = (thread, loop)
-        return self._loop[1]
+            self._end_loop = weakref.finalize(self, end_event_loop, thread, self._loop, GRACE)
+        return self._loop
 
     def _worker(self, index: int) -> Worker | None:
         """The thread of a function, of all models on one device; None: the main thread."""
@@ -250,8 +286,26 @@ class RewardScorer:
             if future is None:
                 self._raise_failure()
                 call.run()
-        wait([future for _, future in self._begun if future is not None], return_when=FIRST_EXCEPTION)
+        self._wait(self._begun, FIRST_EXCEPTION)
         self._raise_failure()
+
+    def _wait(self, begun: Sequence[tuple[Call, Future | None]], until: str) -> None:
+        """For calls beside the main thread. Async ones time out where they run, all at once and row by row when they
+        fail; but not one that blocks the event loop, so they do here after that."""
+        calls = {future: call for call, future in begun if future is not None}
+        most = None if self.timeout is None else 2 * self.timeout + GRACE
+        while True:
+            began = time.perf_counter()
+            _, unfinished = wait(calls, most, until)
+            if most is None or time.perf_counter() - began < most:
+                return
+            for call in (calls[future] for future in unfinished):
+                if is_async_callable(call.func):
+                    raise RewardTimeoutError(
+                        f"Async reward function {call.name!r} was not back after {most:g} s, though its time-out is "
+                        f"{self.timeout:g} s: it or another one blocks the event loop (time.sleep, a client that is "
+                        "not async). Await what takes time, or hand it to asyncio.to_thread."
+                    )
 
     def _raise_failure(self) -> None:
         for _, future in self._begun:
@@ -283,6 +337,11 @@ def _rows_per_call(func: RewardFunction, per_group: bool) -> float:
     if isinstance(func, RewardModel):
         return func.batch_size
     return 1 if per_group or getattr(func, "by_row", False) else math.inf
+
+
+def _has_own_process(call: Any) -> TypeGuard[IsolatedFunction | AccuracyReward]:
+    """Ended by `close`, and started again by the next call."""
+    return isinstance(call, (IsolatedFunction, AccuracyReward))
 
 
 def _stays_in_process(func: RewardFunction) -> bool:

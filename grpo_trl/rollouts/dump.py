@@ -18,7 +18,7 @@ import torch
 from pyarrow import parquet
 from torch import Tensor
 
-from ..batch import Group, Prompt, RolloutBatch
+from ..batch import Group, Prompt, RolloutBatch, pad_rows
 
 FOLDER = "rollouts"
 REWARD = "rewards/"  # columns of the reward functions: this and their name
@@ -120,7 +120,7 @@ def read_rollout(path: Path, *, num_generations: int, pad_token_id: int, mask_tr
     batch.advantages = torch.tensor(table["advantage"], dtype=torch.float32)
     for field, column in LOGPS.items():
         if None not in table[column]:
-            setattr(batch, field, _padded(table[column], batch.completion_ids))
+            setattr(batch, field, pad_rows(table[column], 0.0))
     return Rollout(groups, batch, _tensor(table["reward"]), names)
 
 
@@ -136,13 +136,6 @@ def _group(table: dict[str, list], rows: slice, reward_names: Sequence[str]) -> 
         completions=table["completion"][rows],
         rewards_per_func=torch.stack([_tensor(table[f"{REWARD}{name}"][rows]) for name in reward_names], 1),
     )
-
-
-def _padded(rows: list[list[float]], like: Tensor) -> Tensor:
-    padded = torch.zeros_like(like, dtype=torch.float32)
-    for target, row in zip(padded, rows, strict=True):
-        target[: len(row)] = torch.tensor(row, dtype=torch.float32)
-    return padded
 
 
 def _tensor(values: list[float | None]) -> Tensor:

@@ -10,6 +10,12 @@ from trl.chat_template_utils import parse_response
 from ..batch import Group, Prompt
 
 
+def whole_groups(prompts: Sequence[Prompt], num_generations: int, rows: int | None) -> list[Sequence[Prompt]]:
+    """The prompts in portions of at most `rows` completions (None: all at once), of one prompt at least."""
+    size = max(1, rows // num_generations) if rows else len(prompts)
+    return [prompts[start : start + size] for start in range(0, len(prompts), size)]
+
+
 def ordered_groups(prompts: Sequence[Prompt], groups: Iterable[Group], num_generations: int) -> list[Group]:
     """The groups in the order of the prompts.
 

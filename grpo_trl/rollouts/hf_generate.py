@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import (
     GenerationConfig,
@@ -15,7 +14,9 @@ from transformers import (
 )
 
 from ..batch import Group, Prompt, RolloutBatch
+from ..policy.logprobs import causal_lm
 from ..policy.mode import evaluation_mode
+from .groups import whole_groups
 from .sampling import SamplingParams, TokenSampler, group_keys, uniforms
 
 
@@ -51,10 +52,8 @@ class HFGenerateEngine:
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> Iterator[Group]:
         """Yields the groups in the order of the prompts, all those of one `generate` call at its end."""
         check_positions(self.model.config, max(len(prompt.ids) for prompt in prompts), sampling.max_completion_length)
-        rows = self.max_concurrent_rows or len(prompts) * sampling.num_generations
-        size = max(1, rows // sampling.num_generations)
-        for start in range(0, len(prompts), size):
-            yield from self._generate(prompts[start : start + size], sampling)
+        for some in whole_groups(prompts, sampling.num_generations, self.max_concurrent_rows):
+            yield from self._generate(some, sampling)
 
     def _generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Group]:
         num_generations = sampling.num_generations
@@ -106,7 +105,7 @@ class HFGenerateEngine:
 def _own_generation_config_aside(model: nn.Module) -> Iterator[None]:
     """`generate` fills what it was not given from the model's own config, whose penalties and minimum lengths would
     make what is sampled another distribution than the one that is trained."""
-    owner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    owner = causal_lm(model)
     own, owner.generation_config = owner.generation_config, GenerationConfig()
     try:
         yield

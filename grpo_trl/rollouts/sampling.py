@@ -52,6 +52,15 @@ class SamplingParams:
         return self.top_p < 1 or self.top_k > 0 or bool(self.min_p) or bool(others) or bool(self.history_processors)
 
     @property
+    def num_distinct(self) -> int:
+        """Completions to ask another engine for: greedy ones are all the same."""
+        return self.num_generations if self.temperature else 1
+
+    def seed_of(self, draw: int) -> int:
+        """For an engine that is given one seed per request: a function of (seed, stream, draw), below 2^62."""
+        return int(row_keys(self.seed, self.stream, [draw], [0])) & (2**62 - 1)
+
+    @property
     def of_a_step(self) -> tuple[Any, ...]:
         """What a decoding step without history depends on: two rollouts that agree in it can share a captured one."""
         return self.temperature, self.top_p, self.top_k, self.min_p, self.eos_token_ids

@@ -5,12 +5,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 
 from ..batch import Group, Prompt
+from ..policy.logprobs import causal_lm
 from ..policy.mode import evaluation_mode
-from .sampling import SamplingParams, row_keys
+from .groups import whole_groups
+from .sampling import SamplingParams
 
 PAGE = 64  # tokens of a completion for which the cache is taken at a time
 
@@ -40,7 +41,7 @@ class TransformersCBEngine:
 
     def sync_weights(self, model: PreTrainedModel) -> None:
         """The weights are the policy's own."""
-        self.model: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        self.model = causal_lm(model)
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> Iterator[Group]:
         """Yields groups in the order of the prompts, as many at a time as the cache has room for.
@@ -50,13 +51,11 @@ class TransformersCBEngine:
             RuntimeError: a completion that failed, with what transformers says of it.
         """
         check_options(sampling.repetition_penalty, sampling.generation_kwargs, sampling.logits_processors)
-        rows = self.max_concurrent_rows or len(prompts) * sampling.num_generations
-        size = max(1, rows // sampling.num_generations)
-        for start in range(0, len(prompts), size):
-            yield from self._generate(prompts[start : start + size], sampling)
+        for some in whole_groups(prompts, sampling.num_generations, self.max_concurrent_rows):
+            yield from self._generate(some, sampling)
 
     def _generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Group]:
-        count = _count(sampling)
+        count = sampling.num_distinct
         copies = sampling.num_generations // count
         devices = [self.model.device] if self.model.device.type == "cuda" else []
         # a seed is the state of torch's generator, which is not to be touched
@@ -97,16 +96,11 @@ def check_options(
         )
 
 
-def _count(sampling: SamplingParams) -> int:
-    """Completions to ask for: greedy ones are all the same, and transformers gives one."""
-    return sampling.num_generations if sampling.temperature else 1
-
-
 def _generation_config(sampling: SamplingParams) -> GenerationConfig:
     sampled = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
     return GenerationConfig(
         max_new_tokens=sampling.max_completion_length,
-        num_return_sequences=_count(sampling),
+        num_return_sequences=sampling.num_distinct,
         eos_token_id=list(sampling.eos_token_ids),
         pad_token_id=sampling.pad_token_id,
         do_sample=sampling.temperature > 0,
@@ -116,14 +110,14 @@ def _generation_config(sampling: SamplingParams) -> GenerationConfig:
 
 def _batching_config(prompts: Sequence[Prompt], sampling: SamplingParams) -> ContinuousBatchingConfig:
     """A cache for all rows at once, and passes for all prompts at once, up to the 8192 tokens of transformers' own."""
-    rows = len(prompts) * _count(sampling)
+    rows = len(prompts) * sampling.num_distinct
     pages = sum(-(-(len(prompt.ids) + sampling.max_completion_length) // PAGE) + 1 for prompt in prompts)
     return ContinuousBatchingConfig(
         return_logprobs=True,
         page_size=PAGE,
-        num_blocks=pages * _count(sampling),
+        num_blocks=pages * sampling.num_distinct,
         max_batch_tokens=min(8192, max(rows, sum(len(prompt.ids) for prompt in prompts))),
-        seed=int(row_keys(sampling.seed, sampling.stream, [prompts[0].draw], [0])) & (2**62 - 1),
+        seed=sampling.seed_of(prompts[0].draw),
     )
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from .. import manifest
 from ..batch import Group, Prompt
 from ..config import GRPOConfig
-from .sampling import SamplingParams, row_keys
+from .sampling import SamplingParams
 from .vllm_checks import check_ranks, check_vllm, check_weights, takes_adapters
 
 REQUESTS = 64  # at a time from one rank; as many connections as TRL's client keeps
@@ -149,11 +149,10 @@ class VLLMEngine:
 def request_options(sampling: SamplingParams, draw: int) -> dict[str, Any]:
     """vLLM's SamplingParams for the completions of one draw.
 
-    Its seed is a function of (seed, stream, draw), below 2^62; vLLM gives completion i the seed + i. vLLM knows no
-    greedy sampling of several completions, which are all the same: one is asked for.
+    vLLM gives completion i the seed + i, and knows no greedy sampling of several completions.
     """
     return {
-        "n": sampling.num_generations if sampling.temperature else 1,
+        "n": sampling.num_distinct,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "top_k": sampling.top_k,
@@ -161,7 +160,7 @@ def request_options(sampling: SamplingParams, draw: int) -> dict[str, Any]:
         "repetition_penalty": sampling.repetition_penalty,
         "max_tokens": sampling.max_completion_length,
         "logprobs": 0,  # of the sampled tokens alone
-        "seed": int(row_keys(sampling.seed, sampling.stream, [draw], [0])) & (2**62 - 1),
+        "seed": sampling.seed_of(draw),
         # the run's own EOS tokens, instead of those that vLLM reads from the model's folder
         "stop_token_ids": list(sampling.eos_token_ids),
         "ignore_eos": True,

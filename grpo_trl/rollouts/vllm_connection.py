@@ -45,7 +45,7 @@ class Connection(VLLMGeneration):
 
     def __init__(self, model: Any, args: GRPOConfig, accelerator: Accelerator, max_concurrent_rows: int | None):
         tensor_parallel = args.vllm_tensor_parallel_size
-        rollout = args.per_device_train_batch_size * (args.steps_per_generation or 1) * tensor_parallel
+        rollout = args.completions_per_rank * tensor_parallel
         super().__init__(
             model,
             accelerator,

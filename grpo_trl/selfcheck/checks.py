@@ -9,6 +9,7 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 
 from ..algorithm import KL_ESTIMATORS
+from ..assembly import declared_eos
 from ..batch import Prompt
 from ..callbacks.run_doctor import SAMPLER_GAP
 from ..collection import SAMPLING_GAP
@@ -88,15 +89,13 @@ def ends(trial: Trial) -> Result:
     are the tokenizer's EOS and those of the generation config."""
     trainer, tokenizer = trial.trainer, trial.trainer.processing_class
     size = causal_lm(trainer.model).get_input_embeddings().weight.shape[0]
-    declared = causal_lm(trainer.model).generation_config.eos_token_id
-    declared = [] if declared is None else [declared] if isinstance(declared, int) else list(declared)
     stops, pad = trainer.sampling.eos_token_ids, tokenizer.pad_token_id
     end, whose = end_of_turn(tokenizer, trial.prompts[0], trainer.chat_options["chat_template_kwargs"])
     names = token_names(tokenizer, stops)
     detail = (
         f"a completion ends at {names}; {whose} {token_names(tokenizer, end)}; pad {token_names(tokenizer, [pad])}"
     )
-    wanted = [id_ for id_ in dict.fromkeys([*end, *declared]) if 0 <= id_ < size]
+    wanted = [id_ for id_ in dict.fromkeys([*end, *declared_eos(trainer.model)]) if 0 <= id_ < size]
     set_eos = f"set eos_token_id: {wanted} in the model's generation_config.json"
     if outside := [id_ for id_ in (*stops, pad) if not 0 <= id_ < size]:
         what = f"ids {outside} are not among the model's {size} tokens"

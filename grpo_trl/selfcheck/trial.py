@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..algorithm import combine_rewards
 from ..batch import Group, Prompt, RolloutBatch
+from ..policy.loading import is_quantized
 from ..rollouts import decode_completions, ordered_groups
 from ..trainer import GRPOTrainer
 
@@ -79,9 +80,8 @@ class Trial:
     def exact(self) -> bool:
         """Whether the policy computes in fp32, so that only the order of sums makes a difference."""
         trainer, inner = self.trainer, self.trainer.model
-        quantised = getattr(inner, "is_loaded_in_4bit", False) or getattr(inner, "is_loaded_in_8bit", False)
         fp32 = trainer.accelerator.mixed_precision == "no" and inner.dtype == torch.float32
-        return fp32 and not quantised and not trainer.args.tf32
+        return fp32 and not is_quantized(inner) and not trainer.args.tf32
 
     def gradient(self, micro_batches: int) -> list[Tensor]:
         """Of each trained parameter for the batch in so many micro-batches, cut and weighted by the trainer's loader,

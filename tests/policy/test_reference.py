@@ -1,11 +1,9 @@
 import os
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from trl.trainer.utils import disable_dropout_in_model
@@ -133,17 +131,21 @@ def test_under_fsdp_the_reference_is_whole_on_each_rank(config, qwen3, model_dir
     assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "true"
 
 
+@pytest.mark.parametrize("how", ["zeros", "meta"])  # before transformers 5.23, and since
 @pytest.mark.parametrize("what", ["policy", "reward model"])
-def test_a_model_that_fsdp_left_empty_is_refused(config, what):
+def test_a_model_that_fsdp_left_empty_is_refused(config, monkeypatch, what, how):
     args, model = config(), tiny_model("qwen3") if what == "policy" else tiny_reward_model()
-    args.distributed_state = SimpleNamespace(distributed_type=DistributedType.FSDP)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     load = {
         "policy": lambda: load_reference_model(model, None, args, CPU),
         "reward model": lambda: load_rewards([model], tiny_tokenizer(), args, CPU),
     }[what]
     assert load()
-    model.get_input_embeddings().weight.data.zero_()
-    with pytest.raises(ValueError, match=rf"The {what}.* is all zeros on this rank.*Pass the model's path"):
+    if how == "zeros":
+        model.get_input_embeddings().weight.data.zero_()
+    else:
+        model.to("meta")
+    with pytest.raises(ValueError, match=rf"The {what}.* has no weights on this rank.*Pass the model's path"):
         load()
 
 

@@ -57,6 +57,10 @@ def loops_for_ever(prompts, **kwargs):
         pass
 
 
+def verdict(gold, answer):
+    return gold == answer
+
+
 def exits(prompts, **kwargs):
     sys.exit(2)
 

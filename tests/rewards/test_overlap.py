@@ -1,6 +1,7 @@
 """Scoring beside sampling: the same rewards, in order; what overlaps and what does not; how it is broken off."""
 
 import asyncio
+import gc
 import os
 import signal
 import threading
@@ -12,7 +13,8 @@ from trl.rewards import think_format_reward
 
 from grpo_trl import Group, GRPOTrainer, Prompt
 from grpo_trl.metrics import Metrics
-from grpo_trl.rewards import AccuracyReward, RewardModel, RewardScorer, resolve_reward, scoring
+from grpo_trl.rewards import AccuracyReward, RewardModel, RewardScorer, event_loop, resolve_reward, scoring
+from grpo_trl.worker import Worker
 from tests import tiny
 from tests.rewards import reward_functions as functions
 from tests.rewards.test_scoring import is_running
@@ -279,20 +281,134 @@ def test_an_exception_in_a_thread_ends_the_others(make_scorer):
 
 
 def test_a_reward_that_loops_for_ever_ends_the_run(tmp_path):
-    start = time.monotonic()
     run = trainer(
         tmp_path, rewards=[functions.process_id, functions.loops_for_ever], reward_call="group", reward_timeout=2.0
     )
-    start = time.monotonic()
+    score, waited_since = run.scorer.score, []
+    run.scorer.score = lambda *args, **options: waited_since.append(time.monotonic()) or score(*args, **options)
     with pytest.raises(
         TimeoutError, match=r"'loops_for_ever' took longer than its time-out of 2 s.*given 4 rows.*Prompt: 'question"
     ):
         run.train()
-    seconds = time.monotonic() - start
-    print(f"ended after {seconds:.2f} s, with a time-out of 2 s")
+    seconds = time.monotonic() - waited_since[0]
+    print(f"ended {seconds:.2f} s after the rollout, with a time-out of 2 s")
     assert seconds < 4
     assert_nothing_is_left()
     assert all(call.pid is None for call in run.scorer._calls)
+
+
+def test_no_process_is_started_again_by_a_call_that_goes_on(make_scorer):
+    class Restarts(scoring.IsolatedFunction):
+        started = 0
+
+        def _start(self):
+            self.started += 1
+            super()._start()
+
+    accuracy, entered = AccuracyReward(), threading.Event()
+    accuracy._verify = process = Restarts(functions.verdict, name="accuracy", timeout=60)
+    closed, close = threading.Event(), process.close
+
+    def between_rows(gold, answer):  # closed for the first time while no row is compared
+        if process.started and not closed.is_set():
+            entered.set()
+            closed.wait(10)
+        return float(process(gold, answer))
+
+    accuracy._compare = between_rows
+    process.close = lambda: (close(), closed.set())
+
+    def fails(completions, **kwargs):
+        entered.wait(10)
+        raise KeyError("no such key")
+
+    groups = groups_of(1)
+    groups[0].completions = [str(number) for number in range(4)]
+    with pytest.raises(RuntimeError, match="'fails' failed on row 0"):
+        score(make_scorer(accuracy, fails), groups)
+    assert process.started > 1 and process.pid is None
+    assert_nothing_is_left()
+
+
+def test_a_close_that_fails_hides_no_error_and_is_awaited_where_it_is_async(make_scorer, monkeypatch):
+    messages, closed = [], []
+    monkeypatch.setattr(scoring.logger, "warning", messages.append)
+
+    class Judge:
+        def __init__(self, name):
+            self.__name__ = name
+
+        def __call__(self, completions, **kwargs):
+            raise KeyError("the real error")
+
+        def close(self):
+            raise OSError("already closed")
+
+    class AsyncJudge(Judge):
+        async def __call__(self, completions, **kwargs):
+            return [0.0] * len(completions)
+
+        async def close(self):
+            closed.append(threading.current_thread().name)
+
+    with pytest.raises(RuntimeError, match="'first' failed on row 0: KeyError: 'the real error'"):
+        score(make_scorer(Judge("first"), AsyncJudge("second")), groups_of(1))
+    assert messages == ["close() of reward function 'first' failed: OSError: already closed"]
+    assert closed == ["rewards"]
+    assert_nothing_is_left()
+
+
+def test_a_thread_that_cannot_begin_gives_its_error(monkeypatch):
+    def no_stream(*args):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr("grpo_trl.worker._on_cuda", no_stream)
+    thread = Worker("models")
+    with pytest.raises(RuntimeError, match="an illegal memory access"):
+        thread.submit(lambda: 1).result(10)
+    thread.finish()
+    assert thread.join(5)
+
+
+def test_an_async_function_that_blocks_is_timed_out_too(make_scorer, monkeypatch):
+    monkeypatch.setattr(scoring, "GRACE", 0.2)
+    messages, release = [], threading.Event()
+    monkeypatch.setattr(event_loop.logger, "warning", messages.append)
+    monkeypatch.setattr(
+        event_loop, "shutdown_event_loop_in_daemon", lambda _, loop: loop.call_soon_threadsafe(loop.stop)
+    )
+
+    async def blocks(completions, **kwargs):
+        release.wait(30)
+        return [0.0] * len(completions)
+
+    with pytest.raises(TimeoutError, match=r"'blocks' was not back after 0.4 s.*blocks the event loop"):
+        score(make_scorer(blocks, timeout=0.1), groups_of(1))
+    assert len(messages) == 1 and "cannot be ended" in messages[0]
+    release.set()
+    assert_threads_end()
+
+
+def test_the_event_loop_ends_with_its_scorer():
+    async def judge(completions, **kwargs):
+        return [0.0] * len(completions)
+
+    scorer = RewardScorer([judge], overlap=True)
+    score(scorer, groups_of(1))
+    loop = scorer._event_loop()
+    del scorer
+    gc.collect()
+    assert loop.is_closed()
+    assert_threads_end()
+
+
+def test_a_reward_that_asks_its_own_trainer_is_refused(tmp_path):
+    def asks(prompts, **kwargs):
+        run.sample(prompts)
+
+    run = trainer(tmp_path, rewards=asks)
+    with pytest.raises(RuntimeError, match=r"'asks' failed on .*cannot sample, score or evaluate with the trainer"):
+        run.train()
 
 
 def test_a_rollout_that_fails_ends_the_scoring(tmp_path):

@@ -238,6 +238,31 @@ def test_async_errors_and_timeouts(make_scorer):
         make_scorer(functions.async_timeout_of_its_own, timeout=30).score([group("a")])
 
 
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), asyncio.CancelledError("by another")], ids=repr)
+def test_an_async_function_cannot_end_the_event_loop(make_scorer, error):
+    async def judge(**kwargs):
+        raise error
+
+    async def after(completions, **kwargs):
+        return [1.0] * len(completions)
+
+    with pytest.raises(RuntimeError, match=f"'judge' failed on row 0: RuntimeError: {type(error).__name__}"):
+        make_scorer(judge).score([group("a")])
+    assert make_scorer(after).score([group("a")]).tolist() == [[1.0]]
+
+
+def test_an_error_without_text_is_named(make_scorer):
+    class Wordless(Exception):
+        def __str__(self):
+            raise RuntimeError("no text")
+
+    def judge(**kwargs):
+        raise Wordless
+
+    with pytest.raises(RuntimeError, match=r"'judge' failed on row 0: Wordless .whose text cannot be had"):
+        make_scorer(judge).score([group("a")])
+
+
 def test_with_a_timeout_functions_run_in_one_light_process_of_their_own(make_scorer):
     scorer = make_scorer(functions.process_id, functions.heavy_modules, functions.process_id, timeout=30)
     first, second = scorer.score([group("a")])[0], scorer.score([group("b")])[0]
@@ -334,14 +359,20 @@ def test_a_timeout_kills_what_the_function_started(make_scorer, tmp_path):
     assert not is_running(pid)
 
 
+def test_what_is_no_text_on_the_path_is_left_out(make_scorer, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path, Path("/nowhere")])
+    assert make_scorer(functions.tokens, timeout=30).score([group("a")]).shape == (1, 1)
+
+
 def test_a_dying_process_names_function_row_and_exit_code(make_scorer):
     with pytest.raises(RuntimeError, match=r"'dies_on_die' failed on row 1: .*died \(exit code 3\)"):
         make_scorer(functions.dies_on_die, timeout=30).score([group("a", "die", "b")])
 
 
 def test_sys_exit_in_a_function_is_an_error_not_an_exit(make_scorer):
-    with pytest.raises(RuntimeError, match="'exits' failed on row 0: RuntimeError: SystemExit: 2"):
-        make_scorer(functions.exits, timeout=30).score([group("a")])
+    for timeout in (30, None):
+        with pytest.raises(RuntimeError, match="'exits' failed on row 0: RuntimeError: SystemExit: 2"):
+            make_scorer(functions.exits, timeout=timeout).score([group("a")])
 
 
 def test_functions_that_cannot_be_sent_are_refused_at_once():

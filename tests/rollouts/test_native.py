@@ -18,7 +18,7 @@ from grpo_trl.rollouts.hf_generate import HFGenerateEngine
 from grpo_trl.rollouts.native import NativeEngine, engine
 from grpo_trl.rollouts.native.attention import Shape, attention_and_lse, products_and_lse
 from grpo_trl.rollouts.native.cuda_graph import GraphedSteps, bucket
-from grpo_trl.rollouts.native.engine import close_gaps, groups_that_fit
+from grpo_trl.rollouts.native.engine import close_gaps, free_memory, groups_that_fit
 from grpo_trl.rollouts.native.weights import LowPrecisionWeights, joined
 from tests.policy.test_packed import KINDS, build, lora
 from tests.tiny import IM_END, PAD, VOCAB_SIZE, tiny_model
@@ -164,7 +164,7 @@ def test_rows_that_fit_follow_from_free_memory(qwen3, monkeypatch):
         available = 25_600 * 2 * 3 + 1
 
     monkeypatch.setattr("grpo_trl.rollouts.native.engine.virtual_memory", Memory)
-    assert groups_that_fit(qwen3, 100) == 3
+    assert groups_that_fit(qwen3, 100, free_memory(qwen3.device)) == 3
     sampling = replace(SAMPLING, num_generations=2, max_completion_length=45)
     assert NativeEngine(qwen3)._memory(qwen3, 5, 10, sampling, kept=False).most.groups == 3
 

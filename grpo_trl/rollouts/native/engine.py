@@ -129,7 +129,9 @@ class NativeEngine:
 
         def wanted() -> tuple[int, int, int, int]:
             rows = self.max_concurrent_rows
-            groups = rows // size if rows else groups_that_fit(model, longest + size * length)
+            groups = (
+                rows // size if rows else groups_that_fit(model, longest + size * length, free_memory(model.device))
+            )
             return max(1, min(prompts, groups)), size, longest, length
 
         if kept and self.memory is not None and self.graphs is not None:
@@ -339,13 +341,16 @@ def adapter_state(model: Any) -> list[tuple[bool, list[str]]]:
     return [(layer.disable_adapters, list(layer.active_adapters)) for layer in layers]
 
 
-def groups_that_fit(model: Any, tokens: int) -> int:
-    """How many groups of so many tokens keep their keys and values in half of the memory that is free now."""
-    if model.device.type == "cuda":
-        unused = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
-        free = torch.cuda.mem_get_info(model.device)[0] + unused  # what torch keeps of what it has freed
-    else:
-        free = virtual_memory().available
+def free_memory(device: torch.device) -> int:
+    """Bytes, with what torch keeps of what it has freed."""
+    if device.type != "cuda":
+        return virtual_memory().available
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
+def groups_that_fit(model: Any, tokens: int, free: int) -> int:
+    """How many groups of so many tokens keep their keys and values in half of the free memory."""
     return free // 2 // key_value_bytes(model, tokens)
 
 

@@ -27,6 +27,7 @@ from .callbacks import (
     SyncReferenceCallback,
 )
 from .config import GRPOConfig, mapping
+from .config_checks import steps_in_backward
 from .placement import DeviceMap, resolve_device_map
 from .policy import causal_lm, disable_dropout, freeze_adapter, load_policy, load_reference_model, prepare
 from .prompt_memory import PromptMemory
@@ -93,14 +94,18 @@ def limit(dataset: Any, tokenizer: Any, chat_options: dict[str, Any], args: GRPO
 
 def policy_limit(args: GRPOConfig, accelerator: Accelerator) -> TokenLimit:
     """Of the policy's passes. They are not cut when memory runs out where other processes take part in them, or where
-    tokens are picked from a whole micro-batch."""
+    tokens are picked from a whole micro-batch; nor where each is an update."""
     alone = accelerator.distributed_type == DistributedType.NO
-    fixed = not alone or args.top_entropy_quantile < 1
+    fixed = not alone or args.top_entropy_quantile < 1 or steps_in_backward(args)
     return TokenLimit("the policy", args.max_tokens_per_microbatch, fixed=fixed)
 
 
-def dynamic_sampler(args: GRPOConfig, world_size: int) -> DynamicSampler:
-    """What fills batches with informative groups, by `dynamic_sampling_filter` or by the spread of their rewards."""
+def dynamic_sampler(args: GRPOConfig, sampling: SamplingParams, world_size: int) -> DynamicSampler:
+    """What fills batches with informative groups, by `dynamic_sampling_filter` or by the spread of their rewards.
+
+    It carries none over where sampling truncates: their log-probabilities are not the policy's, and later nobody knows
+    what those were.
+    """
     size = args.num_generations
     own = None if args.dynamic_sampling_filter is None else filter_named(args.dynamic_sampling_filter)
 
@@ -112,7 +117,7 @@ def dynamic_sampler(args: GRPOConfig, world_size: int) -> DynamicSampler:
     return DynamicSampler(
         is_informative,
         max_rounds=args.dynamic_sampling_max_rounds,
-        max_age=args.dynamic_sampling_max_age or 0,
+        max_age=0 if sampling.truncates else args.dynamic_sampling_max_age or 0,
         round_size=(args.max_concurrent_rows or 0) // size * world_size,
     )
 
@@ -153,7 +158,7 @@ def load_models(
     reference_model = load_reference_model(policy, path, args, device_map(args, "ref_device"))
     if args.disable_dropout:
         disable_dropout(policy)
-    if reason := prepare(policy):
+    if reason := prepare(policy, args.device.type):  # where an instance will be when it is trained
         logger.warning(
             f"The policy is run on padded rows, each with its whole prompt, and sampled by model.generate: {reason}."
         )
@@ -267,7 +272,10 @@ def device_map(args: GRPOConfig, name: str) -> DeviceMap:
 
 def _num_local_ranks(world_size: int) -> int:
     """Ranks on this machine. Where the launcher (srun, say) does not tell: one per GPU, if there are so many."""
-    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")  # torchrun, DeepSpeed, mpirun
+    names = (
+        *("LOCAL_WORLD_SIZE", "LOCAL_SIZE"),  # torchrun, DeepSpeed
+        *("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "MV2_COMM_WORLD_LOCAL_SIZE"),  # kinds of mpirun
+    )
     return get_int_from_env(names, min(world_size, max(1, torch.cuda.device_count())))
 
 

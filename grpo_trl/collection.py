@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -15,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from .algorithm import AGGREGATIONS, group_advantages, passed
+from .algorithm import AGGREGATIONS, combine_rewards, group_advantages, passed
 from .batch import Group, Prompt, RolloutBatch
 from .config import GRPOConfig
 from .hooks import TrainerHooks
@@ -145,7 +146,7 @@ class CollectingTrainer(TrainerHooks):
         if groups:
             rewards = rollout.rewards[torch.tensor(sampled).repeat_interleave(args.num_generations)]
             rewards_per_func = torch.cat([group.rewards_per_func for group in groups])  # pyright: ignore[reportArgumentType, reportCallIssue]
-            self._record(groups, rewards_per_func, rewards, rollout.reward_names)
+            record_rollout(self.metrics, groups, rewards_per_func, rewards, rollout.reward_names)
         return rollout.batch.to(args.device)
 
     def _dumped(self, collect: Callable[[Any], RolloutBatch], prompts: Any) -> RolloutBatch:
@@ -162,7 +163,7 @@ class CollectingTrainer(TrainerHooks):
         rewards_per_func = torch.cat(
             [unknown if group.rewards_per_func is None else group.rewards_per_func for group in self.collected]
         )
-        rewards = AGGREGATIONS["sum_then_normalize"](rewards_per_func, self.reward_weights, self.args.num_generations)
+        rewards = combine_rewards(rewards_per_func, self.reward_weights)
         name = dump.file_name(collection, self.accelerator.process_index)
         rollout = dump.Rollout(self.collected, batch, rewards, self.reward_names)
         dump.write_rollout(Path(str(self.args.output_dir)) / dump.FOLDER / name, rollout, step=step)
@@ -173,24 +174,18 @@ class CollectingTrainer(TrainerHooks):
         of them passed (B,)."""
         groups = self.sample(prompts)
         rewards_per_func = self.score(groups, self.metrics)
-        compared, rewards = (
-            AGGREGATIONS[how](rewards_per_func, self.reward_weights, self.args.num_generations)
-            for how in (self.args.multi_objective_aggregation, "sum_then_normalize")
-        )
+        aggregate = AGGREGATIONS[self.args.multi_objective_aggregation]
+        compared = aggregate(rewards_per_func, self.reward_weights, self.args.num_generations)
+        rewards = combine_rewards(rewards_per_func, self.reward_weights)
         for group, rows in zip(groups, rewards_per_func.split(self.args.num_generations), strict=True):
             group.rewards_per_func = rows
         self.metrics.add("rollout/scoring_wait_seconds", self.scorer.wait_seconds)
         self.metrics.add("scoring/busy_seconds", self.scorer.busy_seconds)
-        self._record(groups, rewards_per_func, rewards, self.reward_names)
+        record_rollout(self.metrics, groups, rewards_per_func, rewards, self.reward_names)
         self._count_tokens(groups)
         verdicts = passed(rewards_per_func, self.reward_weights, self.args.eval_pass_threshold)
         self._remember(groups, verdicts)
         return groups, rewards_per_func, compared, verdicts
-
-    def _record(
-        self, groups: list[Group], rewards_per_func: Tensor, rewards: Tensor, reward_names: Sequence[str]
-    ) -> None:
-        record_rollout(self.metrics, groups, rewards_per_func, rewards, reward_names)
 
     def _count_tokens(self, groups: list[Group]) -> None:
         """Over all ranks, each of which must call it, with groups or without."""
@@ -288,7 +283,7 @@ class CollectingTrainer(TrainerHooks):
             logps = torch.where(carried[:, None] & ~sampled.isnan(), sampled, logps)
         if sampled is None or self._sampling_is_exact is False:
             return logps
-        far = (sampled - logps).abs().gt(SAMPLING_GAP) & batch.completion_mask.bool()
+        far = (sampled - logps).abs().gt(SAMPLING_GAP) & batch.loss_mask.bool()  # nothing of a blank place
         if carried is not None:
             far &= ~carried[:, None]
         self._sampling_is_exact = not self.all_reduce(far.sum())  # of all ranks: they run the same passes
@@ -296,7 +291,9 @@ class CollectingTrainer(TrainerHooks):
 
     def _reference_logps(self, batch: RolloutBatch) -> None:
         if self._by_group is not None:
+            began = time.perf_counter()
             logps = self._by_group.per_token_logps(self.collected, batch.completion_ids.shape[1])
+            self.metrics.add("rollout/reference_wait_seconds", time.perf_counter() - began)
             batch.ref_per_token_logps = logps.to(self.args.device)
         elif self.reference is not None:
             batch.ref_per_token_logps = self._logps_of_reference(self.reference, batch)

@@ -64,6 +64,10 @@ RANGES = {
     "epsilon_high": Range(0),
     "sapo_temperature_pos": Range(0, above=True),
     "sapo_temperature_neg": Range(0, above=True),
+    "vespo_k_pos": Range(0),
+    "vespo_lambda_pos": Range(0, above=True),
+    "vespo_k_neg": Range(0),
+    "vespo_lambda_neg": Range(0, above=True),
     "top_entropy_quantile": Range(0, 1, above=True),
     "entropy_coef": Range(0),
     "dynamic_sampling_max_rounds": Range(1),
@@ -137,6 +141,11 @@ def trainer_problems(args: Any) -> list[str]:
             problems += found
             set_to_default(args, name)
     return problems
+
+
+def steps_in_backward(args: Any) -> bool:
+    """Whether the optimizer updates weights while gradients are computed, so that each pass is an update."""
+    return args.optim.value in ("lomo", "adalomo") or args.optim.value.endswith("_layerwise")
 
 
 def optimizer_problems(args: Any) -> list[str]:
@@ -217,6 +226,13 @@ def combination_problems(args: Any) -> list[str]:
             "liger_kernel_config: fused_linear_cross_entropy replaces the model's forward, and with it the scores of "
             "the update; leave it out.",
         ),
+        *(
+            (
+                "device_map" in (getattr(args, f"{model}_model_init_kwargs") or {}),
+                f"{model}_model_init_kwargs has a device_map; set {model}_device instead, which takes such maps too.",
+            )
+            for model in ("ref", "reward")
+        ),
         (
             args.use_liger_kernel and liger.get("rope", True) and _is_on_cpu(args.ref_device, args.reward_device),
             "use_liger_kernel=True replaces the rotation of all models of the policy's class, also of those on "
@@ -229,6 +245,11 @@ def combination_problems(args: Any) -> list[str]:
             "per_device_train_batch_size and raise gradient_accumulation_steps instead.",
         ),
         (
+            args.max_tokens_per_microbatch and steps_in_backward(args),
+            f"max_tokens_per_microbatch cannot be used with optim={args.optim.value!r}, which updates the weights in "
+            "every backward pass; lower per_device_train_batch_size instead.",
+        ),
+        (
             args.max_tokens_per_microbatch and is_fsdp(),
             "max_tokens_per_microbatch cannot be used with FSDP: every piece gathers weights from all ranks, and "
             "ranks may have different numbers of pieces; lower per_device_train_batch_size and raise "
@@ -236,6 +257,8 @@ def combination_problems(args: Any) -> list[str]:
         ),
         (
             is_zero3(args.deepspeed_plugin)
+            and args.gradient_checkpointing
+            and not args.use_vllm
             and not {"every_n_layers", "offload"}.isdisjoint(args.gradient_checkpointing_kwargs or {}),
             "gradient_checkpointing_kwargs every_n_layers and offload cannot be used with ZeRO-3: TRL turns "
             "checkpointing off for a rollout and on again, and does not know them; leave them out.",

@@ -130,7 +130,7 @@ def _parse_json(content: bytes, line: int) -> Any:
 
 def _from_rows(rows: Sequence[dict[str, Any]]) -> Dataset:
     columns: dict[str, Any] = {name: [row.get(name) for row in rows] for name in dict.fromkeys(itertools.chain(*rows))}
-    mixed = [name for name, values in columns.items() if not _has_one_type(values)]
+    mixed = [name for name, values in columns.items() if not _has_one_type(name, values)]
     dataset = Dataset.from_dict(columns | {name: json_texts(columns[name]) for name in mixed})
     for name in mixed:
         dataset = dataset.cast_column(name, cast(Any, Json()))
@@ -143,13 +143,15 @@ def json_texts(values: Sequence[Any]) -> Any:
     return [None if value is None else json.dumps(value, ensure_ascii=False) for value in values]
 
 
-def _has_one_type(values: Sequence[Any]) -> bool:
-    """Of Arrow's, which would make 72.0 of a 72 among decimals."""
+def _has_one_type(name: str, values: Sequence[Any]) -> bool:
+    """Of Arrow's. Raises ValueError for whole numbers that none holds."""
     try:
         pa.array(values)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError):
+    except OverflowError as error:
+        raise ValueError(f"column {name!r} has a whole number beyond 64 bit; put it in quotes.") from error
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError):
         return False
-    return not {int, float} <= set(map(type, values))
+    return True
 
 
 def _broken_files(entry: DatasetEntry, files: Sequence[Path], error: Exception) -> str:

@@ -42,8 +42,10 @@ def resolve_device_map(
         ValueError: a device that does not exist, one that another rank trains on, or a word that is none of these.
     """
     if isinstance(device, dict):
-        if not device:
-            raise ValueError("the device map is empty; name a device for each part of the model, e.g. {'': 'cpu'}.")
+        if not set(device.values()) - {"disk"}:
+            raise ValueError(
+                f"the device map {device} has no device; name one for each part of the model, e.g. {{'': 'cpu'}}."
+            )
         for place_of in device.values():
             if place_of != "disk":  # accelerate's word for weights that stay in their file
                 _usable(place_of, policy_device, num_gpus, num_local_ranks)
@@ -66,6 +68,8 @@ def _usable(device: Any, policy_device: torch.device, num_gpus: int, num_local_r
         chosen = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
     except (RuntimeError, TypeError):
         raise ValueError(f"device {device!r} is unknown; use auto, same, cpu, cuda:N or an accelerate map.") from None
+    if chosen.type not in ("cpu", "cuda", policy_device.type):
+        raise ValueError(f"device {device!r} is none that this run has; use auto, same, cpu, cuda:N or a map of them.")
     if chosen.type != "cuda":
         return chosen
     if (chosen.index or 0) >= num_gpus:
@@ -123,10 +127,26 @@ def refuse_empty(model: Any, what: str) -> None:
         )
 
 
+def check_map(model: nn.Module, device_map: DeviceMap) -> None:
+    """Raises a ValueError for names that are none of the model's, and weights that have no device: `from_pretrained`
+    passes over the first and takes the CPU for the second."""
+    modules, weights = dict(model.named_modules()), dict(model.named_parameters())
+    unknown = [name for name in device_map if name not in modules and name not in weights]
+    left = [weight for weight in weights if not any(f"{weight}.".startswith(f"{n}." if n else "") for n in device_map)]
+    if unknown or left:
+        parts = [name for name, part in modules.items() if name and "." not in name and any(True for _ in part.parameters())]
+        raise ValueError(
+            f"ref_device or reward_device: the map {device_map} does not fit {type(model).__name__}: "
+            f"{f'it has no {unknown[0]!r}' if unknown else f'no device for {left[0]!r}'}; "
+            f"its parts are {', '.join(parts)}, and what is in them."
+        )
+
+
 def place(model: nn.Module, device_map: DeviceMap) -> nn.Module:
     """Moves a loaded model to its devices. A one-device map adds no hooks: the caller moves the inputs."""
     if set(device_map) == {""}:
         return model.to(device_map[""])
+    check_map(model, device_map)
     try:
         return dispatch_model(model, device_map)
     except ValueError as error:

@@ -10,6 +10,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 T = TypeVar("T")
+OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 MANY = 2**30  # more tokens than any batch has
 
 
@@ -20,10 +21,19 @@ class TokenLimit:
         tokens: at first; None: no limit.
         what: runs the passes, for the message.
         fixed: work is not cut, because every process has to make the same passes: an error stays an error.
+        release: gives up memory that others keep, and says whether there was some. Called before the first cut, once:
+            what comes back later finds the work's own memory taken.
     """
 
-    def __init__(self, what: str, tokens: int | None = None, *, fixed: bool = False):
-        self.what, self.tokens, self.fixed = what, tokens, fixed
+    def __init__(
+        self,
+        what: str,
+        tokens: int | None = None,
+        *,
+        fixed: bool = False,
+        release: Callable[[], bool] | None = None,
+    ):
+        self.what, self.tokens, self.fixed, self.release = what, tokens, fixed, release
 
     def run(
         self, work: Callable[[], T], cut: Callable[[int | None], list[Any]], restart: Callable[[], None] | None = None
@@ -42,12 +52,16 @@ class TokenLimit:
             try:
                 return work()
             except RuntimeError as error:
-                if self.fixed or not is_out_of_memory(error) or not self._lower(cut):
+                if self.fixed or not is_out_of_memory(error) or not (self._released() or self._lower(cut)):
                     raise
             # out here the error is gone, and with it the frames that hold the tensors of the attempt
             clear_device_cache(garbage_collection=True)
             if restart is not None:
                 restart()
+
+    def _released(self) -> bool:
+        release, self.release = self.release, None
+        return release is not None and release()
 
     def _lower(self, cut: Callable[[int | None], list[Any]]) -> bool:
         """Halves the limit until it changes the passes; False where none does."""
@@ -62,8 +76,9 @@ class TokenLimit:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Of any device, the CPU's allocator included."""
-    return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)  # pyright: ignore[reportArgumentType]
+    """Of any device, the CPU's allocator included, and of libraries that allocate beside torch."""
+    of_library = isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
+    return isinstance(error, torch.OutOfMemoryError) or of_library or should_reduce_batch_size(error)  # pyright: ignore[reportArgumentType]
 
 
 def token_batches(lengths: Sequence[tuple[int, ...]], max_tokens: int) -> list[list[int]]:

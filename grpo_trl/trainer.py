@@ -191,6 +191,7 @@ class GRPOTrainer(CollectingTrainer):
             args=args,
             accelerator=self.accelerator,
         )
+        self.policy_limit.release = getattr(self.engine, "release", None)  # the native one's
         self._vllm_is_of: int | None = None  # the step whose weights vLLM has; engines on the policy itself have none
         self._sampling_is_exact = self._sampling_may_be_exact(own_rollout=type(self).rollout is GRPOTrainer.rollout)
         self.metrics = Metrics()
@@ -216,7 +217,7 @@ class GRPOTrainer(CollectingTrainer):
         self._accumulated: list[RolloutBatch] = []
         self.prompt_memory = prompt_memory(self.args)
         # nothing of a run before, whose steps and draws were counted from the same 0
-        self.dynamic_sampler = dynamic_sampler(self.args, self.accelerator.num_processes)
+        self.dynamic_sampler = dynamic_sampler(self.args, self.train_sampling, self.accelerator.num_processes)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         self.loader = RolloutLoader(
             prompts(self.train_dataset, seed=seed, shuffle=self.args.shuffle_dataset),

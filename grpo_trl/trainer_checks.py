@@ -42,7 +42,7 @@ def problems(
         for name, value in refused.items()
         if value not in (None, [])
     ]
-    found += _reference_problems(model, args, with_adapter)
+    found += reference_problems(model, args, with_adapter)
     if args.evaluates and datasets.keys() == {"train_dataset"}:
         found.append(
             "eval_strategy or eval_on_start asks for evaluation, but there is no eval_dataset; pass one, or set "
@@ -65,7 +65,8 @@ def problems(
     return found
 
 
-def _reference_problems(model: Any, args: GRPOConfig, with_adapter: bool) -> list[str]:
+def reference_problems(model: Any, args: GRPOConfig, with_adapter: bool) -> list[str]:
+    """Options of a reference that this run does not load, or does not have."""
     found = []
     if args.sync_ref_model and with_adapter:
         found.append(

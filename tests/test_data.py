@@ -155,12 +155,24 @@ def test_values_of_mixed_types_keep_their_own(tmp_path):
     assert rows["answer"][:] == rows["solution"][:] == [1, "1"]
 
 
-def test_numbers_of_two_kinds_and_beyond_64_bit_keep_their_own(tmp_path):
-    numbers = [72, 0.5, 2**60 + 1]
+@pytest.mark.parametrize(
+    ("numbers", "kept"),
+    [
+        ([72, 0.5, 0.0058338203945503125, 5e-324], None),  # as Arrow: 72.0, of which `accuracy` makes 72 again
+        ([72, 0.5, 2**60 + 1], [72, 0.5, 2**60 + 1]),  # no decimal number is the last
+    ],
+)
+def test_numbers_of_two_kinds(tmp_path, numbers, kept):
     path = jsonl(tmp_path / "a.jsonl", [{"question": "q", "answer": number} for number in numbers])
-    assert [repr(value) for value in load_datasets([entry(path)])["answer"]] == list(map(repr, numbers))
-    path = jsonl(tmp_path / "b.jsonl", [{"question": "q", "answer": number} for number in (-5, 10**30)])
-    assert list(map(str, load_datasets([entry(path)])["answer"])) == ["-5", str(10**30)]
+    assert list(map(repr, load_datasets([entry(path)])["answer"])) == list(map(repr, kept or map(float, numbers)))
+
+
+@pytest.mark.parametrize("number", [10**30, [10**30], {"id": 10**30}], ids=str)
+def test_numbers_beyond_64_bit_are_refused(tmp_path, number):
+    rows = [{"question": "q", "answer": "1", "meta": value} for value in (number, number)]
+    path = jsonl(tmp_path / "a.jsonl", rows)
+    with pytest.raises(ValueError, match="column 'meta' has a whole number beyond 64 bit; put it in quotes"):
+        load_datasets([entry(path)])
 
 
 @pytest.mark.parametrize("form", ["json", "jsonl"])

@@ -18,6 +18,7 @@ from grpo_trl.placement import (
     runs_on,
     whole_models,
 )
+from grpo_trl.policy import load_reference_model
 from grpo_trl.trainer_checks import zero3_problems
 from tests.tiny import tiny_model
 
@@ -120,6 +121,11 @@ def test_accelerate_map_is_taken_as_it_is():
         ({"model.layers": 0, "lm_head": 2}, 2, r"device 2 does not exist: 2 GPU"),
         ({"": "cuda:1"}, 1, r"'cuda:1' does not exist"),
         ({"": "gpu"}, 1, r"'gpu' is unknown"),
+        ({"": "disk"}, 1, r"the device map {'': 'disk'} has no device; name one for each part"),
+        ({}, 1, r"the device map {} has no device"),
+        ("meta", 1, r"device 'meta' is none that this run has"),
+        ({"model": "meta", "lm_head": 0}, 1, r"device 'meta' is none that this run has"),
+        ("xpu:3", 1, r"device 'xpu:3' is none that this run has"),
     ],
 )
 def test_devices_that_do_not_exist(device, num_gpus, message):
@@ -135,6 +141,23 @@ def test_place_on_one_device_adds_no_hooks(qwen3):
     assert not any(hasattr(module, "_hf_hook") for module in placed.modules())
     assert input_device(placed) == CPU
     assert torch.equal(placed(ids).logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("device_map", "message"),
+    [
+        ({"modle": "cpu", "": "cpu"}, "it has no 'modle'; its parts are model, lm_head, and what is in them"),
+        ({"model": "cpu", "lm_haed": "cpu"}, "it has no 'lm_haed'"),
+        ({"model.layers.0": "cpu"}, "no device for 'model.embed_tokens.weight'"),
+        ({"model.layers": "cpu", "model.embed_tokens": "cpu", "model.norm": "cpu"}, "no device for 'lm_head.weight'"),
+    ],
+)
+def test_a_map_that_does_not_fit_the_model(model_dir, qwen3, device_map, message):
+    with pytest.raises(ValueError, match=message):
+        place(qwen3, device_map)
+    args = GRPOConfig(use_cpu=True, bf16=False, report_to="none", ref_device=device_map, beta=0.1)
+    with pytest.raises(ValueError, match=message):
+        load_reference_model(qwen3, model_dir, args, device_map)
 
 
 def test_place_takes_an_accelerate_map(qwen3):

@@ -56,6 +56,16 @@ def test_what_a_failed_attempt_left_is_undone_before_each_other():
     assert restarts == [1, 2, 4]
 
 
+@pytest.mark.parametrize(
+    ("kept", "expected"), [(True, [36, 36, 27, 9, 12, 9, 8, 1]), (False, [36, 27, 9, 12, 9, 8, 1])]
+)
+def test_kept_memory_is_given_up_first_and_once(kept, expected):
+    limit, sizes, asked = TokenLimit("it", release=lambda: asked.append(1) or kept), [], []
+    work = memory_for(10, sizes)
+    limit.run(lambda: work(limit), cut)
+    assert sizes == expected and asked == [1]
+
+
 @pytest.mark.parametrize("fixed", [False, True])
 def test_what_cannot_be_cut_fails_with_the_error_itself(fixed):
     limit, sizes = TokenLimit("it", fixed=fixed), []

@@ -75,5 +75,12 @@ def test_nothing_as_large_as_hidden_states_or_logits_crosses(results):
     assert max(c["num_bytes"] for c in results["two"]["crossings"]) < 2 * 8 * tokens  # hidden states: 4 * 32 * tokens
 
 
+@pytest.mark.parametrize("way", ["packed", "padded", "logits"])
+def test_a_reference_may_be_split_over_devices(results, way):
+    one, two = results["split"][way]
+    torch.testing.assert_close(two.cpu(), one, rtol=0, atol=1e-5)
+    assert one.abs().max() > 1
+
+
 def test_a_mix_of_devices_is_caught(results):
     assert results["LeavesIdsBehind"].endswith("mixes cpu, vgpu:1")

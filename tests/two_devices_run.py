@@ -10,9 +10,12 @@ import tempfile
 from typing import Any
 
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
-from grpo_trl import GRPOTrainer
-from grpo_trl.policy import FrozenReference
+from grpo_trl import Group, GRPOTrainer, Prompt, RolloutBatch
+from grpo_trl.policy import FrozenReference, prepare
+from grpo_trl.policy.reference import Passes
+from grpo_trl.token_limit import TokenLimit
 from tests.logical_devices import CROSSINGS, DeviceMismatch, LogicalDevices
 from tests.test_trainer import config, dataset
 from tests.tiny import tiny_model, tiny_reward_model, tiny_tokenizer
@@ -25,6 +28,35 @@ class LeavesIdsBehind(FrozenReference):
         batch.to = lambda device: batch
         batch.tokens = lambda: batch
         return super().per_token_logps(batch, temperature)
+
+
+def split(model: Any) -> Any:
+    """As accelerate places it by {"model.embed_tokens": 1, "model.layers": 1, "model.norm": 2, "lm_head": 2}."""
+    inner = model.model
+    for part, device in (
+        *((part, "vgpu:1") for part in (inner.embed_tokens, inner.layers, inner.rotary_emb)),
+        *((part, "vgpu:2") for part in (inner.norm, model.lm_head)),
+    ):
+        for module in part.to(device).modules():
+            if any(True for _ in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
+                add_hook_to_module(module, AlignDevicesHook(execution_device=torch.device(device)))
+    return model
+
+
+def scores_of_split(kind: str, evaluation: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Reference log-probabilities of a model on one device, and of the same on two."""
+    groups = [
+        Group(Prompt([10, 11, 12], {}, 0), [[20, 21], [22, 23, 24]], [True, True]),
+        Group(Prompt([13, 14], {}, 1), [[30], [32, 33, 34]], [True, True]),
+    ]
+    batch = RolloutBatch.from_groups(groups, pad_token_id=0)
+    model = tiny_model(kind)
+    prepare(model)
+    model.evaluation = evaluation
+    reference = FrozenReference(model, Passes(4, TokenLimit("the reference")))
+    expected = reference.per_token_logps(batch, 0.7)
+    split(model)
+    return expected, reference.per_token_logps(batch, 0.7)
 
 
 def step(policy: str, frozen: str, reference: type[FrozenReference] = FrozenReference) -> dict[str, Any]:
@@ -67,6 +99,7 @@ if __name__ == "__main__":
     with LogicalDevices():
         results |= {"two": step("vgpu:0", "vgpu:1")}
         results |= {LeavesIdsBehind.__name__: planted(LeavesIdsBehind)}
+        results["split"] = {way: scores_of_split("qwen3", way) for way in ("packed", "padded", "logits")}
     for result in (results["cpu"], results["two"]):
         result["crossings"] = [vars(crossing) for crossing in result["crossings"]]
     torch.save(results, sys.argv[1])

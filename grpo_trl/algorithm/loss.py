@@ -252,7 +252,7 @@ def top_entropy_mask(
     mask = mask.bool()
     found = gather(entropies[mask].float())
     if not len(found):
-        return mask
+        return torch.zeros_like(mask)
     # not torch.quantile, which takes at most 16 million values; linear interpolation between neighbours, as it does
     place = (1 - share) * (len(found) - 1)
     ordered, low = found.sort().values, math.floor(place)

@@ -158,16 +158,18 @@ def _drowned_rewards(course: Course) -> list[Found]:
 
 
 def _ratio_is_not_one(course: Course) -> list[Found]:
-    args = course.args
-    if args.dynamic_sampling and args.dynamic_sampling_max_age:
-        return []  # groups that were carried over have another ratio rightly
-    gaps = course.points("importance_ratio/first_step_gap")
-    return [{"gap": gaps[-1][1]}] if gaps and gaps[-1][1] > RATIO_GAP else []
+    return _gap_above(RATIO_GAP, course, "importance_ratio/first_step_gap")
 
 
 def _sampler_disagrees(course: Course) -> list[Found]:
-    gaps = course.points("sampling/logp_gap")
-    return [{"gap": gaps[-1][1]}] if gaps and gaps[-1][1] > SAMPLER_GAP else []
+    return _gap_above(SAMPLER_GAP, course, "sampling/logp_gap")
+
+
+def _gap_above(limit: float, course: Course, name: str) -> list[Found]:
+    """To log-probabilities of when a batch was made; those of groups that were carried over are older."""
+    gaps = course.points(name)
+    carries = course.args.dynamic_sampling and course.args.dynamic_sampling_max_age
+    return [{"gap": gaps[-1][1]}] if gaps and gaps[-1][1] > limit and not carries else []
 
 
 def _kl_runs_away(course: Course) -> list[Found]:

@@ -7,10 +7,9 @@ from typing import Any
 
 from peft import LoraConfig
 
-from ..config import GRPOConfig
 from ..config_checks import combination_problems
 from ..placement import is_zero3
-from ..trainer_checks import zero3_problems
+from ..trainer_checks import reference_problems, zero3_problems
 from .plan import Plan, Run, plan_run
 
 
@@ -36,14 +35,17 @@ def ranked_changes(run: Run, plan: Plan, memory: int | None = None) -> list[Advi
 
 def _refused(run: Run, changed: Run) -> bool:
     """Whether the change leads to a run that a trainer would not begin."""
-    new_problems = set(_problems(changed.args)) - set(_problems(run.args))
-    with_adapter = changed.policy.peft_config is not None
-    return bool(new_problems) or (with_adapter and changed.args.sync_ref_model)
+    return bool(_problems(changed) - _problems(run))
 
 
-def _problems(args: GRPOConfig) -> list[str]:
+def _problems(run: Run) -> set[str]:
+    args, policy = run.args, run.policy
     placed = zero3_problems(args.ref_device) if is_zero3(args.deepspeed_plugin) else []
-    return combination_problems(args) + placed
+    return {
+        *combination_problems(args),
+        *placed,
+        *reference_problems(policy.path, args, policy.peft_config is not None),
+    }
 
 
 Suggestion = tuple[str, Run] | None

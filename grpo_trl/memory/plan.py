@@ -16,7 +16,16 @@ from ..policy.loading import from_pretrained_options
 from ..policy.reference import reference_options
 from ..rewards.loading import is_reward_model
 from ..rollouts.native.engine import groups_that_fit
-from .dry_run import FakeModel, copied_bytes, generate_bytes, reward_bytes, rollout_bytes, scoring_bytes, update_bytes
+from .dry_run import (
+    FakeModel,
+    autocast,
+    copied_bytes,
+    generate_bytes,
+    reward_bytes,
+    rollout_bytes,
+    scoring_bytes,
+    update_bytes,
+)
 from .models import (
     PolicySpec,
     policy_of,
@@ -171,18 +180,16 @@ def _frozen_models(run: Run, reference: Any | None) -> Iterator[_Frozen]:
     args = run.args
     if reference is not None:
         options = reference_options(args, run.policy.path)
-        where = options.get("device_map") or device_map(args, "ref_device")
         yield _Frozen(
             reference,
             quantization_of(options, reference.config),
-            where,
+            device_map(args, "ref_device"),
             "scoring",
             lambda fake: scoring_bytes(fake, args, run.prompt_length),
         )
     phase = "reward passes" if args.reward_overlap else "scoring"
     for path in filter(is_reward_model, run.rewards):
-        options = mapping(args.reward_model_init_kwargs)
-        where = options.get("device_map") or device_map(args, "reward_device")
+        options, where = mapping(args.reward_model_init_kwargs), device_map(args, "reward_device")
         model = reward_model_of(path, args)
         size = _reward_pass(run, model)
         quantization = quantization_of(options, model.config)
@@ -214,7 +221,8 @@ def _add_rollout(run: Run, fake: FakeModel, device: DevicePlan) -> None:
     elif native:
         tokens = run.prompt_length + args.num_generations * args.max_completion_length
         free = device.available - sum(device.items[name] for name in (*RESIDENT, "weights for decoding"))
-        groups = groups_that_fit(model, tokens, free)
+        with autocast(args):
+            groups = groups_that_fit(model, tokens, free)
     measure = rollout_bytes if native else generate_bytes
     cache, work = measure(fake, args, run.prompt_length, max(1, min(prompts, groups)))
     device.items["kept cache" if native and args.captures_graphs else "key-value cache"] = cache

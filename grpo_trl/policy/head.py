@@ -53,11 +53,16 @@ def score_completions(model: PreTrainedModel) -> None:
         scored, labels = kwargs.pop("scored"), kwargs.pop("labels")
         options = {name: kwargs.pop(name) for name in ("temperature", "with_entropy", "entropy_gradient")}
         hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
-        return Scores(*score(self, hidden.flatten(0, 1)[scored], labels, **options))
+        return Scores(*score(self, chosen(hidden, scored), labels, **options))
 
     # `generate` checks its arguments against the signature
     forward.__signature__ = inspect.signature(type(model).forward)  # pyright: ignore[reportFunctionMemberAccess]
     model.forward = MethodType(forward, model)
+
+
+def chosen(values: Tensor, scored: Tensor | slice) -> Tensor:
+    """(rows, columns, ...) -> (M, ...), also on another device than that of the ids, where a model is split."""
+    return values.flatten(0, 1)[scored if isinstance(scored, slice) else scored.to(values.device)]
 
 
 def score(
@@ -73,15 +78,16 @@ def score(
     entropies (M,), with gradient or without; in fp32."""
     options = {"with_entropy": with_entropy, "entropy_gradient": entropy_gradient}
     head: Any = model.get_output_embeddings()
-    hidden, labels = hidden.to(head.weight.device), labels.to(head.weight.device)
+    if not head.weight.is_meta:  # accelerate has put it aside, and brings it to where the hidden states are
+        hidden = hidden.to(head.weight.device)
     if hidden.device.type == "cuda" and _is_plain(head):
         with torch.cuda.device(hidden.device):  # kernels of Triton are launched on the current one, the policy's
-            return fused_scores(model, hidden, labels, temperature=temperature, **options)
+            return fused_scores(model, hidden, labels.to(hidden.device), temperature=temperature, **options)
 
     def score_chunk(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
         logits = to_logits(model, hidden)
         logits = logits if temperature == 1 else logits / temperature
-        return scores_of_logits(logits, labels, **options)
+        return scores_of_logits(logits, labels.to(logits.device), **options)
 
     size = max(CHUNK, CHUNK_LOGITS // model.config.get_text_config().vocab_size)
     count = _as_on_all_ranks(max(1, -(-len(labels) // size)), model)
@@ -116,7 +122,8 @@ def fused_scores(
     fp32 whatever its dtype."""
     head: Any = model.get_output_embeddings()
     scale, softcap = logit_scale_and_softcap(model)
-    options = (temperature, VOCABULARY_CHUNK, softcap, scale, ("entropy",) if with_entropy else ())
+    chunk = min(VOCABULARY_CHUNK, len(head.weight))  # of memory that is taken whatever the vocabulary
+    options = (temperature, chunk, softcap, scale, ("entropy",) if with_entropy else ())
     logps, entropies, *_ = ChunkedLogProbFunction.apply(hidden, head.weight, head.bias, labels, *options)
     if not with_entropy:
         return logps, None
@@ -185,7 +192,7 @@ def _normalize(logits: Tensor, *, with_entropy: bool) -> tuple[Tensor, Tensor | 
         log_total = total.log()
         log_normalizer.append(log_total + largest[:, 0])
         if with_entropy:
-            entropies.append(log_total - torch.linalg.vecdot(weights, _finite_(shifted)) / total)
+            entropies.append(log_total - weights.mul_(_finite_(shifted)).sum(-1) / total)  # no product of autocast
     return torch.cat(log_normalizer), torch.cat(entropies) if with_entropy else None
 
 

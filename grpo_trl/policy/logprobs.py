@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..batch import RolloutBatch
-from .head import scores_of_logits
+from .head import chosen, scores_of_logits
 from .packing import Stream, pack, pad
 
 Scored = tuple[Tensor, Tensor | None]  # log-probabilities, and entropies where asked for
@@ -57,8 +57,8 @@ def from_head(model: nn.Module, stream: Stream, **options: Any) -> Scored:
 
 def from_logits(model: nn.Module, stream: Stream, *, temperature: float, **options: Any) -> Scored:
     """(M,) each, from the logits that any causal LM returns, of all positions."""
-    logits = model(**_accepted(model, stream.inputs), use_cache=False).logits.flatten(0, 1)[stream.scored].float()
-    return scores_of_logits(logits / temperature, stream.labels, **options)
+    logits = chosen(model(**_accepted(model, stream.inputs), use_cache=False).logits, stream.scored).float()
+    return scores_of_logits(logits / temperature, stream.labels.to(logits.device), **options)
 
 
 def causal_lm(model: nn.Module) -> Any:

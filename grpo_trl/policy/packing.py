@@ -30,8 +30,9 @@ class Stream:
 
     def rows(self, values: Tensor) -> Tensor:
         """(M,) -> (B, T), 0 outside the completions."""
-        zeros = values.new_zeros(self.completion_mask.shape)
-        return zeros.masked_scatter(self.completion_mask, values)
+        mask = self.completion_mask
+        values = values.to(mask.device)  # from the head's, where a model is split over devices
+        return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
 
 def pack(batch: RolloutBatch) -> Stream:

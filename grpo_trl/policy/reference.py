@@ -16,7 +16,17 @@ from trl.trainer.utils import create_model_from_path, use_adapter
 
 from ..batch import RolloutBatch
 from ..config import GRPOConfig, mapping
-from ..placement import DeviceMap, freeze, input_device, is_zero3, place, refuse_empty, runs_on, whole_models
+from ..placement import (
+    DeviceMap,
+    check_map,
+    freeze,
+    input_device,
+    is_zero3,
+    place,
+    refuse_empty,
+    runs_on,
+    whole_models,
+)
 from ..token_limit import TokenLimit, token_batches
 from .loading import from_pretrained_options
 from .logprobs import is_packed, per_token_logps
@@ -113,7 +123,7 @@ def load_reference_model(
     policy that was passed as an instance is copied. `args.ref_model_init_kwargs` go over the policy's.
 
     Raises:
-        ValueError: see `refuse_empty`.
+        ValueError: see `refuse_empty` and `check_map`.
     """
     if not needs_reference_model(args, has_adapter=isinstance(policy, PeftModel)):
         return None
@@ -125,12 +135,16 @@ def load_reference_model(
         return copied if sharded else place(copied, device_map)  # pyright: ignore[reportReturnType]
     options = {"device_map": None if sharded else device_map} | reference_options(args, policy_path)
     with contextlib.nullcontext() if sharded else whole_models(args):
-        return create_model_from_path(path, None, **options)
+        model = create_model_from_path(path, None, **options)
+    if not sharded:
+        check_map(model, device_map)
+    return model
 
 
 def reference_options(args: GRPOConfig, policy_path: str | None) -> dict[str, Any]:
-    """Arguments of `from_pretrained` for the frozen model."""
+    """Arguments of `from_pretrained` for the frozen model, but for its place."""
     options = from_pretrained_options(args)
+    options.pop("device_map", None)  # of the policy; the frozen model is where `ref_device` says
     if args.ref_model_name_or_path not in (None, policy_path):
         options.pop("revision", None)  # of the policy's repository
     return options | mapping(args.ref_model_init_kwargs)

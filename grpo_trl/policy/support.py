@@ -72,13 +72,14 @@ def obstacle(model: PreTrainedModel | PeftModel) -> str | None:
 
 
 def _key_size(config: Any) -> int | None:
-    """Of multi-head latent attention (DeepSeek); None for any other, whose keys and values are of one size."""
+    """With multi-head latent attention (DeepSeek) of a rotated part and another."""
     rotated = getattr(config, "qk_rope_head_dim", None)
-    return None if rotated is None else rotated + (getattr(config, "qk_nope_head_dim", None) or 0)
+    head_dim = getattr(config, "head_dim", None)
+    return head_dim if rotated is None else rotated + (getattr(config, "qk_nope_head_dim", None) or 0)
 
 
 def _value_size(config: Any) -> int | None:
-    return None if _key_size(config) is None else getattr(config, "v_head_dim", _key_size(config))
+    return getattr(config, "v_head_dim", None) or _key_size(config)
 
 
 def _try(lm: Any, evaluation: str, expected: Tensor | None) -> str | None:

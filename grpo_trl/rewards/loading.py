@@ -98,7 +98,7 @@ def _load_model(
     return RewardModel(
         spec,
         tokenizer,
-        device_map=options.pop("device_map", device_map),
+        device_map=device_map,
         dtype=options.pop("dtype", None),
         batch_size=args.reward_batch_size,
         max_length=args.reward_max_length,

@@ -14,6 +14,7 @@ _NUMBER = re.compile(r"[$€£]?\s*[-+]?\s*[$€£]?(?:\d[\d,]*|\d{1,3}(?: \d{3}
 _MACRO = re.compile(r"\\(?:text|mathrm|mbox|begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+")
 # letters between spaces and the marks of a text, or many: "xy" in "2xy + 3" is a product
 _WORD = re.compile(r"""(?<![^\s("'])[A-Za-z]{2,}(?![^\s,.:;!?'")])|[A-Za-z]{4,}""")
+_LETTERS = re.compile("[A-Za-z]{2,}")
 _OR = re.compile(r",?\s*(?:\\text\s*\{\s*(?:or|and)\s*\}|\b(?:or|and)\b)\s*")  # "71 or 72" is a list
 _UNIT = re.compile(r"(?<=\d)\s+[A-Za-z]{2}[A-Za-z/ ]*$")  # "72 clips", "72 km/h"
 
@@ -23,7 +24,9 @@ def verify_answer(gold: str, answer: str) -> bool:
 
     An answer that calls two different numbers equal (`71 = 72`) is wrong, whatever it ends with.
     """
-    expected, given = _parse(gold), _parse(answer)
+    # letters are symbols where the gold answer has some; else they are words and units ("25cm^2" is 25)
+    symbols = re.search("[A-Za-z]", _MACRO.sub(" ", _OR.sub(", ", gold))) is not None
+    expected, given = _parse(gold, symbols), _parse(answer, symbols)
     # to two decimals, as 10/3 = 3.33 is fine; whole numbers and fractions are compared exactly
     consistent = all(_equal([left], [right], float_rounding=2) for left, right in _equations(given))
     return consistent and _equal(expected, given)
@@ -40,10 +43,10 @@ def _equations(parsed: tuple) -> list[Any]:
 
 
 @lru_cache(maxsize=1024)
-def _parse(answer: str) -> tuple:
+def _parse(answer: str, symbols: bool) -> tuple:
     """Expressions in an answer. A bare formula is boxed first: math-verify reads `2^{10}` as 2 and `(1, 2)` as 2."""
     answer = answer.replace(r"\$", "$").replace("\N{MINUS SIGN}", "-").strip().strip("*").rstrip(".").removeprefix("+")
-    formula = _formula(answer)
+    formula = _formula(answer, _WORD if symbols else _LETTERS)
     if formula:
         parsed = parse(f"\\boxed{{{formula}}}", parsing_timeout=SIGNAL_TIMEOUT)
         if any(not isinstance(value, str) for value in parsed):
@@ -51,9 +54,9 @@ def _parse(answer: str) -> tuple:
     return tuple(parse(answer, parsing_timeout=SIGNAL_TIMEOUT))
 
 
-def _formula(answer: str) -> str | None:
+def _formula(answer: str, word: re.Pattern[str]) -> str | None:
     """An answer of one line without words which is not a plain number. `71 or 72 clips` is one too: `71, 72`."""
     formula = _UNIT.sub("", _OR.sub(", ", answer))
-    if "\n" in answer or _NUMBER.fullmatch(formula) or _WORD.search(_MACRO.sub(" ", formula)):
+    if "\n" in answer or _NUMBER.fullmatch(formula) or word.search(_MACRO.sub(" ", formula)):
         return None
     return formula

@@ -11,7 +11,7 @@ from transformers.tokenization_utils_base import BatchEncoding, PreTrainedTokeni
 from transformers.utils import find_adapter_config_file
 from trl.trainer.utils import get_config_model_id
 
-from ..placement import DeviceMap, freeze, input_device, place
+from ..placement import DeviceMap, check_map, freeze, input_device, place
 from ..token_limit import TokenLimit, token_batches
 from .model_inputs import INPUT_FORMATS, chat_text, encode_pair, encode_text, encode_with_one_bos, truncate_left
 
@@ -75,6 +75,8 @@ class RewardModel:
         if isinstance(model, str):
             init_kwargs = {"trust_remote_code": trust_remote_code, **(model_init_kwargs or {})}
             loaded = _load(model, device_map=_as_device_map(device_map), dtype=dtype, **init_kwargs)
+            if isinstance(device_map, dict):
+                check_map(loaded, device_map)
         else:
             _check_one_label(model.config, path or type(model).__name__)
             loaded = _move(model, _as_device_map(device_map), dtype)

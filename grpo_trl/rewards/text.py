@@ -53,7 +53,8 @@ def _reasoning(completion: str | Messages) -> str:
         return ""
     answer = _last_answer(completion)
     reasoning = answer.get("reasoning_content") or answer.get("thinking")
-    return f"{_THINK}\n{reasoning}\n{THINK_END}\n\n" if reasoning else ""
+    ended = answer.get("content") or answer.get("tool_calls")  # parsers do not say whether reasoning was cut off
+    return f"{_THINK}\n{reasoning}\n" + (f"{THINK_END}\n\n" if ended else "") if reasoning else ""
 
 
 def as_messages(completions: list[Any]) -> list[list[dict[str, Any]]]:

@@ -38,21 +38,25 @@ class Replica:
         parts: dict[int, Any] = {id(p): nn.Parameter(empty(p), requires_grad=False) for p in policy.parameters()}
         parts |= {id(buffer): empty(buffer) for buffer in policy.buffers()}
         self.model: Any = copy.deepcopy(policy, parts)
+        self.filled_by = 0  # rollouts, of which one may begin within another
 
     @contextlib.contextmanager
     def filled(self, policy: nn.Module) -> Iterator[Any]:
-        """The replica with the whole weights of the sharded policy. Every rank must enter it."""
+        """The replica with the whole weights of the sharded policy. Every rank must enter it; within another such
+        context it is as it is there."""
         pairs = [
             *zip(self.model.parameters(), policy.parameters(), strict=True),
             *zip(self.model.buffers(), policy.buffers(), strict=True),
         ]
-        for target, source in pairs:
+        for target, source in pairs if not self.filled_by else ():
             source = source.detach()
             target.data = (source.full_tensor() if isinstance(source, DTensor) else source).to(target.device)
+        self.filled_by += 1
         try:
             yield self.model
         finally:
-            for target, _ in pairs:
+            self.filled_by -= 1
+            for target, _ in pairs if not self.filled_by else ():
                 target.data = target.new_empty(0)
 
 

@@ -55,8 +55,7 @@ def decode_completions(group: Group, tokenizer: PreTrainedTokenizerBase) -> list
     """What rewards and logs read: text, or an assistant message when the prompt is a conversation; as TRL, one that is
     parsed (into reasoning, content, tool calls) where the tokenizer says how."""
     is_text = isinstance(group.prompt.example["prompt"], str)
-    parsed = any(getattr(tokenizer, name, None) for name in ("response_template", "response_schema"))
-    if not is_text and parsed:
+    if not is_text and getattr(tokenizer, "response_template", None):
         return [[parse_response(tokenizer, ids, prefix=group.prompt.ids)] for ids in group.completion_ids]
     texts = tokenizer.batch_decode(group.completion_ids, skip_special_tokens=True)
     return texts if is_text else [[{"role": "assistant", "content": text}] for text in texts]

@@ -10,6 +10,7 @@ from typing import Any
 from uuid import uuid4
 
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
@@ -83,7 +84,8 @@ class Adapters:
     def __init__(self, client: VLLMClient, model: PeftModel, args: GRPOConfig, accelerator: Accelerator):
         self.client, self.model, self.accelerator = client, model, accelerator
         self.folder = Path(args.output_dir or ".").resolve() / "vllm_adapter"
-        self.run = uuid4().hex[:8]  # a server outlives a run, and knows the names of one before
+        # the same on all ranks; a server outlives a run, and knows the names of one before
+        self.run: str = broadcast_object_list([uuid4().hex[:8]])[0]
         self.name: str | None = None  # of what is loaded
         self.loaded = 0
 

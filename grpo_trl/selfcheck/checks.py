@@ -79,7 +79,8 @@ def _has_bos_too_many(prompt: Prompt, trainer: GRPOTrainer) -> bool:
     if (bos, bos) in pairwise(ids):
         return True
     if isinstance(written, str):  # a template that was applied before may begin each turn with it, or end it
-        return bos in ids[1:] and bos != tokenizer.eos_token_id and not is_templated(written)
+        own = is_templated(written.replace(tokenizer.bos_token, ""))
+        return bos in ids[1:] and bos != tokenizer.eos_token_id and not own
     bare = prompt.example | {"prompt": [message | {"content": "a"} for message in written]}
     return ids.count(bos) > encode_prompt(bare, tokenizer, **trainer.chat_options)[0].count(bos)
 

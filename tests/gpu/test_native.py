@@ -33,6 +33,7 @@ def autocast():
 
 
 def captured(engine):
+    assert engine.runner.decoder is not None  # not given up: what is captured is the short one
     return [replay for replay in engine.graphs.graphs.values() if replay is not None]
 
 

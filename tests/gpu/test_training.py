@@ -27,7 +27,8 @@ def deterministic(monkeypatch):
 @pytest.mark.parametrize("cuda_graphs", [False, True])
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 def test_a_run_cut_in_two_is_the_run(tmp_path, bf16, cuda_graphs, deterministic):
-    options = OPTIONS | {"bf16": bf16, "cuda_graphs": cuda_graphs, "num_iterations": 2, "save_strategy": "steps"}
+    options = OPTIONS | {"bf16": bf16, "cuda_graphs": cuda_graphs, "save_strategy": "steps"}
+    options |= {"num_iterations": 2, "max_steps": 6}  # a rollout at steps 0, 2 and, after the cut, 4
 
     def run(name, **more):
         result = trainer(tmp_path / name, tiny_model("qwen3", head_dim=32), **options, **more)

@@ -3,7 +3,7 @@ from functools import partial
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, cpu_offload
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from trl.trainer.utils import disable_dropout_in_model
@@ -147,6 +147,18 @@ def test_a_model_that_fsdp_left_empty_is_refused(config, monkeypatch, what, how)
         model.to("meta")
     with pytest.raises(ValueError, match=rf"The {what}.* has no weights on this rank.*Pass the model's path"):
         load()
+
+
+@pytest.mark.parametrize("part", ["lm_head", "model.layers"])
+def test_parts_may_be_offloaded(qwen3, batch, part):
+    expected = reference_logps(make(qwen3, qwen3), batch)
+    cpu_offload(qwen3.get_submodule(part), execution_device=torch.device("cpu"))
+    assert torch.equal(reference_logps(make(qwen3, qwen3), batch), expected)
+
+
+def test_the_reference_is_where_ref_device_says_whatever_the_policy_is_loaded_with(config, qwen3, model_dir):
+    args = config(model_init_kwargs={"device_map": {"": "meta"}})
+    assert {p.device for p in load_reference_model(qwen3, model_dir, args, CPU).parameters()} == {CPU[""]}
 
 
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])

@@ -67,6 +67,14 @@ def test_trl_gives_zero_or_raises_where_ours_is_right():
     ("gold", "completion", "expected"),
     [
         ("1,234", "1234", 1.0),
+        ("25", "\\boxed{25cm^2}", 1.0),  # letters are units where the gold answer has none
+        ("0.5", "<answer>0.5ml</answer>", 1.0),
+        ("72", "#### 72USD", 1.0),
+        ("12", "\\boxed{12\\,cm}", 1.0),
+        ("12", "\\boxed{12 km^2}", 1.0),
+        ("100", "\\boxed{\\$100USD}", 1.0),
+        ("30", "<answer>$30/hr</answer>", 1.0),
+        ("25", "\\boxed{26cm^2}", 0.0),
         ("1234", "#### $1,234.00", 1.0),
         ("\\frac{1}{3}", "1/3", 1.0),
         ("\\sqrt{2}", "It is $\\sqrt{2}$", 1.0),

@@ -27,6 +27,15 @@ def test_a_replica_has_weights_for_the_time_of_a_rollout_only(tied):
     assert all(parameter.numel() for parameter in policy.parameters())
 
 
+def test_a_replica_stays_filled_for_the_outer_of_two_rollouts(qwen3):
+    replica = Replica(qwen3, torch.device("cpu"))
+    with replica.filled(qwen3) as whole, torch.no_grad():
+        with replica.filled(qwen3) as inner:
+            assert inner is whole
+        torch.testing.assert_close(whole(IDS).logits, qwen3(IDS).logits, rtol=0, atol=0)
+    assert not any(parameter.numel() for parameter in replica.model.parameters())
+
+
 def accelerator(**plugins):
     """Of the plugins that an engine has."""
     state = SimpleNamespace(**{"deepspeed_plugin": None, "fsdp_plugin": None} | plugins)

@@ -9,7 +9,7 @@ from torch import nn
 from grpo_trl.batch import Prompt
 from grpo_trl.rollouts.hf_generate import HFGenerateEngine
 from grpo_trl.rollouts.native import NativeEngine, decoder, engine
-from grpo_trl.rollouts.native.weights import may_be_packed
+from grpo_trl.rollouts.native.weights import joined, may_be_packed
 from tests.policy.test_packed import KINDS, build, lora
 from tests.rollouts.test_native import PROMPTS, SAMPLING, assert_same, prepared, rollout
 from tests.tiny import tiny_model
@@ -184,6 +184,7 @@ def test_what_cannot_be_packed(qwen3, monkeypatch):
     quantized = type("Quantized", (torch.Tensor,), {"__tensor_flatten__": lambda self: ([], None)})
     for other in (weights[0].bfloat16(), weights[0].to("meta"), weights[0].as_subclass(quantized)):
         assert not may_be_packed([*weights, other])
+    assert joined([weights[0].detach().as_subclass(quantized)] * 2) is None
     with torch.autocast("cpu", torch.bfloat16):
         assert not may_be_packed(weights)
     with monkeypatch.context() as patch:

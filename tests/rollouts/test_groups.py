@@ -80,15 +80,16 @@ def test_messages_are_parsed_where_the_tokenizer_says_how():
     tokenizer.response_template = qwen3_template
     messages = [{"role": "user", "content": "q"}]
     start = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    texts = ["<think>\nEight times nine.\n</think>\nSo 72.", "So 72."]
+    texts = ["<think>\nEight times nine.\n</think>\nSo 72.", "So 72.", "<think>\nSo 72."]
     rows = [tokenizer(f"{text}<|im_end|>").input_ids for text in texts]
-    group = Group(Prompt(start, {"prompt": messages}, 0), rows, [True, True])
-    (thought,), (plain,) = completions = decode_completions(group, tokenizer)
+    group = Group(Prompt(start, {"prompt": messages}, 0), rows, [True] * 3)
+    (thought,), (plain,), (cut,) = completions = decode_completions(group, tokenizer)
     assert thought["role"] == plain["role"] == "assistant"
     assert thought["reasoning_content"].strip() == "Eight times nine." and not plain.get("reasoning_content")
-    assert [text.strip() for text in completion_texts(completions)] == ["So 72.", "So 72."]
-    assert think_format(completions) == [1.0, 0.0]  # what rewards read of the form is as it was written
-    assert reasoning_accuracy(completions, answer=["72", "72"]) == [1.0, 0.0]
+    assert cut["reasoning_content"].strip().startswith("So 72.")
+    assert [text.strip() for text in completion_texts(completions)] == ["So 72.", "So 72.", ""]
+    assert think_format(completions) == [1.0, 0.0, 0.0]  # what rewards read of the form is as it was written
+    assert reasoning_accuracy(completions, answer=["72"] * 3) == [1.0, 0.0, 0.0]
     group.prompt.example["prompt"] = "q"
     assert decode_completions(group, tokenizer) == texts
 

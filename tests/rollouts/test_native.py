@@ -18,6 +18,7 @@ from grpo_trl.rollouts.hf_generate import HFGenerateEngine
 from grpo_trl.rollouts.native import NativeEngine, engine
 from grpo_trl.rollouts.native.attention import Shape, attention_and_lse, products_and_lse
 from grpo_trl.rollouts.native.cuda_graph import GraphedSteps, bucket
+from grpo_trl.rollouts.native.decoder import Decoder
 from grpo_trl.rollouts.native.engine import close_gaps, free_memory, groups_that_fit
 from grpo_trl.rollouts.native.weights import LowPrecisionWeights, joined
 from tests.policy.test_packed import KINDS, build, lora
@@ -375,8 +376,95 @@ def test_a_rollout_within_a_rollout_has_memory_of_its_own(qwen3):
     for group in ours.generate(PROMPTS, SAMPLING):
         outer[group.prompt.draw] = group
         assert_same(rollout(ours, inner), rollout(NativeEngine(qwen3), inner))
+        assert all(part.packed is not None for part in ours.runner.decoder.parts)  # for the rest of the outer one
     assert_same(outer, expected)
     assert ours.memory is kept and ours.going_on == 0
+    assert not any(part.packed for part in ours.runner.decoder.parts)
+
+
+def test_rows_that_nobody_reads_do_not_count_against_the_decoder(qwen3, monkeypatch):
+    """Those of a first step, some of whose rows have ended: on a GPU each way of decoding makes something else of
+    them."""
+    at_once = replace(SAMPLING, eos_token_ids=tuple(range(VOCAB_SIZE // 2)))
+    expected = rollout(NativeEngine(prepared(qwen3)), sampling=at_once)
+    own, spoiled = Decoder.__call__, []
+
+    def decode(self, ids, positions, layout):
+        logits = own(self, ids, positions, layout)
+        spoiled.append(int((~layout.live).sum()))
+        return torch.where(layout.live[:, None], logits, 1e3)
+
+    monkeypatch.setattr(Decoder, "__call__", decode)
+    ours = graphed_engine(qwen3, [])
+    assert_same(rollout(ours, sampling=at_once), expected)
+    assert spoiled[0] > 0 and ours.runner.decoder is not None
+
+
+def test_steps_have_as_many_rows_whatever_came_before(qwen3):
+    fresh, used = (graphed_engine(prepared(qwen3), []) for _ in range(2))
+    rollout(used, PROMPTS)
+    for ours in (fresh, used):
+        ours.graphs.forget()
+        rollout(ours, PROMPTS[:2])
+    rows = [{shape.rows for shape, _ in ours.graphs.graphs} for ours in (fresh, used)]
+    assert rows[0] == rows[1] and max(rows[0]) == 2 * SAMPLING.num_generations
+
+
+def test_kept_memory_serves_training_and_evaluation(qwen3):
+    ours = graphed_engine(prepared(qwen3), [])
+    longer = replace(SAMPLING, max_completion_length=20)
+    for prompts, sampling in ((PROMPTS, SAMPLING), (PROMPTS[:1], longer)):
+        assert_same(rollout(ours, prompts, sampling), rollout(NativeEngine(qwen3), prompts, sampling))
+    kept = ours.memory
+    for prompts, sampling in ((PROMPTS, SAMPLING), (PROMPTS[:1], longer)):
+        rollout(ours, prompts, sampling)
+        assert ours.memory is kept
+
+
+def test_kept_memory_is_given_up_when_asked(qwen3):
+    ours = NativeEngine(prepared(qwen3))
+    ours.graphs = GraphedSteps(lambda: lambda step: step)
+    assert not ours.release()  # nothing yet
+    rollout(ours), rollout(ours)
+    groups = ours.generate(PROMPTS, SAMPLING)
+    next(groups)
+    assert not ours.release()  # in use
+    groups.close()
+    former = weakref.ref(ours.memory)
+    assert ours.release() and former() is None and not ours.graphs.graphs
+    assert_same(rollout(ours), rollout(NativeEngine(qwen3)))
+    assert not NativeEngine(qwen3).release()
+
+
+def test_room_is_counted_in_the_dtype_of_autocast(qwen3):
+    tokens = 100
+    plain = groups_that_fit(qwen3, tokens, 2**30)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert abs(groups_that_fit(qwen3, tokens, 2**30) - 2 * plain) <= 1
+
+
+def test_experts_in_fp32_are_not_captured():
+    captured = []
+    for dtype, number in ((torch.float32, 0), (torch.bfloat16, 1)):
+        ours = graphed_engine(prepared(build("qwen3_moe").to(dtype)), captured)
+        rollout(ours), rollout(ours)
+        assert (len(captured) > 0) == number
+
+
+def test_memory_that_runs_out_in_a_capture_is_not_the_end_of_them(qwen3, caplog):
+    ours, captured = NativeEngine(prepared(qwen3)), []
+
+    def capture(step):
+        if not captured:
+            captured.append(None)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        captured.append(step)
+        return step
+
+    ours.graphs = GraphedSteps(lambda: capture)
+    for _ in range(3):
+        assert_same(rollout(ours), rollout(NativeEngine(qwen3)))
+    assert len(captured) > 2 and ours.graphs.possible and not caplog.text
 
 
 def test_the_former_memory_is_gone_before_the_next_is_sized(qwen3, monkeypatch):

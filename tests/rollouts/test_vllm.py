@@ -244,6 +244,21 @@ def test_a_run_that_finds_the_adapter_of_a_former_one_uses_its_own(tmp_path, qwe
     assert_logps_are_the_policys(model, engine.generate(PROMPTS, SAMPLING))
 
 
+def test_all_ranks_ask_for_the_adapter_that_the_first_has_loaded(tmp_path, qwen3, serve, monkeypatch):
+    server, model = serve(tiny_model("qwen3"), max_lora_rank=8), adapted(qwen3)
+    told: list[list[str]] = []  # what accelerate sends: the first rank's to the others
+    broadcast = lambda objects: told.append(objects) or told[0]  # noqa: E731
+    monkeypatch.setattr("grpo_trl.rollouts.vllm_connection.broadcast_object_list", broadcast)
+    first, second = engine_of(tmp_path, model, server), engine_of(tmp_path, model, server)
+    monkeypatch.setattr(type(second.connection.accelerator), "is_main_process", True)
+    first.sync_weights(model)
+    monkeypatch.setattr(type(second.connection.accelerator), "is_main_process", False)
+    second.sync_weights(model)
+    assert len(told) == 2 and told[0] != told[1]
+    assert [*server.adapters] == [second.client.model]
+    assert_logps_are_the_policys(model, second.generate(PROMPTS, SAMPLING))
+
+
 def test_an_adapter_that_is_refused_is_an_error_that_says_so(tmp_path, qwen3, serve, monkeypatch):
     server, model = serve(tiny_model("qwen3"), max_lora_rank=8), adapted(qwen3)
     monkeypatch.setattr("grpo_trl.rollouts.vllm_connection.uuid4", lambda: SimpleNamespace(hex="0123456789"))

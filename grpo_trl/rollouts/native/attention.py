@@ -79,6 +79,12 @@ class RowsLayout:
         self.cache, self.grid, self.shape, self.ages = cache, grid, shape, ages
         self.index: _Index | None = None  # made by the first layer, which knows the heads
 
+    @property
+    def live(self) -> Tensor:
+        """(n,), false for those that only fill up the shape."""
+        grid, n = self.grid, self.shape.rows
+        return grid.rows[grid.owners[:n], grid.places[:n]] == torch.arange(n, device=self.ages.device)
+
     def attend(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, *, scaling: float, dropout: float = 0.0
     ) -> Tensor:

@@ -41,13 +41,19 @@ class Cache:
 
     def move_rows(self, sources: Sequence[int], targets: Sequence[int], length: int) -> None:
         """Copies the first `length` own keys and values of some rows to others."""
+        source, target = self._places(sources, targets)
         for layer in self.layers.values():
-            layer.own[:, targets, :, :length] = layer.own[:, sources, :, :length]
+            layer.own[:, target, :, :length] = layer.own[:, source, :, :length]
 
     def move_groups(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copies the keys and values of some prompts to others."""
+        source, target = self._places(sources, targets)
         for layer in self.layers.values():
-            layer.prompts[:, targets] = layer.prompts[:, sources]
+            layer.prompts[:, target] = layer.prompts[:, source]
+
+    def _places(self, *places: Sequence[int]) -> Tensor:
+        """Once on the device, instead of by every layer."""
+        return torch.tensor(places, device=next(iter(self.layers.values())).own.device)
 
 
 class Rows:

@@ -4,6 +4,7 @@ A graph replays kernels on the addresses that it was captured with. So a step mu
 fixed places (`cache`), and is captured for few sizes (`bucket`).
 """
 
+import contextlib
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
@@ -21,11 +22,12 @@ Step = Callable[[Shape], None]
 Replay = Callable[[], None]
 
 
-def bucket(shape: Shape, most: Shape) -> Shape:
+def bucket(shape: Shape, most: Shape, *, by_length: bool = True) -> Shape:
     """The sizes that stand for `shape`: rows and groups up to the next power of two, own tokens up to the next
-    multiple of 128, the rest as large as it gets. What is added is masked, or belongs to rows that nobody reads."""
+    multiple of 128 (unless what runs does not depend on it), the rest as large as it gets. What is added is masked, or
+    belongs to rows that nobody reads."""
     rows, groups = (1 << (number - 1).bit_length() for number in (shape.rows, shape.groups))
-    length = -(-shape.length // LENGTHS) * LENGTHS
+    length = -(-shape.length // LENGTHS) * LENGTHS if by_length else most.length
     return most._replace(rows=min(rows, most.rows), groups=min(groups, most.groups), length=min(length, most.length))
 
 
@@ -38,16 +40,30 @@ class Capture:
 
     def __call__(self, step: Replay) -> Replay:
         """Raises RuntimeError when the step does something that a graph cannot hold, as waiting for the device."""
-        graph = torch.cuda.CUDAGraph()
+        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
         # thread_local: frozen models may run in other threads meanwhile. Autocast's cache of cast weights would tie
         # the graph to copies that are freed with it
-        with (
-            torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"),
-            torch.autocast("cuda", enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False),
-        ):
-            step()
-        self.pool = self.pool or graph.pool()
+        try:
+            with (
+                torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"),
+                torch.autocast("cuda", enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False),
+            ):
+                step()
+        except RuntimeError:
+            self._clean_up(before)
+            raise
         return graph.replay
+
+    def _clean_up(self, stream: torch.cuda.Stream) -> None:
+        """After a capture that failed, whose end torch breaks off half-way: its stream stays the current one, memory
+        is still taken for the graph, and (torch 2.11) the generator of random numbers waits for the end."""
+        torch.cuda.set_stream(stream)
+        with contextlib.suppress(RuntimeError):  # it was ended
+            torch._C._cuda_endAllocateToPool(stream.device_index, self.pool)  # private; no other way to say so
+        self.pool = None
+        with contextlib.suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph()):
+            torch.zeros(1, device=stream.device)  # one that succeeds ends what the generator waits for
 
 
 class GraphedSteps:
@@ -86,7 +102,9 @@ class GraphedSteps:
             try:
                 replay = self.graphs[key] = self.capture(lambda: step(shape))
                 self.captured.append(step)
-            except RuntimeError as error:  # nothing has been run
+            except torch.OutOfMemoryError:  # nothing has been run, and there may be room the next time
+                replay = lambda: step(shape)  # noqa: E731
+            except RuntimeError as error:
                 logger.warning(f"Decoding steps of this model are not captured: {error}".splitlines()[0])
                 self.possible, replay = False, lambda: step(shape)
         replay()

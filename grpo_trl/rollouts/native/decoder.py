@@ -56,6 +56,11 @@ class Runner:
         with self.decoder.packed() if self.decoder is not None else contextlib.nullcontext():
             yield
 
+    @property
+    def by_kernels(self) -> bool:
+        """Whether steps run on kernels that look up how long each row is."""
+        return self.decoder is not None and self.decoder.by_kernels
+
     def best_rows(self, rows: int) -> int:
         """How many rows a step with so many is made of, the last of which nobody reads."""
         packed = self.decoder is not None and self.decoder.head.packed is not None
@@ -71,11 +76,12 @@ class Runner:
         """Gives up the decoder unless it agrees with the layers. Whoever runs next writes the step's keys and values
         again, so that a first step leaves behind what any other does."""
         assert self.decoder is not None
-        own, short = self.own_layers(ids, positions, layout), self.decoder(ids, positions, layout)
+        live = layout.live  # of rows that nobody reads, each way makes something else
+        own, short = (run(ids, positions, layout)[live] for run in (self.own_layers, self.decoder))
         gap = float((short - own).abs().max() / own.abs().max())
         exact = self.model.dtype in TOLERANCE and not torch.is_autocast_enabled(own.device.type)
         if not gap <= (TOLERANCE[self.model.dtype] if exact else TOLERANCE_16_BIT):
-            logger.info("The layers are decoded by their own forward: the short one differs by %.2g.", gap)
+            logger.warning("The layers are decoded by their own forward: the short one differs by %.2g.", gap)
             self.decoder = None
         self.compared = True
 
@@ -90,10 +96,16 @@ class Decoder:
         self.layers = [_Layer(layer) for layer in backbone.layers]
         self.parts = [self.head, *(part for layer in self.layers for part in layer.parts)]
 
+    @property
+    def by_kernels(self) -> bool:
+        """Whether attention does, at the least where what it gets is no wider than the weights."""
+        return kernels.fits(self.embed.weight, self.layers[0].attention.head_dim)
+
     @contextlib.contextmanager
     def packed(self) -> Iterator[None]:
-        """Decodes with packed copies of the weights as they are now, where that is possible."""
-        parts = self.parts if self.to_pack() else []
+        """Decodes with packed copies of the weights as they are now, where that is possible; within another such
+        context with those that there are."""
+        parts = self.parts if self.head.packed is None and self.to_pack() else []
         try:
             for part in parts:
                 part.pack()

@@ -77,6 +77,15 @@ class NativeEngine:
         self.model = model
         self.fallback.sync_weights(model)
 
+    def release(self) -> bool:
+        """Gives up the memory that is kept between rollouts, with the graphs and copies of weights that are tied to
+        it. Returns whether there was some."""
+        if self.memory is None or self.graphs is None or self.going_on:
+            return False
+        self.memory = self.weights = None
+        self.graphs.forget()
+        return True
+
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> Iterator[Group]:
         """Yields each group when its last row has ended. `generation_kwargs` are left to `model.generate`."""
         if sampling.generation_kwargs:
@@ -93,7 +102,7 @@ class NativeEngine:
             self.runner = Runner(model)
         weights = self._weights(model)
         with self._alone() as alone, self.runner.rollout():
-            graphs = self.graphs if alone else None
+            graphs = self.graphs if alone and not _waits_for_host(model) else None
             # when the copies of weights are there: as many rows as there is room for besides
             memory = self._memory(model, len(prompts), longest, sampling, kept=graphs is not None)
             graphs = None if sampling.history_processors else graphs  # those run on the host
@@ -129,14 +138,17 @@ class NativeEngine:
 
         def wanted() -> tuple[int, int, int, int]:
             rows = self.max_concurrent_rows
-            groups = (
-                rows // size if rows else groups_that_fit(model, longest + size * length, free_memory(model.device))
-            )
+            tokens = longest + size * length
+            groups = rows // size if rows else groups_that_fit(model, tokens, free_memory(model.device))
             return max(1, min(prompts, groups)), size, longest, length
 
         if kept and self.memory is not None and self.graphs is not None:
             if self.memory.holds(*wanted()):
                 return self.memory
+            former = self.memory.most
+            if former.columns == size:  # rollouts of two kinds, as of training and evaluation, shall share one
+                prompts, longest = max(prompts, former.groups), max(longest, former.prompt_length)
+                length = max(length, former.length)
             self.memory = None  # before the new one is sized; graphs hold on to it
             self.graphs.forget()
         memory = Memory(*wanted(), input_device(model))
@@ -202,6 +214,9 @@ class Rollout:
     ):
         self.model, self.runner, self.sampling = model, runner, sampling
         self.memory, self.graphs = memory, graphs
+        # of kept memory no more rows than memory of our own would have: their number decides how products round
+        groups = min(len(prompts), memory.most.groups)
+        self.most = memory.most._replace(groups=groups, rows=groups * memory.most.columns)
         self.sampler = TokenSampler(sampling)
         self.device = memory.rows.last.device
         self.eos = torch.tensor(sampling.eos_token_ids, device=self.device)
@@ -271,7 +286,8 @@ class Rollout:
         if self.graphs is None:
             self._step(shape._replace(rows=min(self.runner.best_rows(shape.rows), self.memory.most.rows)))
         else:
-            self.graphs.run(self._step, bucket(shape, self.memory.most), self.sampling.of_a_step)
+            shape = bucket(shape, self.most, by_length=not self.runner.by_kernels)
+            self.graphs.run(self._step, shape, self.sampling.of_a_step)
         self.step += 1
 
     def _step(self, shape: Shape) -> None:
@@ -341,6 +357,11 @@ def adapter_state(model: Any) -> list[tuple[bool, list[str]]]:
     return [(layer.disable_adapters, list(layer.active_adapters)) for layer in layers]
 
 
+def _waits_for_host(model: Any) -> bool:
+    """Experts in fp32, for which torch has no grouped product: it reads on the host how many tokens each gets."""
+    return any(weight.dim() == 3 and weight.dtype == torch.float32 for weight in model.parameters())
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes, with what torch keeps of what it has freed."""
     if device.type != "cuda":
@@ -350,18 +371,21 @@ def free_memory(device: torch.device) -> int:
 
 
 def groups_that_fit(model: Any, tokens: int, free: int) -> int:
-    """How many groups of so many tokens keep their keys and values in half of the free memory."""
-    return free // 2 // key_value_bytes(model, tokens)
+    """How many groups of so many tokens keep their keys and values, in autocast's dtype where it is on, in half of the
+    free memory."""
+    device = model.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
+    return free // 2 // key_value_bytes(model, tokens, dtype)
 
 
-def key_value_bytes(model: Any, tokens: int) -> int:
-    """Of the keys and values of so many tokens, in all layers."""
+def key_value_bytes(model: Any, tokens: int, dtype: torch.dtype | None = None) -> int:
+    """Of the keys and values of so many tokens, in all layers; `dtype`: default that of the model."""
     config = model.config.get_text_config()
     if not (queries := getattr(config, "num_attention_heads", None)):
         return 0  # no attention
     heads = getattr(config, "num_key_value_heads", None) or queries
     size = getattr(config, "head_dim", None) or config.hidden_size // queries
-    return 2 * tokens * config.num_hidden_layers * heads * size * model.dtype.itemsize
+    return 2 * tokens * config.num_hidden_layers * heads * size * (dtype or model.dtype).itemsize
 
 
 def close_gaps(items: list[Any], leaving: Sequence[int]) -> tuple[list[int], list[int]]:

@@ -59,8 +59,15 @@ class LowPrecisionWeights:
             layer.weight = weight
 
 
+def is_wrapped(weight: Tensor) -> bool:
+    """Quantised by torchao, or sharded: without memory of its own."""
+    return hasattr(weight, "__tensor_flatten__")
+
+
 def joined(weights: Sequence[Tensor]) -> Tensor | None:
     """Matrices (n_i, d) that lie one behind the other in the same memory as one (sum of n_i, d), else None."""
+    if any(map(is_wrapped, weights)):
+        return None
     first, rows = weights[0], sum(map(len, weights))
     place = first.storage_offset()
     for weight in weights:
@@ -93,6 +100,5 @@ def may_be_packed(weights: Sequence[Tensor]) -> bool:
     """Whether these can be packed, and are not too many for a second copy."""
     possible = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
     fit = all(w.device.type == "cpu" and w.dtype == torch.float32 for w in weights)
-    wrapped = any(hasattr(w, "__tensor_flatten__") for w in weights)  # quantised by torchao, or sharded
     small = sum(w.nbytes for w in weights) <= MOST_PACKED * virtual_memory().total
-    return possible and fit and small and not wrapped and not torch.is_autocast_enabled("cpu")
+    return possible and fit and small and not any(map(is_wrapped, weights)) and not torch.is_autocast_enabled("cpu")

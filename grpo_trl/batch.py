@@ -122,6 +122,11 @@ class RolloutBatch:
     def __getitem__(self, name: str) -> Tensor | None:
         return getattr(self, name)
 
+    def __setitem__(self, name: str, value: Tensor | None) -> None:
+        if name not in {field.name for field in dataclasses.fields(self)}:
+            raise KeyError(f"A RolloutBatch has no field {name!r}.")
+        setattr(self, name, value)
+
     def tensors(self) -> dict[str, Tensor]:
         """The fields that are set, by name."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}

@@ -44,6 +44,11 @@ def checked(folder: Path) -> Path:
     """A checkpoint that was named. Raises ValueError with every file of it that is missing or corrupt."""
     manifest.recover(folder.parent)
     found = _obstacles(folder)
+    if found and not (folder / manifest.NAME).exists() and (folder / "trainer_state.json").exists():
+        raise ValueError(
+            f"Cannot resume from {folder}: it was written by another trainer (TRL's, say), or its writing was "
+            f"interrupted. Start from its weights, model={str(folder)!r}, without resume_from_checkpoint."
+        )
     if found:
         raise ValueError(
             f"Cannot resume from {folder}: {'; '.join(found)}. Name another checkpoint, or use "

@@ -40,7 +40,8 @@ class CollectingTrainer(TrainerHooks):
     scorer: RewardScorer
     reward_names: list[str]
     reward_weights: Tensor
-    sampling: SamplingParams
+    train_sampling: SamplingParams
+    sampling: SamplingParams  # of training or evaluation, whichever runs
     rollout: Callable[[list[Prompt]], Iterable[Group]]
     extra_columns: dict[str, list[Any]]
     completions_log: list[dict[str, Any]]
@@ -300,7 +301,7 @@ class CollectingTrainer(TrainerHooks):
 
     def _logps_of_reference(self, reference: Reference, batch: RolloutBatch) -> Tensor:
         with self.accelerator.autocast():  # as in the update, so that the first KL is that of equal weights
-            return reference.per_token_logps(batch, self.args.temperature)
+            return reference.per_token_logps(batch, self.train_sampling.temperature)
 
     @contextlib.contextmanager
     def _reference_beside_sampling(self) -> Iterator[None]:
@@ -335,7 +336,7 @@ class CollectingTrainer(TrainerHooks):
                     # autocast as in the update, so that the first ratio is exact; dropout off
                     with self.accelerator.autocast(), evaluation_mode(self.model):
                         part = micro_batch.rows(rows)
-                        logps = per_token_logps(self.model, part, temperature=self.args.temperature)[0]
+                        logps = per_token_logps(self.model, part, temperature=self.train_sampling.temperature)[0]
                     start = number * size
                     result[start + rows.start : start + rows.stop, : logps.shape[1]] = logps.float()
             return result

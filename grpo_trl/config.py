@@ -279,6 +279,12 @@ class GRPOConfig(VLLMArguments):
         raise_all(problems + refused)
         if hints and self.process_index == 0:
             logger.warning("Without effect here: %s.", "; ".join(hints))
+        by_length = (self.importance_sampling_level, self.token_weighting) == ("sequence", "token")
+        if by_length and self.process_index == 0:
+            logger.warning(
+                "importance_sampling_level='sequence' with token_weighting='token' weighs completions by their length; "
+                "GSPO has token_weighting='sequence', as variant='gspo'."
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the Hub's token: transformers pickles the arguments into folders that it may push."""

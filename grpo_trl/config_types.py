@@ -68,7 +68,7 @@ def _is(value: Any, hint: Any) -> bool:
     if origin is Literal:
         return value in get_args(hint)
     if origin is list:
-        return isinstance(value, list) and all(_fits(item, *get_args(hint)) for item in value)
+        return isinstance(value, (list, tuple)) and all(_fits(item, *get_args(hint)) for item in value)
     kind = origin or hint
     if kind is Any:
         return True

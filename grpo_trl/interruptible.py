@@ -1,7 +1,7 @@
 """A Trainer that SIGTERM and Ctrl-C stop without loss: it goes back to the last boundary of two steps and saves."""
 
-from signal import SIGTERM
-from typing import Any
+from signal import SIGINT, SIGTERM
+from typing import Any, NoReturn
 
 import torch
 from transformers import TrainerCallback
@@ -10,7 +10,7 @@ from transformers.utils import logging
 from .moment import Moment
 from .ranks_exit import pause_at_exit
 from .resumable import ResumableTrainer
-from .signals import Interruption, SignalWatch
+from .signals import Interruption, SignalWatch, Stopped
 
 logger = logging.get_logger(__name__)
 
@@ -73,7 +73,7 @@ class InterruptibleTrainer(ResumableTrainer):
         self._moment = Moment.of(self)
         self.signals.allow()
 
-    def _stop(self) -> None:
+    def _stop(self) -> NoReturn:
         """Saves the state of the last boundary and ends the process."""
         if self._moment is not None:
             self._moment.put_back(self)
@@ -87,7 +87,8 @@ class InterruptibleTrainer(ResumableTrainer):
                 "resume_from_checkpoint=True.",
                 *self._last_checkpoint,
             )
-        raise SystemExit(128 + (self.signals.received or SIGTERM)) from None
+        received = self.signals.received or SIGTERM
+        raise (Stopped if received == SIGINT else SystemExit)(128 + received) from None
 
 
 class _UpdateCallback(TrainerCallback):

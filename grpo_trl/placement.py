@@ -68,7 +68,7 @@ def _usable(device: Any, policy_device: torch.device, num_gpus: int, num_local_r
         chosen = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
     except (RuntimeError, TypeError):
         raise ValueError(f"device {device!r} is unknown; use auto, same, cpu, cuda:N or an accelerate map.") from None
-    if chosen.type not in ("cpu", "cuda", policy_device.type):
+    if chosen.type not in ("cpu", "cuda", "meta", policy_device.type):
         raise ValueError(f"device {device!r} is none that this run has; use auto, same, cpu, cuda:N or a map of them.")
     if chosen.type != "cuda":
         return chosen
@@ -132,9 +132,10 @@ def check_map(model: nn.Module, device_map: DeviceMap) -> None:
     passes over the first and takes the CPU for the second."""
     modules, weights = dict(model.named_modules()), dict(model.named_parameters())
     unknown = [name for name in device_map if name not in modules and name not in weights]
-    left = [weight for weight in weights if not any(f"{weight}.".startswith(f"{n}." if n else "") for n in device_map)]
+    prefixes = tuple(f"{name}." if name else "" for name in device_map)
+    left = [weight for weight in weights if not f"{weight}.".startswith(prefixes)]
     if unknown or left:
-        parts = [name for name, part in modules.items() if name and "." not in name and any(True for _ in part.parameters())]
+        parts = [name for name, part in model.named_children() if any(True for _ in part.parameters())]
         raise ValueError(
             f"ref_device or reward_device: the map {device_map} does not fit {type(model).__name__}: "
             f"{f'it has no {unknown[0]!r}' if unknown else f'no device for {left[0]!r}'}; "

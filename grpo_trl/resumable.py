@@ -60,6 +60,7 @@ class ResumableTrainer(Trainer):
             ValueError: there is no complete checkpoint; a file of the one that was named is missing or corrupt; or it
                 is of a run with another layout of its data.
             SystemExit: SIGTERM or Ctrl-C came (`save_on_signal`), and a checkpoint was saved. Code 128 + signal.
+                Of Ctrl-C it is a KeyboardInterrupt too.
         """
         folder = self._verified(resume_from_checkpoint) if resume_from_checkpoint else None
         self._resumed = self._last_checkpoint = None

@@ -12,6 +12,11 @@ class Interruption(BaseException):
     """A run stops where it is. No `Exception`: a reward function that catches those must not catch this one."""
 
 
+class Stopped(SystemExit, KeyboardInterrupt):
+    """Ctrl-C after a checkpoint was saved: `except KeyboardInterrupt` catches it as it does without one, and a program
+    that does not ends without a traceback."""
+
+
 class SignalWatch:
     """Takes over SIGINT and SIGTERM while it is entered, in the main thread; elsewhere it does nothing.
 

@@ -1,6 +1,7 @@
 """`GRPOTrainer`: the order of the steps. What a step does is in the modules it calls."""
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -123,6 +124,7 @@ class GRPOTrainer(CollectingTrainer):
         rollout_func: None = None,
         environment_factory: None = None,
     ):
+        model = os.fspath(model) if isinstance(model, os.PathLike) else model
         args = config_for(model, args)
         specs, reward_processing_classes = reward_specs(reward_funcs, reward_processing_classes, args)
         refused = {"tools": tools, "rollout_func": rollout_func, "environment_factory": environment_factory}
@@ -320,7 +322,7 @@ class GRPOTrainer(CollectingTrainer):
         logps, entropies = per_token_logps(
             model,
             inputs,
-            temperature=args.temperature,
+            temperature=self.train_sampling.temperature,
             with_entropy=True,
             entropy_gradient=args.entropy_coef != 0,
         )

@@ -48,6 +48,17 @@ def problems(
             "eval_strategy or eval_on_start asks for evaluation, but there is no eval_dataset; pass one, or set "
             "eval_strategy='no' and eval_on_start=False."
         )
+    named = [name.split("'")[1] for name in datasets if name.startswith("eval_dataset '")]
+    best = (args.metric_for_best_model or "").removeprefix("eval_")
+    if named and best.startswith("rewards/"):
+        found.append(
+            f"metric_for_best_model={args.metric_for_best_model!r}: with several eval sets each has its own; set "
+            f"eval_{named[0]}_{best}, say."
+        )
+    if not isinstance(model, str) and not model.can_generate():
+        found.append(
+            f"model is a {type(model).__name__}, which cannot generate text; pass a causal LM, or a path to one."
+        )
     if is_zero3(args.deepspeed_plugin):
         found += zero3_problems(args.ref_device)
     if isinstance(datasets["train_dataset"], IterableDataset) and args.max_steps <= 0:

@@ -160,6 +160,14 @@ def test_reads_like_a_mapping():
     assert "ref_per_token_logps" not in batch.tensors()
 
 
+def test_fields_can_be_set_like_those_of_a_mapping():
+    batch = RolloutBatch.from_groups(two_groups(), pad_token_id=0)
+    batch["advantages"] = torch.ones(len(batch))
+    assert torch.equal(batch.advantages, torch.ones(len(batch)))
+    with pytest.raises(KeyError, match="no field 'advantage'"):
+        batch["advantage"] = torch.ones(len(batch))
+
+
 def test_to_keeps_dtypes():
     batch = full_batch().to("meta")
     assert {tensor.device.type for tensor in batch.tensors().values()} == {"meta"}

@@ -445,6 +445,16 @@ def test_on_policy(config, options, on_policy):
         ({"max_completion_length": 0}, "max_completion_length=0 is out of range"),
         ({"max_completion_length": None}, "max_completion_length=None is out of range"),
         ({"max_prompt_length": 0}, "max_prompt_length=0 is out of range"),
+        ({"vespo_k_pos": -5.0}, "vespo_k_pos=-5.0 is out of range: expected at least 0"),
+        ({"vespo_lambda_neg": 0.0}, "vespo_lambda_neg=0.0 is out of range: expected more than 0"),
+        (
+            {"ref_model_init_kwargs": {"device_map": "auto"}},
+            "ref_model_init_kwargs has a device_map; set ref_device instead",
+        ),
+        (
+            {"reward_model_init_kwargs": {"device_map": "auto"}},
+            "reward_model_init_kwargs has a device_map; set reward_device instead",
+        ),
         ({"skip_solved_after": 0}, "skip_solved_after=0 is out of range: expected at least 1 draw"),
         ({"skip_hopeless_after": -1}, "skip_hopeless_after=-1 is out of range: expected at least 1 draw"),
         ({"beta": -0.1}, "beta=-0.1 is out of range"),
@@ -577,3 +587,20 @@ def test_checkpointing_that_a_rollout_under_zero3_would_lose_is_refused(config, 
     with pytest.raises(ValueError, match="every_n_layers and offload cannot be used with ZeRO-3"):
         config(**options)
     config(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def test_ratios_of_sequences_averaged_per_token_are_warned_of(config, caplog):
+    config(importance_sampling_level="sequence")
+    assert "GSPO has token_weighting='sequence'" in caplog.text
+    caplog.clear()
+    config(variant="gspo")
+    assert "GSPO" not in caplog.text
+
+
+def test_lists_may_be_tuples(config):
+    assert config(reward_weights=(1.0, 2)).reward_weights == (1.0, 2)
+
+
+def test_optimizers_that_step_in_backward_take_micro_batches_whole(config):
+    with pytest.raises(ValueError, match="max_tokens_per_microbatch cannot be used with optim='lomo'"):
+        config(optim="lomo", max_tokens_per_microbatch=99)

@@ -1,12 +1,16 @@
 """Memory that runs out in a real run: the work is split, and its results are those of a run that had enough."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from datasets import Dataset
+from transformers.training_args import OptimizerNames
 
 from grpo_trl import GRPOConfig
+from grpo_trl.assembly import policy_limit
 from tests.test_trainer_gradients import PROMPTS, FixedRollouts, KeepGradients, assert_equal, reward_by_length
 from tests.tiny import tiny_model, tiny_reward_model, tiny_tokenizer
 
@@ -75,6 +79,17 @@ def test_an_update_that_ran_out_of_memory_is_the_same_update(tmp_path, caplog, e
     assert enough[0].policy_limit.tokens is None
     # once is enough: both updates are made of two pieces, a group each, per micro-batch
     assert result.passes == at + 2 * 4
+
+
+@pytest.mark.parametrize(
+    ("options", "fixed"),
+    [({}, False), ({"top_entropy_quantile": 0.5}, True), ({"optim": "galore_adamw_layerwise"}, True)],
+)
+def test_what_picks_tokens_or_updates_in_each_pass_is_not_cut(options, fixed):
+    args = SimpleNamespace(top_entropy_quantile=1.0, optim="adamw_torch", max_tokens_per_microbatch=None)
+    vars(args).update(options)
+    args.optim = OptimizerNames(args.optim)
+    assert policy_limit(args, SimpleNamespace(distributed_type=DistributedType.NO)).fixed == fixed
 
 
 def test_scoring_that_ran_out_of_memory_gives_the_same_log_probabilities(tmp_path, enough):

@@ -163,6 +163,8 @@ def test_what_the_configuration_explains_is_not_said(args):
     drifted = history(**{"importance_ratio/first_step_gap": 0.1})
     assert found(drifted, args(dynamic_sampling=True, num_iterations=2)) == []
     assert found(drifted, args(dynamic_sampling=True, dynamic_sampling_max_age=0)) == ["ratio is not 1"]
+    disagrees = history(**{"sampling/logp_gap": 0.85})
+    assert found(disagrees, args(dynamic_sampling=True)) == [] != found(disagrees, args())
     masked = args(mask_truncated_completions=True)
     assert found(history(grad_norm=0.0, **TRUNCATED), masked) == ["EOS never appears"]
     assert found(history(grad_norm=7.0), args(max_grad_norm=0.0)) == []

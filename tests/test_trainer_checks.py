@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from pathlib import Path
 
 import pytest
 import trl
@@ -10,8 +11,8 @@ from transformers import TrainingArguments
 
 from grpo_trl import GRPOTrainer
 from grpo_trl.refused import UNCALLED
-from tests.test_trainer import config, dataset, reward_vowels, trainer
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.test_trainer import config, dataset, logged, reward_vowels, trainer
+from tests.tiny import save, tiny_model, tiny_reward_model, tiny_tokenizer
 
 
 def test_all_that_is_wrong_is_said_before_a_model_is_loaded(tmp_path):
@@ -44,6 +45,11 @@ def test_all_that_is_wrong_is_said_before_a_model_is_loaded(tmp_path):
         ({"ref_device": {"": 77}}, "ref_device: device 77 does not exist"),
         ({"eval_strategy": "epoch"}, "eval_strategy or eval_on_start asks for evaluation, .*pass one"),
         ({"eval_on_start": True}, "there is no eval_dataset; pass one"),
+        (
+            {"eval_dataset": {"math": dataset()}, "metric_for_best_model": "eval_rewards/reward_vowels/mean"},
+            "with several eval sets each has its own; set eval_math_rewards/reward_vowels/mean",
+        ),
+        ({"model": tiny_reward_model()}, "which cannot generate text; pass a causal LM"),
         ({"eval_on_start": True, "eval_dataset": {}}, "there is no eval_dataset; pass one"),
         ({"data": dataset().to_iterable_dataset(), "max_steps": -1}, "train_dataset is a stream.*set max_steps"),
         (
@@ -99,3 +105,22 @@ def test_every_method_of_trls_trainer_is_called_or_said_not_to_be():
     theirs = {name for name, value in vars(trl.GRPOTrainer).items() if inspect.isfunction(value)}
     assert "_generate_and_score_completions" in theirs
     assert {name for name in theirs if name not in UNCALLED and not hasattr(GRPOTrainer, name)} == set()
+
+
+def test_methods_of_trl_that_are_put_into_the_class_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(GRPOTrainer, "_calculate_rewards", lambda self, *args: None, raising=False)
+    with pytest.raises(ValueError, match=r"GRPOTrainer._calculate_rewards would never be called"):
+        trainer(tmp_path)
+
+
+def test_a_model_may_be_a_path_object(tmp_path):
+    path = Path(save(tiny_model(), tiny_tokenizer(), tmp_path / "model"))
+    assert trainer(tmp_path / "run", path).model.config.name_or_path == str(path)
+
+
+def test_a_change_of_the_arguments_does_not_part_training_from_sampling(tmp_path):
+    """Both are at the temperature that the trainer was made with."""
+    run = trainer(tmp_path, max_steps=1, num_iterations=2)
+    run.args.temperature = 0.5
+    run.train()
+    assert logged(run, "sampling/logp_gap")[0] < 1e-4

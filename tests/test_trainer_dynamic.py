@@ -92,30 +92,47 @@ def test_no_surplus_is_kept_at_age_zero(tmp_path):
     assert all(batch.old_per_token_logps is None for batch in run.batches)  # on-policy
 
 
+@pytest.mark.parametrize("truncated", [{"top_k": 5}, {"top_p": 0.7, "temperature": 0.7}], ids=["top_k", "top_p"])
+def test_no_surplus_is_kept_of_a_truncated_distribution(tmp_path, truncated):
+    """Its log-probabilities are not the policy's, so that the ratio would not be 1 where nothing has moved."""
+    run = dynamic(tmp_path, max_steps=4, max_concurrent_rows=16, **truncated)
+    run.train()
+    assert logged(run, "dynamic_sampling/carried") == [0] * 4
+    assert logged(run, "importance_ratio/token") == pytest.approx([1.0] * 4)
+
+
+def one_of_four(prompts, completions, **kwargs):
+    values = reward_vowels(completions)
+    return [value if prompt == "question 1question 1" else 0.0 for prompt, value in zip(prompts, values, strict=True)]
+
+
 def test_a_batch_that_is_not_full_has_the_gradient_of_its_groups(tmp_path, caplog):
     """At the bound the groups found are trained on, with their own counts."""
-
-    def only_one(prompts, completions, **kwargs):
-        values = reward_vowels(completions)
-        return [
-            value if prompt == "question 1question 1" else 0.0 for prompt, value in zip(prompts, values, strict=True)
-        ]
-
     options = {"max_steps": 1, "per_device_train_batch_size": 16, "dynamic_sampling_max_rounds": 1}
-    run = dynamic(tmp_path, only_one, **options)
+    run = dynamic(tmp_path, one_of_four, **options)
     before = weights(run)
     run.train()
     (batch,) = run.batches
     assert zero_groups(batch) == 3 and batch.loss_mask.view(4, -1).any(1).sum() == 1
     assert any("1 informative groups of 4" in record.message for record in caplog.records)
     alone = trainer(
-        tmp_path, rewards=only_one, data=dataset(8).select([0, 1, 2, 3]), num_iterations=1, shuffle_dataset=False,
+        tmp_path, rewards=one_of_four, data=dataset(8).select([0, 1, 2, 3]), num_iterations=1, shuffle_dataset=False,
         beta=0.0, max_steps=1, per_device_train_batch_size=16, mask_truncated_completions=False,
     )  # fmt: skip
     alone.train()
     assert any(not torch.equal(weight, before[name]) for name, weight in weights(run).items())
     # without dynamic sampling the same group is diluted by three without gradient
     assert logged(run, "grad_norm")[0] > 1.5 * logged(alone, "grad_norm")[0]
+
+
+def test_places_that_stay_empty_do_not_count_against_the_sampler(tmp_path):
+    options = {"dynamic_sampling": True, "shuffle_dataset": False, "beta": 0.0, "dynamic_sampling_max_rounds": 1}
+    run = trainer(
+        tmp_path, rewards=one_of_four, data=dataset(8), max_steps=2, num_iterations=2, per_device_train_batch_size=16,
+        **options,
+    )  # fmt: skip
+    run.train()
+    assert logged(run, "dynamic_sampling/kept")[0] == 1 and run._sampling_is_exact
 
 
 def test_an_update_without_a_group_moves_nothing(tmp_path):

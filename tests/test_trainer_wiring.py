@@ -11,7 +11,7 @@ import grpo_trl.collection
 import grpo_trl.loader
 import grpo_trl.trainer
 from grpo_trl import GRPOTrainer
-from grpo_trl.algorithm import SURROGATES
+from grpo_trl.algorithm import AGGREGATIONS, SURROGATES, group_advantages
 from grpo_trl.assembly import eval_sampling, train_sampling
 from grpo_trl.batch import RolloutBatch
 from grpo_trl.policy import evaluation_mode, per_token_logps
@@ -82,6 +82,9 @@ def test_the_configured_objective_reaches_the_mathematics(tmp_path, monkeypatch)
         {"scale_rewards": "none"},
         {"token_weighting": "sequence"},
         {"mask_truncated_completions": True},
+        {"top_entropy_quantile": 0.5},
+        {"entropy_coef": 0.1},
+        {"advantage_baseline": "leave_one_out"},
     ],
     ids=lambda change: next(iter(change)),
 )
@@ -93,6 +96,27 @@ def test_each_choice_changes_the_gradient(tmp_path, change):
     plain, same, changed = (gradients(tmp_path, **base | options) for options in ({}, {}, change))
     assert all(map(torch.equal, plain, same))
     assert not torch.equal(plain[-1], changed[-1])
+
+
+def test_what_is_compared_of_several_rewards_is_as_configured(tmp_path):
+    def length(prompts, completions, **kwargs):
+        return [float(len(text)) for text in completions]
+
+    def ten_vowels(prompts, completions, **kwargs):
+        return [10 * value for value in reward_vowels(completions)]
+
+    advantages = {}
+    for how in ("sum_then_normalize", "normalize_then_sum"):
+        run = trainer(
+            tmp_path, rewards=[ten_vowels, length], max_steps=1, multi_objective_aggregation=how,
+            scale_rewards="none", reward_weights=[1.0, 0.5],
+        )  # fmt: skip
+        batch = next(iter(run.get_train_dataloader()))
+        rewards = torch.cat([group.rewards_per_func for group in run.collected])
+        compared = AGGREGATIONS[how](rewards, torch.tensor([1.0, 0.5]), 4)
+        advantages[how] = group_advantages(compared, 4, "none")[: len(batch)]
+        torch.testing.assert_close(batch.advantages, advantages[how])
+    assert not torch.allclose(*advantages.values())
 
 
 # ---- Log-probabilities: one temperature, dropout off ----

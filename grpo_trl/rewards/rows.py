@@ -1,5 +1,6 @@
 """What a reward function is given and gives back: one value per completion, in the order of the groups."""
 
+import copy
 import math
 import numbers
 import reprlib
@@ -17,7 +18,11 @@ RESERVED = ("prompts", "completions", "trainer_state", "log_extra", "log_metric"
 
 
 def rows_of(groups: Sequence[Group]) -> dict[str, list]:
-    """What is given per completion: prompts, completions, completion_ids and every column, each a list of B values."""
+    """What is given per completion: prompts, completions, completion_ids and every column, each a list of B values.
+
+    Lists and dicts are copies, one per row: a function that changes one changes neither what is trained nor what other
+    rows and functions see.
+    """
     for group in groups:
         if len(group.completions) != len(group):
             raise ValueError(
@@ -29,11 +34,15 @@ def rows_of(groups: Sequence[Group]) -> dict[str, list]:
     if clashes := [key for key in columns if key in RESERVED]:
         raise ValueError(f"Dataset columns {clashes} clash with arguments of reward functions; rename or remove them.")
     return {
-        "prompts": [example["prompt"] for example in examples],
-        "completions": [completion for group in groups for completion in group.completions],
-        "completion_ids": [ids for group in groups for ids in group.completion_ids],
-        **{key: [example.get(key) for example in examples] for key in columns},
+        "prompts": [_own(example["prompt"]) for example in examples],
+        "completions": [_own(completion) for group in groups for completion in group.completions],
+        "completion_ids": [list(ids) for group in groups for ids in group.completion_ids],
+        **{key: [_own(example.get(key)) for example in examples] for key in columns},
     }
+
+
+def _own(value: Any) -> Any:
+    return copy.deepcopy(value) if isinstance(value, (list, dict)) else value
 
 
 def one_by_one(rows: dict[str, list]) -> list[dict[str, list]]:
@@ -65,7 +74,7 @@ def to_rewards(output: Any, count: int, name: str) -> Tensor:
 def _to_float(value: Any, row: int, name: str) -> float:
     if value is None:
         return math.nan
-    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):  # numpy and torch scalars
+    if hasattr(value, "item") and math.prod(getattr(value, "shape", (0,))) == 1:  # of numpy or torch
         value = value.item()
     if not isinstance(value, numbers.Real):
         problem = f"({type(value).__name__}) for row {row}; expected a number"

@@ -6,9 +6,24 @@ import pytest
 import torch
 
 from grpo_trl.algorithm import KL_ESTIMATORS, SURROGATES, VARIANTS, policy_loss
-from grpo_trl.algorithm.loss import IMPORTANCE_SAMPLING_LEVELS, MAX_LOG_RATIO
+from grpo_trl.algorithm.loss import IMPORTANCE_SAMPLING_LEVELS, MAX_LOG_RATIO, sampler_correction_ratio
 
 LEVELS = IMPORTANCE_SAMPLING_LEVELS
+
+
+@pytest.mark.parametrize(
+    ("correction", "expected"),
+    [
+        ("token_truncate", [[0.5, 1.2, 3.0], [0.5, 0.5, 1.0]]),
+        ("token_mask", [[0.0, 1.2, 0.0], [0.0, 0.5, 1.0]]),
+        ("sequence_truncate", [[3.0] * 3, [0.5, 0.5, 1.0]]),  # 0.25 x 1.2 x 12 = 3.6; 0.1 x 0.5 = 0.05
+        ("sequence_mask", [[0.0] * 3, [0.0, 0.0, 1.0]]),
+    ],
+)
+def test_corrections_for_the_sampler_by_hand(correction, expected):
+    ratios, mask = torch.tensor([[0.25, 1.2, 12.0], [0.1, 0.5, 1.0]]), torch.tensor([[1, 1, 1], [1, 1, 0]]).bool()
+    found = sampler_correction_ratio(ratios.log(), mask, correction, 0.5, 3.0)
+    torch.testing.assert_close(found, torch.tensor(expected))
 
 
 def assert_close(actual, expected, tolerance=1e-6):

@@ -137,14 +137,17 @@ def test_a_quantised_policy_on_the_cpu_is_refused(config, quantized_path):
         load_policy(quantized_path, config(), quantization_config=quantization, peft_config=lora())
 
 
-def test_adapters_on_a_quantised_base_are_bf16_and_learn(config, quantized_path):
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_adapters_on_a_quantised_base_are_bf16_and_learn(config, quantized_path, use_dora):
     """QLoRA: the base stays in 4 bit, the adapters get gradients (one pass, before any in evaluation mode)."""
     quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="bfloat16")
     base = AutoModelForCausalLM.from_pretrained(quantized_path, quantization_config=quantization)
-    model = _add_adapter(base, config(), lora()).train()
+    model = _add_adapter(base, config(), lora(use_dora=use_dora)).train()
     assert is_quantized(model)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    magnitudes = {name: trainable.pop(name) for name in [*trainable] if "magnitude" in name}
     assert trainable and all("lora" in name and p.dtype == torch.bfloat16 for name, p in trainable.items())
+    assert bool(magnitudes) == use_dora and all(p.dtype == torch.float32 for p in magnitudes.values())
     with torch.autocast("cpu", torch.bfloat16):
         per_token_logps(model, batch())[0].sum().backward()
     assert all(p.grad is not None and (p.grad.norm() > 0) == ("lora_B" in name) for name, p in trainable.items())

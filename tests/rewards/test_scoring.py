@@ -1,6 +1,7 @@
 """RewardScorer: what reaches the functions, what comes back, how errors and time-outs are told."""
 
 import asyncio
+import copy
 import functools
 import math
 import os
@@ -9,6 +10,7 @@ import sys
 import textwrap
 import threading
 import time
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -77,6 +79,33 @@ def test_keyword_arguments_are_trls(make_scorer):
     }
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_function_that_changes_what_it_is_given_changes_nothing_else(overlap):
+    messages = [{"role": "user", "content": "q"}]
+    seen = []
+
+    def judge(prompts, completions, completion_ids, tests, **kwargs):
+        for prompt, completion, ids, test in zip(prompts, completions, completion_ids, tests, strict=True):
+            prompt.append(completion[0])
+            test.append("x")
+            completion[0]["content"] = completion[0]["content"].strip()
+            ids.pop()
+        seen.append([len(values[row]) for values in (prompts, tests, completion_ids) for row in range(2)])
+        return [0.0] * len(prompts)
+
+    given = Group(
+        Prompt([1], {"prompt": messages, "tests": ["a"]}, 0), [[5, 6], [7, 8, 9]], [True, True],
+        completions=[[{"role": "assistant", "content": f" {text} "}] for text in "ab"],
+    )  # fmt: skip
+    before = copy.deepcopy(given)
+    scorer = RewardScorer([judge, judge], overlap=overlap, per_group=True)
+    scorer.start(given)
+    scorer.score([given])
+    scorer.close()
+    assert seen == [[2, 2, 2, 2, 1, 2]] * 2
+    assert given == replace(before, prompt=given.prompt) and given.prompt == before.prompt
+
+
 def test_a_batch_scores_like_its_groups(make_scorer):
     scorer = make_scorer(functions.tokens, functions.AsyncJudge(), accuracy)
     groups = [group("7", "8", "14/2", answer="7"), group("x", answer=None)]
@@ -116,7 +145,7 @@ def test_accepted_numbers(make_scorer):
     ]
     rewards = make_scorer(lambda **_: values).score([group(*"abcdefgh")])[:, 0]
     assert rewards[:-1].tolist() == [1.0, 0.5, 2.0, 0.25, 2.0, 0.5, 1.0] and rewards[-1].isnan()
-    for whole in (torch.tensor([1.0, 2.0]), np.array([1.0, 2.0]), (1.0, 2.0)):
+    for whole in (torch.tensor([1.0, 2.0]), torch.tensor([[1.0], [2.0]]), np.array([1.0, 2.0]), (1.0, 2.0)):
         assert make_scorer(lambda w=whole, **_: w).score([group("a", "b")])[:, 0].tolist() == [1.0, 2.0]
 
 

@@ -282,8 +282,8 @@ class GRPOConfig(VLLMArguments):
         by_length = (self.importance_sampling_level, self.token_weighting) == ("sequence", "token")
         if by_length and self.process_index == 0:
             logger.warning(
-                "importance_sampling_level='sequence' with token_weighting='token' weighs completions by their length; "
-                "GSPO has token_weighting='sequence', as variant='gspo'."
+                "importance_sampling_level='sequence' with token_weighting='token' weighs completions by their "
+                "length; GSPO has token_weighting='sequence', as variant='gspo'."
             )
 
     def __getstate__(self) -> dict[str, Any]:

@@ -367,7 +367,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     ),
     "check": (
         check,
-        "try model, data and rewards in about a minute: grpo-trl check --config recipe.yaml [--model path]",
+        "try model, data and rewards in a few minutes: grpo-trl check --config recipe.yaml [--model path]",
     ),
 }
 

@@ -119,7 +119,7 @@ class GRPOConfig(VLLMArguments):
     skip_solved_after: int | None = _help(
         "Pass over prompts of which every completion passed (eval_pass_threshold) in so many draws in a row."
     )
-    skip_hopeless_after: int | None = _help("Pass over prompts of which none did in so many draws in a row.")
+    skip_hopeless_after: int | None = _help("The same of which no completion passed in so many draws in a row.")
 
     # Rollouts
     num_generations: int = _help("G, completions per prompt (TRL's default: 8).", 4)

@@ -215,7 +215,7 @@ def combination_problems(args: Any) -> list[str]:
         ),
         (
             args.use_liger_kernel and not is_liger_kernel_available(),
-            "use_liger_kernel=True needs the package liger-kernel: pip install 'grpo_trl[liger]'.",
+            "use_liger_kernel=True needs the package liger-kernel: pip install liger-kernel.",
         ),
         (
             args.use_liger_kernel and args.device.type == "cpu",

@@ -2,7 +2,7 @@
 
 The tokenizer is byte-level without merges: one token per byte, so that every text round-trips and lengths can be
 worked out by hand. Models have seeded fp32 weights of a spread (0.2, not 0.02) at which the next-token distribution is
-far from uniform: greedy tokens do not hang on rounding, and a KL or a gradient is not lost in noise.
+far from uniform: greedy tokens do not depend on rounding, and a KL or a gradient is not lost in noise.
 """
 
 import torch

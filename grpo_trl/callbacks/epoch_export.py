@@ -93,7 +93,7 @@ class EpochExportCallback(TrainerCallback):
         os.replace(temporary, folder)
 
     def _complete(self, folder: Path) -> None:
-        """Adds what `save_model` does not write, and takes away what does not belong into the folder."""
+        """Adds what `save_model` does not write, and takes away what does not belong in the folder."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)

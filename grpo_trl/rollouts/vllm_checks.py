@@ -23,7 +23,8 @@ SERVE = (
 
 def check_vllm() -> None:
     """Raises a ValueError when vLLM is not installed here, or too old."""
-    engine, remedy = "rollout_engine 'vllm' (use_vllm)", "pip install 'grpo-trl[vllm]', or use rollout_engine native"
+    engine = "rollout_engine 'vllm' (use_vllm)"
+    remedy = f"pip install 'vllm>={OLDEST},<={NEWEST}', or use rollout_engine native"
     if importlib.util.find_spec("vllm") is None:
         raise ValueError(f"{engine} needs vLLM, which is not installed (the client too); {remedy}.")
     version = importlib.metadata.version("vllm")

@@ -22,7 +22,7 @@ from .ends import end_of_turn, token_names
 from .trial import Trial
 
 # Relative difference of two gradients: in fp32 the order of sums makes some 1e-6, in 16 bit each operation rounds by
-# up to 2^-9; denominators that hang on the split make tenths.
+# up to 2^-9; denominators that depend on the split make tenths.
 GRADIENT_GAP, GRADIENT_GAP_16_BIT = 1e-4, 5e-2
 SHOWN = 400  # characters of the prompt's beginning, and of its end
 

@@ -15,7 +15,7 @@ from ..policy.loading import is_quantized
 from ..rollouts import decode_completions, ordered_groups
 from ..trainer import GRPOTrainer
 
-MAX_TOKENS = 64  # of a completion, so that a policy that does not end takes about a minute all the same
+MAX_TOKENS = 64  # of a completion, so that a policy that does not end takes no longer than others
 
 
 class Trial:
@@ -49,7 +49,7 @@ class Trial:
 
     @cached_property
     def batch(self) -> RolloutBatch:
-        """Its advantages are those of rewards 0, 1, 2, ... in each group: whether gradients agree should not hang on
+        """Its advantages are those of rewards 0, 1, 2, ... in each group: whether gradients agree should not depend on
         what the rewards say of a few completions."""
         made_up = torch.arange(self.trainer.args.num_generations, dtype=torch.float32).repeat(len(self.groups))
         return self.trainer._batch(self.groups, made_up)

@@ -28,12 +28,13 @@ from .callbacks import (
 )
 from .config import GRPOConfig, mapping
 from .config_checks import steps_in_backward
-from .placement import DeviceMap, resolve_device_map
+from .placement import DeviceMap, is_zero3, resolve_device_map
 from .policy import causal_lm, disable_dropout, freeze_adapter, load_policy, load_reference_model, prepare
 from .prompt_memory import PromptMemory
 from .prompts import encode_prompt, limit_prompts
+from .rewards import RewardScorer, load_rewards
 from .rewards.registry import TRL_NAMES
-from .rollouts import EVAL_STREAM, SamplingParams
+from .rollouts import EVAL_STREAM, RolloutEngine, SamplingParams, make_engine
 from .rollouts.dynamic import DynamicSampler, Scored
 from .token_limit import TokenLimit
 
@@ -73,12 +74,14 @@ def with_overlong_penalty(rewards: list[Any], processing_classes: Any, args: GRP
     return [*rewards, "soft_overlong"], processing_classes
 
 
-def limit(dataset: Any, tokenizer: Any, chat_options: dict[str, Any], args: GRPOConfig, *, where: str) -> Any:
+def without_overlong(
+    dataset: Any, tokenizer: Any, chat_options: dict[str, Any], args: GRPOConfig, *, where: str
+) -> Any:
     """Applies `max_prompt_length` and `overlong_prompts` to a dataset, or to each of several named ones. Messages call
     it `where`."""
     if isinstance(dataset, dict):
         return {
-            name: limit(part, tokenizer, chat_options, args, where=f"{where} {name!r}")
+            name: without_overlong(part, tokenizer, chat_options, args, where=f"{where} {name!r}")
             for name, part in dataset.items()
         }
     if dataset is None:
@@ -90,6 +93,39 @@ def limit(dataset: Any, tokenizer: Any, chat_options: dict[str, Any], args: GRPO
         overlong_prompts=args.overlong_prompts,
         where=where,
     )[0]
+
+
+def chat_options(args: GRPOConfig) -> dict[str, Any]:
+    """How conversations become text."""
+    return {
+        "prompt_format": args.prompt_format,
+        "system_prompt": args.system_prompt,
+        "chat_template_kwargs": mapping(args.chat_template_kwargs),
+    }
+
+
+def reward_scorer(specs: list[Any], processing_classes: Any, args: GRPOConfig) -> RewardScorer:
+    """The rewards, their models loaded, and how they are called."""
+    return RewardScorer(
+        load_rewards(specs, processing_classes, args, device_map(args, "reward_device")),
+        timeout=args.reward_timeout,
+        per_group=args.reward_call == "group",
+        overlap=args.reward_overlap,
+    )
+
+
+def rollout_engine(policy: Any, args: GRPOConfig, accelerator: Accelerator) -> RolloutEngine:
+    """What samples from the policy, as configured."""
+    return make_engine(
+        args.rollout_engine,
+        policy,
+        sharded=is_zero3(args.deepspeed_plugin) and not args.ds3_gather_for_generation,
+        max_concurrent_rows=args.max_concurrent_rows,
+        cache_implementation=args.cache_implementation,
+        cuda_graphs=args.captures_graphs,
+        args=args,
+        accelerator=accelerator,
+    )
 
 
 def policy_limit(args: GRPOConfig, accelerator: Accelerator) -> TokenLimit:

@@ -2,12 +2,13 @@
 memory that it takes, and with `check` to a self-test."""
 
 import argparse
+import contextlib
 import difflib
 import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, NoReturn
 
@@ -198,16 +199,22 @@ def _yaml_value(words: list[str]) -> Any:
 # ---- train ----
 
 
-def train(argv: Sequence[str]) -> None:
-    """Trains as a recipe says, saves the model to output_dir, and pushes it if asked to."""
-    # what is wrong with a recipe, its data or its models is the user's to put right: the message says how. From
-    # training itself an error keeps its traceback.
+@contextlib.contextmanager
+def _said(*more: type[Exception]) -> Iterator[None]:
+    """What is wrong with a recipe, its data or its models is the user's to put right, and the message says how. An
+    error of training itself keeps its traceback."""
     try:
-        script_args, args, model_args = parse_recipe(argv)
-        trainer = make_trainer(script_args, args, model_args)
-    except (ValueError, OSError, yaml.YAMLError) as error:
+        yield
+    except (ValueError, OSError, yaml.YAMLError, *more) as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from error
+
+
+def train(argv: Sequence[str]) -> None:
+    """Trains as a recipe says, saves the model to output_dir, and pushes it if asked to."""
+    with _said():
+        script_args, args, model_args = parse_recipe(argv)
+        trainer = make_trainer(script_args, args, model_args)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model(args.output_dir)
     if args.push_to_hub:
@@ -303,7 +310,7 @@ def plan(argv: Sequence[str]) -> None:
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own.add_argument("--memory")
     options, rest = own.parse_known_args(argv)
-    try:
+    with _said(ImportError):
         memory = None if options.memory is None else parse_size(options.memory)
         script_args, args, model_args = parse_recipe(rest, "grpo-trl plan", "[--memory 24GiB] ")
         check_path(model_args.model_name_or_path)
@@ -314,9 +321,6 @@ def plan(argv: Sequence[str]) -> None:
         run = Run(spec, tuple(script_args.rewards), args)
         planned = plan_run(run, memory)
         ranked = ranked_changes(run, planned, memory)
-    except (ValueError, OSError, ImportError, yaml.YAMLError) as error:
-        print(error, file=sys.stderr)
-        raise SystemExit(2) from error
     console = Console(highlight=False)
     console.print(plan_table(planned))
     for assumption in planned.assumptions:
@@ -340,13 +344,9 @@ def check(argv: Sequence[str]) -> None:
     options, rest = own.parse_known_args(argv)
     if options.model_name_or_path is not None:
         rest += ["--model_name_or_path", options.model_name_or_path]
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        try:
-            script_args, args, model_args = parse_recipe(rest, "grpo-trl check", "[--model PATH] ")
-            results, trial = run_checks(make_trainer(script_args, shortened(args, folder), model_args))
-        except (ValueError, OSError, yaml.YAMLError) as error:
-            print(error, file=sys.stderr)
-            raise SystemExit(2) from error
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, _said():
+        script_args, args, model_args = parse_recipe(rest, "grpo-trl check", "[--model PATH] ")
+        results, trial = run_checks(make_trainer(script_args, shortened(args, folder), model_args))
     console = Console(highlight=False)
     console.print(check_table(results))
     if results["rewards"].passed:

@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from datetime import timedelta
 from typing import Any
 
@@ -10,7 +10,15 @@ import torch
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from transformers import TrainingArguments
 
-from .algorithm import AGGREGATIONS, KL_ESTIMATORS, LOSS_TYPES, SURROGATES, VARIANTS, Variant
+from .algorithm import (
+    AGGREGATIONS,
+    IMPORTANCE_SAMPLING_LEVELS,
+    KL_ESTIMATORS,
+    LOSS_TYPES,
+    SURROGATES,
+    VARIANTS,
+    Variant,
+)
 from .algorithm.advantages import BASELINES, SCALE_REWARDS
 from .algorithm.token_weights import TOKEN_WEIGHTINGS
 from .config_checks import (
@@ -18,15 +26,14 @@ from .config_checks import (
     CHOICES,
     DICT_OR_WORD,
     RANGES,
-    choice_problems,
     combination_problems,
     json_problems,
     optimizer_problems,
-    range_problems,
     trainer_problems,
+    value_problems,
 )
 from .config_types import type_problems
-from .config_vllm import VLLMArguments, resolve_vllm, vllm_generation_kwargs, vllm_kwargs_problems
+from .config_vllm import VLLMArguments, about, resolve_vllm, vllm_generation_kwargs, vllm_kwargs_problems
 from .generation_kwargs import FIELDS as GENERATION_FIELDS
 from .generation_kwargs import generation_problems
 from .refused import UNUSED, raise_all, refuse, unused
@@ -44,17 +51,13 @@ PARTS = {
     "advantage_baseline": BASELINES,
     "scale_rewards": SCALE_REWARDS,
     "token_weighting": TOKEN_WEIGHTINGS,
-    "importance_sampling_level": ("token", "sequence"),
+    "importance_sampling_level": IMPORTANCE_SAMPLING_LEVELS,
 }
 
 
 def mapping(option: Any) -> dict[str, Any]:
     """A copy of an option that is a dict or None; one that came as JSON text was parsed by TrainingArguments."""
     return dict(option or {})
-
-
-def _help(text: str, default: Any = None) -> Any:
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass
@@ -81,163 +84,163 @@ class GRPOConfig(VLLMArguments):
     ]
 
     # Defaults that differ from transformers, as in TRL
-    learning_rate: float = _help("Initial learning rate of AdamW.", 1e-6)
-    logging_steps: float = _help("Log every X optimizer steps; below 1, a ratio of all steps.", 10)
-    gradient_checkpointing: bool = _help("Recompute activations in the backward pass: less memory, more time.", True)
-    bf16: bool | None = _help("bf16 mixed precision. Default: on where a GPU supports it (unless fp16), else off.")
-    remove_unused_columns: bool | None = _help("Keep only the prompt column. Rewards usually need the others.", False)
+    learning_rate: float = about("Initial learning rate of AdamW.", 1e-6)
+    logging_steps: float = about("Log every X optimizer steps; below 1, a ratio of all steps.", 10)
+    gradient_checkpointing: bool = about("Recompute activations in the backward pass: less memory, more time.", True)
+    bf16: bool | None = about("bf16 mixed precision. Default: on where a GPU supports it (unless fp16), else off.")
+    remove_unused_columns: bool | None = about("Keep only the prompt column. Rewards usually need the others.", False)
 
     # Model and reference
-    model_init_kwargs: dict[str, Any] | str | None = _help(
+    model_init_kwargs: dict[str, Any] | str | None = about(
         "Passed to `from_pretrained` when the model is a path or id."
     )
-    trust_remote_code: bool = _help("Allow model and tokenizer code from the Hub.", False)
-    disable_dropout: bool = _help("Turn all dropout off, so that the ratio is 1 on the first pass. TRL: False.", True)
-    ref_model_name_or_path: str | None = _help("Reference policy; default: a frozen copy of the starting policy.")
-    ref_model_init_kwargs: dict[str, Any] | str | None = _help(
+    trust_remote_code: bool = about("Allow model and tokenizer code from the Hub.", False)
+    disable_dropout: bool = about("Turn all dropout off, so that the ratio is 1 on the first pass. TRL: False.", True)
+    ref_model_name_or_path: str | None = about("Reference policy; default: a frozen copy of the starting policy.")
+    ref_model_init_kwargs: dict[str, Any] | str | None = about(
         "Passed to `from_pretrained` of the reference, over model_init_kwargs: a dtype, a quantization_config."
     )
-    ref_device: dict | str | None = _help(
+    ref_device: dict | str | None = about(
         "Device of the reference: auto (a spare GPU, else the policy's), same, cpu, cuda:N, or an accelerate map.",
         "auto",
     )
-    reward_device: dict | str | None = _help("Device of reward models; values as for ref_device.", "auto")
-    sync_ref_model: bool = _help("Mix the policy into the reference now and then (TR-DPO, arXiv 2404.09656).", False)
-    ref_model_mixup_alpha: float = _help("Share of the policy in each mix of sync_ref_model.", 0.6)
-    ref_model_sync_steps: int = _help("Optimizer steps between two mixes of sync_ref_model.", 512)
-    ds3_gather_for_generation: bool = _help("DeepSpeed ZeRO-3: gather the weights once per rollout.", True)
+    reward_device: dict | str | None = about("Device of reward models; values as for ref_device.", "auto")
+    sync_ref_model: bool = about("Mix the policy into the reference now and then (TR-DPO, arXiv 2404.09656).", False)
+    ref_model_mixup_alpha: float = about("Share of the policy in each mix of sync_ref_model.", 0.6)
+    ref_model_sync_steps: int = about("Optimizer steps between two mixes of sync_ref_model.", 512)
+    ds3_gather_for_generation: bool = about("DeepSpeed ZeRO-3: gather the weights once per rollout.", True)
 
     # Prompts
-    shuffle_dataset: bool = _help("Shuffle the prompts, anew in each epoch.", True)
-    prompt_format: str = _help(
+    shuffle_dataset: bool = about("Shuffle the prompts, anew in each epoch.", True)
+    prompt_format: str = about(
         "auto: text stays text unless system_prompt is set; chat: text is a user message; text.", "auto"
     )
-    system_prompt: str | None = _help("System message put before each conversation that has none.")
-    chat_template_kwargs: dict | str | None = _help("Passed to the chat template, e.g. {'enable_thinking': false}.")
-    max_prompt_length: int | None = _help("Longest prompt in tokens; what happens beyond it: overlong_prompts.")
-    overlong_prompts: str = _help("drop, truncate (keeps the end), or error.", "drop")
-    skip_solved_after: int | None = _help(
+    system_prompt: str | None = about("System message put before each conversation that has none.")
+    chat_template_kwargs: dict | str | None = about("Passed to the chat template, e.g. {'enable_thinking': false}.")
+    max_prompt_length: int | None = about("Longest prompt in tokens; what happens beyond it: overlong_prompts.")
+    overlong_prompts: str = about("drop, truncate (keeps the end), or error.", "drop")
+    skip_solved_after: int | None = about(
         "Pass over prompts of which every completion passed (eval_pass_threshold) in so many draws in a row."
     )
-    skip_hopeless_after: int | None = _help("The same of which no completion passed in so many draws in a row.")
+    skip_hopeless_after: int | None = about("The same of which no completion passed in so many draws in a row.")
 
     # Rollouts
-    num_generations: int = _help("G, completions per prompt (TRL's default: 8).", 4)
-    generation_batch_size: int = _help("Completions sampled at once over all ranks; or set steps_per_generation.")
-    steps_per_generation: int = _help("Micro-batches per rollout. Default: gradient_accumulation_steps.")
-    max_completion_length: int = _help("Longest completion in tokens.", 512)
-    temperature: float = _help("Sampling temperature; also divides the logits of every log-probability.", 1.0)
-    top_p: float = _help("Nucleus sampling; below 1 the sampler differs from the trained policy.", 1.0)
-    top_k: int = _help("Keep the k most likely tokens; 0: all.", 0)
-    min_p: float | None = _help("Keep tokens at least this likely relative to the most likely one.")
-    repetition_penalty: float = _help("Penalty on tokens seen before; 1: none.", 1.0)
-    generation_kwargs: dict | str | None = _help("More arguments of `transformers.GenerationConfig`.")
-    cache_implementation: str | None = _help("Cache of `model.generate`, e.g. static.")
-    rollout_engine: str = _help(
+    num_generations: int = about("G, completions per prompt (TRL's default: 8).", 4)
+    generation_batch_size: int = about("Completions sampled at once over all ranks; or set steps_per_generation.")
+    steps_per_generation: int = about("Micro-batches per rollout. Default: gradient_accumulation_steps.")
+    max_completion_length: int = about("Longest completion in tokens.", 512)
+    temperature: float = about("Sampling temperature; also divides the logits of every log-probability.", 1.0)
+    top_p: float = about("Nucleus sampling; below 1 the sampler differs from the trained policy.", 1.0)
+    top_k: int = about("Keep the k most likely tokens; 0: all.", 0)
+    min_p: float | None = about("Keep tokens at least this likely relative to the most likely one.")
+    repetition_penalty: float = about("Penalty on tokens seen before; 1: none.", 1.0)
+    generation_kwargs: dict | str | None = about("More arguments of `transformers.GenerationConfig`.")
+    cache_implementation: str | None = about("Cache of `model.generate`, e.g. static.")
+    rollout_engine: str = about(
         "How completions are sampled: native, hf_generate, vllm or transformers_cb. Default: native, unless "
         "cache_implementation is set."
     )
-    max_concurrent_rows: int | None = _help(
+    max_concurrent_rows: int | None = about(
         "Completions that are decoded at a time. Default: native: what fits into half of the free memory; else all."
     )
-    cuda_graphs: bool | None = _help(
+    cuda_graphs: bool | None = about(
         "Native engine on CUDA: capture decoding steps as graphs; keys and values stay allocated between rollouts. "
         "Default: on CUDA."
     )
-    max_tokens_per_microbatch: int | None = _help(
+    max_tokens_per_microbatch: int | None = about(
         "Run each micro-batch in pieces of at most this many tokens, whole groups where they fit: same gradient, less "
         "memory. Default: in one piece."
     )
 
     # Rewards
-    reward_weights: list[float] | None = _help("One weight per reward function. Default: 1 each.")
-    reward_call: str = _help("batch: one call per collected batch (as TRL); group: one per group.", "batch")
-    reward_overlap: bool = _help(
+    reward_weights: list[float] | None = about("One weight per reward function. Default: 1 each.")
+    reward_call: str = about("batch: one call per collected batch (as TRL); group: one per group.", "batch")
+    reward_overlap: bool = about(
         "Score finished groups while others are still sampled: with reward models, accuracy and (without "
         "dynamic_sampling) a reference on a device of its own, and with reward_call='group' all functions.",
         True,
     )
-    reward_timeout: float | None = _help(
+    reward_timeout: float | None = about(
         "Seconds a Python reward function may take; it then runs in a process of its own."
     )
-    reward_batch_size: int = _help(
+    reward_batch_size: int = about(
         "Forward passes of a reward model have at most the tokens of so many of the longest completions.", 8
     )
-    reward_max_length: int | None = _help(
+    reward_max_length: int | None = about(
         "Longest input of a reward model in tokens. Default: what its tokenizer and its model allow."
     )
-    reward_input_format: str = _help(
+    reward_input_format: str = about(
         "Reward model input: auto, pair (question, answer), chat (its template) or text.", "auto"
     )
-    reward_model_init_kwargs: dict[str, Any] | str | None = _help("Passed to `from_pretrained` of reward models.")
+    reward_model_init_kwargs: dict[str, Any] | str | None = about("Passed to `from_pretrained` of reward models.")
 
     # Objective: None means "as the variant says"; types are those after __post_init__
-    variant: str = _help("A row of `grpo_trl.VARIANTS`, e.g. grpo, dapo or gspo.", "grpo")
-    loss_type: str | None = _help(
+    variant: str = about("A row of `grpo_trl.VARIANTS`, e.g. grpo, dapo or gspo.", "grpo")
+    loss_type: str | None = about(
         "TRL's shorthand for surrogate + token_weighting: grpo, dapo, dr_grpo, bnpo, cispo, sapo, luspo or vespo."
     )
-    num_iterations: int = _help("mu, passes over each rollout (TRL's default: 1).", 4)
-    surrogate: str = _help("The policy term: clip, cispo, sapo or vespo.")
-    importance_sampling_level: str = _help("token, or sequence (GSPO).")
-    epsilon: float = _help("Lower clip range: ratios below 1 - epsilon.")
-    epsilon_high: float = _help("Upper clip range. Default: epsilon. cispo: upper bound of the ratio itself.")
-    delta: float | None = _help("Upper bound on the ratio for negative advantages (two-sided clip).")
-    sapo_temperature_pos: float = _help("sapo: temperature of the gate for positive advantages.")
-    sapo_temperature_neg: float = _help("sapo: the same for negative ones.")
-    vespo_k_pos: float = _help("vespo: k for positive advantages.")
-    vespo_lambda_pos: float = _help("vespo: lambda for positive advantages.")
-    vespo_k_neg: float = _help("vespo: k for negative advantages.")
-    vespo_lambda_neg: float = _help("vespo: lambda for negative advantages.")
-    beta: float = _help("Weight of the KL penalty; 0: no reference model is loaded. Default: 0.01 (TRL: 0).")
-    kl_estimator: str = _help("k1, k2, k3, or k3_ratio, whose gradient is that of the reverse KL.")
-    use_bias_correction_kl: bool | None = _help("TRL's name for kl_estimator: true is k3_ratio, false is k3.")
-    multi_objective_aggregation: str = _help(
+    num_iterations: int = about("mu, passes over each rollout (TRL's default: 1).", 4)
+    surrogate: str = about("The policy term: clip, cispo, sapo or vespo.")
+    importance_sampling_level: str = about("token, or sequence (GSPO).")
+    epsilon: float = about("Lower clip range: ratios below 1 - epsilon.")
+    epsilon_high: float = about("Upper clip range. Default: epsilon. cispo: upper bound of the ratio itself.")
+    delta: float | None = about("Upper bound on the ratio for negative advantages (two-sided clip).")
+    sapo_temperature_pos: float = about("sapo: temperature of the gate for positive advantages.")
+    sapo_temperature_neg: float = about("sapo: the same for negative ones.")
+    vespo_k_pos: float = about("vespo: k for positive advantages.")
+    vespo_lambda_pos: float = about("vespo: lambda for positive advantages.")
+    vespo_k_neg: float = about("vespo: k for negative advantages.")
+    vespo_lambda_neg: float = about("vespo: lambda for negative advantages.")
+    beta: float = about("Weight of the KL penalty; 0: no reference model is loaded. Default: 0.01 (TRL: 0).")
+    kl_estimator: str = about("k1, k2, k3, or k3_ratio, whose gradient is that of the reverse KL.")
+    use_bias_correction_kl: bool | None = about("TRL's name for kl_estimator: true is k3_ratio, false is k3.")
+    multi_objective_aggregation: str = about(
         "Several rewards: sum_then_normalize, or normalize_then_sum (each within its group first)."
     )
-    advantage_baseline: str = _help("group_mean, or leave_one_out (RLOO).")
-    scale_rewards: str = _help("batch_relative (this project's), group, batch or none.")
-    token_weighting: str = _help("How tokens are averaged: token, sequence, max_length or sequence_sum.")
-    top_entropy_quantile: float = _help("Share of tokens, those of highest entropy, that have a policy term.")
-    entropy_coef: float = _help("Weight of the entropy bonus, the mean entropy per token in nats.")
-    mask_truncated_completions: bool = _help("Leave truncated completions out of the loss.")
-    overlong_penalty: bool = _help("Add the reward soft_overlong, which punishes completions near the longest.")
-    dynamic_sampling: bool = _help("Replace groups without gradient by further prompts (DAPO).")
-    dynamic_sampling_max_rounds: int = _help("Rounds of drawing per batch, the first included.", 10)
-    dynamic_sampling_max_age: int | None = _help(
+    advantage_baseline: str = about("group_mean, or leave_one_out (RLOO).")
+    scale_rewards: str = about("batch_relative (this project's), group, batch or none.")
+    token_weighting: str = about("How tokens are averaged: token, sequence, max_length or sequence_sum.")
+    top_entropy_quantile: float = about("Share of tokens, those of highest entropy, that have a policy term.")
+    entropy_coef: float = about("Weight of the entropy bonus, the mean entropy per token in nats.")
+    mask_truncated_completions: bool = about("Leave truncated completions out of the loss.")
+    overlong_penalty: bool = about("Add the reward soft_overlong, which punishes completions near the longest.")
+    dynamic_sampling: bool = about("Replace groups without gradient by further prompts (DAPO).")
+    dynamic_sampling_max_rounds: int = about("Rounds of drawing per batch, the first included.", 10)
+    dynamic_sampling_max_age: int | None = about(
         "Optimizer steps for which surplus groups are kept; 0: not at all. Default: until the next batch."
     )
-    dynamic_sampling_tolerance: float = _help(
+    dynamic_sampling_tolerance: float = about(
         "A group is dropped when its rewards differ by no more than this share of the largest.", 0.0
     )
-    dynamic_sampling_filter: str | None = _help(
+    dynamic_sampling_filter: str | None = about(
         "Dotted path of (group, rewards) -> bool: which groups to keep, instead of by their rewards' spread."
     )
-    off_policy_mask_threshold: float | None = _help(
+    off_policy_mask_threshold: float | None = about(
         "Leave completions with negative advantage out once they drifted by so many nats per token on average."
     )
-    sampler_correction: str | None = _help(
+    sampler_correction: str | None = about(
         "Weigh by policy / sampler probabilities: token_truncate, token_mask, sequence_truncate or sequence_mask."
     )
-    sampler_correction_min: float | None = _help("Lower bound of these weights.")
-    sampler_correction_max: float | None = _help("Upper bound of these weights.", 3.0)
+    sampler_correction_min: float | None = about("Lower bound of these weights.")
+    sampler_correction_max: float | None = about("Upper bound of these weights.", 3.0)
 
     # Evaluation
-    num_generations_eval: int | None = _help("Completions per evaluation prompt. Default: num_generations.")
-    eval_temperature: float | None = _help("Temperature in evaluation; 0: greedy. Default: temperature.")
-    eval_max_completion_length: int | None = _help("Longest completion in evaluation. Default: max_completion_length.")
-    eval_pass_threshold: float = _help(
+    num_generations_eval: int | None = about("Completions per evaluation prompt. Default: num_generations.")
+    eval_temperature: float | None = about("Temperature in evaluation; 0: greedy. Default: temperature.")
+    eval_max_completion_length: int | None = about("Longest completion in evaluation. Default: max_completion_length.")
+    eval_pass_threshold: float = about(
         "A completion passes (pass@k) a reward function when its reward is at least this.", 1.0
     )
 
     # Outputs
-    log_completions: bool = _help("Show sampled completions at every log and save them as parquet.", False)
-    num_completions_to_print: int | None = _help("Completions shown per log. Default: all of the last rollout.")
-    log_unique_prompts: bool = _help("Log one completion per prompt to trackers.", False)
-    log_rollouts: bool = _help("Write every rollout, with log-probabilities and rewards, as parquet.", False)
-    replay_rollouts: str | None = _help("Folder of rollouts that log_rollouts wrote: train on them, sample nothing.")
-    save_epochs: bool = _help("Write epoch_1/, epoch_2/, ... with weights, config, recipe and script.", True)
-    plot_metrics: bool = _help("Redraw training_metrics.png at every log.", True)
-    save_on_signal: bool = _help(
+    log_completions: bool = about("Show sampled completions at every log and save them as parquet.", False)
+    num_completions_to_print: int | None = about("Completions shown per log. Default: all of the last rollout.")
+    log_unique_prompts: bool = about("Log one completion per prompt to trackers.", False)
+    log_rollouts: bool = about("Write every rollout, with log-probabilities and rewards, as parquet.", False)
+    replay_rollouts: str | None = about("Folder of rollouts that log_rollouts wrote: train on them, sample nothing.")
+    save_epochs: bool = about("Write epoch_1/, epoch_2/, ... with weights, config, recipe and script.", True)
+    plot_metrics: bool = about("Redraw training_metrics.png at every log.", True)
+    save_on_signal: bool = about(
         "At SIGTERM and Ctrl-C save a checkpoint and exit. Default: unless save_strategy is no, or save_only_model."
     )
 
@@ -269,8 +272,8 @@ class GRPOConfig(VLLMArguments):
             self.save_on_signal = self.save_strategy != "no" and not self.save_only_model
         if self.rollout_engine is None:
             self.rollout_engine = "hf_generate" if self.cache_implementation else "native"
-        problems += range_problems(self, BATCH_RANGES) or self._resolve_batches()
-        problems += range_problems(self, RANGES) + choice_problems(self, CHOICES)
+        problems += value_problems(self, BATCH_RANGES) or self._resolve_batches()
+        problems += value_problems(self, RANGES | CHOICES)
         if self.dynamic_sampling_max_age is None and not problems:
             self.dynamic_sampling_max_age = self.optimizer_steps_per_rollout
         problems += combination_problems(self) + optimizer_problems(self)
@@ -350,7 +353,7 @@ class GRPOConfig(VLLMArguments):
                 setattr(self, name, shorthand.get(name, getattr(VARIANTS[self.variant], name)))
         if self.epsilon_high is None:
             self.epsilon_high = self.epsilon
-        return choice_problems(self, PARTS)
+        return value_problems(self, PARTS)
 
     def _resolve_batches(self) -> list[str]:
         """Fills steps_per_generation and generation_batch_size, and checks that collections are whole groups on each
@@ -420,4 +423,3 @@ def _accept_trl_options(cls: type) -> None:
 
 
 _accept_trl_options(GRPOConfig)
-FIELD_NAMES = frozenset(f.name for f in fields(GRPOConfig))

@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import fields
 from typing import Any, NamedTuple
 
@@ -121,23 +121,30 @@ CHOICES = {
 DICT_OR_WORD = ("accelerator_config", "fsdp_config", "deepspeed", "ref_device", "reward_device")
 
 
-def range_problems(args: Any, ranges: Mapping[str, Range]) -> list[str]:
-    """Numbers out of their range. None is in range where it is the default: another field, or nothing, decides."""
+def value_problems(args: Any, allowed: Mapping[str, Range | Collection[str]]) -> list[str]:
+    """Numbers out of their range, and names that are none of those allowed. None is allowed where it is the default:
+    another field, or nothing, decides."""
     optional = {field.name for field in fields(args) if field.default is None}
-    values = {name: getattr(args, name) for name in ranges}
+    values = {name: getattr(args, name) for name in allowed}
     return [
-        f"{name}={value!r} is out of range: {ranges[name]}."
+        f"{name}={value!r} {_expected(allowed[name])}."
         for name, value in values.items()
-        if not (name in optional if value is None else value in ranges[name])
+        if not (name in optional if value is None else value in allowed[name])
     ]
 
 
+def _expected(allowed: Range | Collection[str]) -> str:
+    if isinstance(allowed, Range):
+        return f"is out of range: {allowed}"
+    return f"is unknown; use one of {', '.join(allowed)}"
+
+
 def trainer_problems(args: Any) -> list[str]:
-    """`range_problems` of TRAINER_RANGES. Those fields are set to their defaults, so that transformers' own checks go
+    """`value_problems` of TRAINER_RANGES. Those fields are set to their defaults, so that transformers' own checks go
     on."""
     problems = []
     for name, allowed in TRAINER_RANGES.items():
-        if found := range_problems(args, {name: allowed}):
+        if found := value_problems(args, {name: allowed}):
             problems += found
             set_to_default(args, name)
     return problems
@@ -174,22 +181,18 @@ def optimizer_problems(args: Any) -> list[str]:
     return problems
 
 
-def choice_problems(args: Any, choices: Mapping[str, Any]) -> list[str]:
-    """Names that are none of those allowed. None is one where it is the default."""
-    optional = {field.name for field in fields(args) if field.default is None}
-    return [
-        f"{name}={getattr(args, name)!r} is unknown; use one of {', '.join(allowed)}."
-        for name, allowed in choices.items()
-        if not (name in optional if getattr(args, name) is None else getattr(args, name) in allowed)
-    ]
+Rows = tuple[tuple[Any, str], ...]  # what is wrong, if it holds, and the message
 
 
 def combination_problems(args: Any) -> list[str]:
     """Values that are right by themselves and cannot work here, or together."""
+    rows = (*_of_the_run(args), *_of_liger(args), *_of_pieces_and_shards(args), *_of_the_objective(args))
+    return [message for wrong, message in rows if wrong]
+
+
+def _of_the_run(args: Any) -> Rows:
     processes = os.environ.get("WORLD_SIZE", 1)
-    highest = 1 + (args.epsilon_high or 0)
-    liger = args.liger_kernel_config or {}
-    rows = (
+    return (
         (
             int(processes) > args.world_size,
             f"the launcher started {processes} processes, but this one finds itself alone and would train by itself; "
@@ -213,6 +216,33 @@ def combination_problems(args: Any) -> list[str]:
             args.cuda_graphs and args.device.type != "cuda",
             f"cuda_graphs=True needs a CUDA device, and this run is on {args.device}; leave it out.",
         ),
+        *(
+            (
+                "device_map" in (getattr(args, f"{model}_model_init_kwargs") or {}),
+                f"{model}_model_init_kwargs has a device_map; set {model}_device instead, which takes such maps too.",
+            )
+            for model in ("ref", "reward")
+        ),
+        (
+            args.save_on_signal and args.save_only_model,
+            "save_on_signal saves what a run needs to go on, which save_only_model leaves out; leave one of them out.",
+        ),
+        (
+            args.dynamic_sampling and args.fp16,
+            "dynamic_sampling skips an update without informative groups, which the gradient scaler of fp16 does not "
+            "allow; use bf16.",
+        ),
+        (
+            args.metric_for_best_model in ("loss", "eval_loss"),
+            f"metric_for_best_model={args.metric_for_best_model!r}: evaluation samples and scores, so there is no "
+            "eval_loss; use eval_reward, eval_<set>_reward or another metric of docs/configuration.md, Evaluation.",
+        ),
+    )
+
+
+def _of_liger(args: Any) -> Rows:
+    liger = args.liger_kernel_config or {}
+    return (
         (
             args.use_liger_kernel and not is_liger_kernel_available(),
             "use_liger_kernel=True needs the package liger-kernel: pip install liger-kernel.",
@@ -226,19 +256,17 @@ def combination_problems(args: Any) -> list[str]:
             "liger_kernel_config: fused_linear_cross_entropy replaces the model's forward, and with it the scores of "
             "the update; leave it out.",
         ),
-        *(
-            (
-                "device_map" in (getattr(args, f"{model}_model_init_kwargs") or {}),
-                f"{model}_model_init_kwargs has a device_map; set {model}_device instead, which takes such maps too.",
-            )
-            for model in ("ref", "reward")
-        ),
         (
             args.use_liger_kernel and liger.get("rope", True) and _is_on_cpu(args.ref_device, args.reward_device),
             "use_liger_kernel=True replaces the rotation of all models of the policy's class, also of those on "
             "ref_device='cpu' or reward_device='cpu', where its kernel does not run; set "
             "liger_kernel_config={'rope': False}.",
         ),
+    )
+
+
+def _of_pieces_and_shards(args: Any) -> Rows:
+    return (
         (
             args.max_tokens_per_microbatch and args.deepspeed_plugin is not None,
             "max_tokens_per_microbatch cannot be used with DeepSpeed, whose engine would step with every piece; lower "
@@ -263,19 +291,16 @@ def combination_problems(args: Any) -> list[str]:
             "gradient_checkpointing_kwargs every_n_layers and offload cannot be used with ZeRO-3: TRL turns "
             "checkpointing off for a rollout and on again, and does not know them; leave them out.",
         ),
-        (
-            args.save_on_signal and args.save_only_model,
-            "save_on_signal saves what a run needs to go on, which save_only_model leaves out; leave one of them out.",
-        ),
+    )
+
+
+def _of_the_objective(args: Any) -> Rows:
+    highest = 1 + (args.epsilon_high or 0)
+    return (
         (
             args.surrogate == "cispo" and (args.epsilon_high or 0) < 1,
             f"surrogate cispo bounds the ratio itself by epsilon_high, and {args.epsilon_high} would shrink every "
             "token's weight; set epsilon_high to 1 or more (ScaleRL: 5).",
-        ),
-        (
-            args.dynamic_sampling and args.fp16,
-            "dynamic_sampling skips an update without informative groups, which the gradient scaler of fp16 does not "
-            "allow; use bf16.",
         ),
         (
             (args.top_entropy_quantile or 1) < 1 and args.max_tokens_per_microbatch,
@@ -298,13 +323,7 @@ def combination_problems(args: Any) -> list[str]:
             f"sampler_correction_min={args.sampler_correction_min} is above sampler_correction_max="
             f"{args.sampler_correction_max}, so that no weight is left; lower it.",
         ),
-        (
-            args.metric_for_best_model in ("loss", "eval_loss"),
-            f"metric_for_best_model={args.metric_for_best_model!r}: evaluation samples and scores, so there is no "
-            "eval_loss; use eval_reward, eval_<set>_reward or another metric of docs/configuration.md, Evaluation.",
-        ),
     )
-    return [message for wrong, message in rows if wrong]
 
 
 def _is_on_cpu(*places: str | dict[str, Any] | None) -> bool:

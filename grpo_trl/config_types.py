@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Iterable
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, Field, fields
 from enum import Enum
 from functools import lru_cache
 from numbers import Integral, Real
@@ -47,8 +47,12 @@ def type_problems(args: Any, names: Iterable[str]) -> list[str]:
 
 def set_to_default(args: Any, name: str) -> None:
     """What a field would be if it had not been given."""
-    field = type(args).__dataclass_fields__[name]
-    setattr(args, name, field.default if field.default_factory is MISSING else field.default_factory())
+    setattr(args, name, default_of(type(args).__dataclass_fields__[name]))
+
+
+def default_of(field: Field) -> Any:
+    """The default of a field, made anew where it is made."""
+    return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 @lru_cache(maxsize=8)

@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from .config_checks import Range, choice_problems, range_problems
+from .config_checks import Range, value_problems
 
 VLLM_RANGES = {
     "vllm_server_port": Range(1, 65535),
@@ -30,7 +30,8 @@ SET_BY_TRAINER = {
 }
 
 
-def _help(text: str, default: Any = None) -> Any:
+def about(text: str, default: Any = None) -> Any:
+    """A field with its help."""
     return field(default=default, metadata={"help": text})
 
 
@@ -38,25 +39,25 @@ def _help(text: str, default: Any = None) -> Any:
 class VLLMArguments(TrainingArguments):
     """The part of `GRPOConfig` that is about vLLM."""
 
-    use_vllm: bool = _help("TRL's name for rollout_engine: vllm.", False)
-    vllm_mode: str = _help("colocate: on the policy's devices; server: a `vllm serve` elsewhere.", "colocate")
-    vllm_model_impl: str = _help("Colocate: vllm, or transformers for vLLM's wrapper of that model class.", "vllm")
-    vllm_enable_sleep_mode: bool = _help("Colocate: give vLLM's memory back between rollouts.", False)
-    vllm_structured_outputs_regex: str | None = _help("Regular expression that completions must match.")
-    vllm_server_base_url: str | None = _help("Server: its URL; instead of host and port.")
-    vllm_server_host: str = _help("Server: its host.", "0.0.0.0")
-    vllm_server_port: int = _help("Server: its port.", 8000)
-    vllm_server_timeout: float = _help("Server: seconds to wait for it at the start.", 240.0)
-    vllm_group_port: int = _help("Server: port of the group over which weights are sent.", 51216)
-    vllm_gpu_memory_utilization: float = _help("Colocate: share of the GPU's memory that vLLM takes.", 0.3)
-    vllm_max_model_length: int | None = _help("Colocate: longest prompt and completion. Default: the model's own.")
-    vllm_tensor_parallel_size: int = _help("Colocate: ranks that share a copy of the model.", 1)
-    vllm_importance_sampling_correction: bool = _help(
+    use_vllm: bool = about("TRL's name for rollout_engine: vllm.", False)
+    vllm_mode: str = about("colocate: on the policy's devices; server: a `vllm serve` elsewhere.", "colocate")
+    vllm_model_impl: str = about("Colocate: vllm, or transformers for vLLM's wrapper of that model class.", "vllm")
+    vllm_enable_sleep_mode: bool = about("Colocate: give vLLM's memory back between rollouts.", False)
+    vllm_structured_outputs_regex: str | None = about("Regular expression that completions must match.")
+    vllm_server_base_url: str | None = about("Server: its URL; instead of host and port.")
+    vllm_server_host: str = about("Server: its host.", "0.0.0.0")
+    vllm_server_port: int = about("Server: its port.", 8000)
+    vllm_server_timeout: float = about("Server: seconds to wait for it at the start.", 240.0)
+    vllm_group_port: int = about("Server: port of the group over which weights are sent.", 51216)
+    vllm_gpu_memory_utilization: float = about("Colocate: share of the GPU's memory that vLLM takes.", 0.3)
+    vllm_max_model_length: int | None = about("Colocate: longest prompt and completion. Default: the model's own.")
+    vllm_tensor_parallel_size: int = about("Colocate: ranks that share a copy of the model.", 1)
+    vllm_importance_sampling_correction: bool = about(
         "Where vLLM samples and sampler_correction is not set: correct for its log-probabilities.", True
     )
-    vllm_importance_sampling_mode: str = _help("The sampler_correction that is then used.", "sequence_mask")
-    vllm_importance_sampling_clip_max: float | None = _help("The sampler_correction_max that is then used.", 3.0)
-    vllm_importance_sampling_clip_min: float | None = _help("The sampler_correction_min that is then used.")
+    vllm_importance_sampling_mode: str = about("The sampler_correction that is then used.", "sequence_mask")
+    vllm_importance_sampling_clip_max: float | None = about("The sampler_correction_max that is then used.", 3.0)
+    vllm_importance_sampling_clip_min: float | None = about("The sampler_correction_min that is then used.")
 
 
 def resolve_vllm(args: Any) -> list[str]:
@@ -70,7 +71,7 @@ def resolve_vllm(args: Any) -> list[str]:
     if not args.use_vllm:
         return []
     args.rollout_engine = "vllm"
-    problems = range_problems(args, VLLM_RANGES) + choice_problems(args, VLLM_CHOICES)
+    problems = value_problems(args, VLLM_RANGES | VLLM_CHOICES)
     if args.sampler_correction is None and args.vllm_importance_sampling_correction:
         problems += _bounds_that_would_be_lost(args)
         args.sampler_correction = args.vllm_importance_sampling_mode

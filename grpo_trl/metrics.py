@@ -22,9 +22,7 @@ class Metrics:
 
     def __init__(self):
         self._sums: dict[str, list[tuple[Value, ...]]] = {}  # (sum, count), with the sum of squares for a deviation
-        self._extremes: dict[
-            str, list[Value]
-        ] = {}  # names end in /min or /max (TRL: low_min, high_max, min_length ...)
+        self._extremes: dict[str, list[Value]] = {}  # minima by `_is_min`, else maxima
 
     def add(self, name: str, total: Value, count: Value = 1) -> None:
         """Adds to a mean. Nothing is counted when `count` is 0."""

@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -23,28 +23,29 @@ from trl.trainer.utils import identity
 
 from .algorithm import entropy_bonus, policy_loss, top_entropy_mask
 from .assembly import (
+    chat_options,
     config_for,
     default_callbacks,
-    device_map,
     dynamic_sampler,
     eval_sampling,
-    limit,
     load_models,
     load_tokenizer,
     policy_limit,
     prompt_memory,
+    reward_scorer,
     reward_specs,
+    rollout_engine,
     train_sampling,
+    without_overlong,
 )
 from .batch import Group, Prompt, RolloutBatch
 from .callbacks import log_completions
 from .collection import CollectingTrainer
-from .config import GOVERNED, GRPOConfig, mapping
+from .config import GOVERNED, GRPOConfig
 from .evaluation import evaluate_sets
 from .loader import IndexedPrompts, RolloutLoader, StreamedPrompts
 from .metrics import Metrics
 from .nonfinite import NonFiniteUpdates
-from .placement import is_zero3
 from .policy import (
     Reference,
     evaluation_mode,
@@ -53,8 +54,7 @@ from .policy import (
 )
 from .prompts import encode_prompt, truncate_prompt
 from .refused import raise_all, uncalled
-from .rewards import RewardScorer, load_rewards
-from .rollouts import check_finite, make_engine, make_replica, weights_for_generation
+from .rollouts import check_finite, make_replica, weights_for_generation
 from .trainer_checks import named_datasets, problems, prompt_problems
 
 logger = logging.get_logger(__name__)
@@ -134,26 +134,16 @@ class GRPOTrainer(CollectingTrainer):
         raise_all(found + uncalled(type(self), GRPOTrainer))
 
         self.processing_class = processing_class = load_tokenizer(model, args, processing_class)
-        self.chat_options = {
-            "prompt_format": args.prompt_format,
-            "system_prompt": args.system_prompt,
-            "chat_template_kwargs": mapping(args.chat_template_kwargs),
-        }
+        self.chat_options = chat_options(args)
         raise_all(prompt_problems(datasets, processing_class, self.chat_options, args.remove_unused_columns))
-        limited = partial(limit, tokenizer=processing_class, chat_options=self.chat_options, args=args)
-        train_dataset = limited(train_dataset, where="train_dataset")
-        eval_dataset = limited(eval_dataset, where="eval_dataset")
+        self._fit = partial(without_overlong, tokenizer=processing_class, chat_options=self.chat_options, args=args)
+        train_dataset = self._fit(train_dataset, where="train_dataset")
+        eval_dataset = self._fit(eval_dataset, where="eval_dataset")
 
         policy, reference_model, adapter = load_models(model, args, quantization_config, peft_config)
-        rewards = load_rewards(specs, reward_processing_classes, args, device_map(args, "reward_device"))
-        self.scorer = RewardScorer(
-            rewards,
-            timeout=args.reward_timeout,
-            per_group=args.reward_call == "group",
-            overlap=args.reward_overlap,
-        )
+        self.scorer = reward_scorer(specs, reward_processing_classes, args)
         self.reward_names = self.scorer.names
-        self.reward_weights = torch.tensor(args.reward_weights or [1.0] * len(rewards))
+        self.reward_weights = torch.tensor(args.reward_weights or [1.0] * len(self.reward_names))
 
         policy.config.get_text_config().pad_token_id = processing_class.pad_token_id
         policy.generation_config.pad_token_id = processing_class.pad_token_id
@@ -183,16 +173,7 @@ class GRPOTrainer(CollectingTrainer):
             )
         self.policy_limit = policy_limit(args, self.accelerator)
         self.replica = make_replica(self.model, self.accelerator)
-        self.engine = make_engine(
-            args.rollout_engine,
-            cast(PreTrainedModel, self.accelerator.unwrap_model(self.model)),
-            sharded=is_zero3(args.deepspeed_plugin) and not args.ds3_gather_for_generation,
-            max_concurrent_rows=args.max_concurrent_rows,
-            cache_implementation=args.cache_implementation,
-            cuda_graphs=args.captures_graphs,
-            args=args,
-            accelerator=self.accelerator,
-        )
+        self.engine = rollout_engine(self.accelerator.unwrap_model(self.model), args, self.accelerator)
         self.policy_limit.release = getattr(self.engine, "release", None)  # the native one's
         self._vllm_is_of: int | None = None  # the step whose weights vLLM has; engines on the policy itself have none
         self._sampling_is_exact = self._sampling_may_be_exact(own_rollout=type(self).rollout is GRPOTrainer.rollout)
@@ -398,8 +379,7 @@ class GRPOTrainer(CollectingTrainer):
             datasets = {eval_dataset: datasets[eval_dataset]}
         elif eval_dataset is not None:
             datasets = eval_dataset
-            limits = {"tokenizer": self.processing_class, "chat_options": self.chat_options, "args": self.args}
-            options["fit"] = partial(limit, **limits, where="evaluate(dataset)")
+            options["fit"] = partial(self._fit, where="evaluate(dataset)")
         self.sampling = self.eval_sampling
         self._vllm_is_of = None  # a callback may have put in other weights, a moving average say
         try:

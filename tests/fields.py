@@ -1,6 +1,7 @@
 """Which config fields are read: by this package, and by those parts of transformers' Trainer that run here."""
 
 import ast
+import dataclasses
 from functools import cache
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import transformers
 
 import grpo_trl
 
+FIELD_NAMES = frozenset(field.name for field in dataclasses.fields(grpo_trl.GRPOConfig))
 TRANSFORMERS = Path(transformers.__file__).parent
 # Functions of transformers that GRPOTrainer replaces or never reaches: what only they read has no effect here.
 BYPASSED = {

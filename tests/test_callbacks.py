@@ -33,8 +33,9 @@ from grpo_trl.callbacks import (
     write_parquet,
 )
 from grpo_trl.cli import parse_recipe
-from grpo_trl.config import FIELD_NAMES, GRPOConfig
+from grpo_trl.config import GRPOConfig
 from tests import tiny
+from tests.fields import FIELD_NAMES
 
 
 class PlainTrainer(Trainer):

@@ -10,9 +10,9 @@ import trl
 from transformers import TrainingArguments
 
 from grpo_trl import VARIANTS, GRPOConfig, GRPOTrainer, config_checks
-from grpo_trl.config import FIELD_NAMES, GOVERNED
+from grpo_trl.config import GOVERNED
 from grpo_trl.refused import REFUSED, UNUSED
-from tests.fields import reads_of_this_package, reads_of_transformers
+from tests.fields import FIELD_NAMES, reads_of_this_package, reads_of_transformers
 
 TRL_FIELDS = {field.name: field for field in dataclasses.fields(trl.GRPOConfig)}
 OWN_FIELDS = FIELD_NAMES - {field.name for field in dataclasses.fields(TrainingArguments)}

@@ -9,14 +9,8 @@ from transformers import TrainerCallback
 
 from grpo_trl import GRPOTrainer
 from tests.resuming import differences, outcome
-from tests.test_trainer import PROMPTS, dataset, logged, reward_vowels, trained_adapter, trainer
-
-EQUAL = {"question 0", "question 3"}  # prompts whose completions all get the same reward
-
-
-def some_equal(prompts, completions, **kwargs):
-    values = reward_vowels(completions)
-    return [1.0 if prompt in EQUAL else value for prompt, value in zip(prompts, values, strict=True)]
+from tests.test_trainer import PROMPTS, dataset, logged, trained_adapter, trainer
+from tests.test_trainer_dynamic import some_equal
 
 
 class ReferenceBesideSampling(GRPOTrainer):
@@ -49,6 +43,10 @@ CASES = {
     "gradient accumulation": (
         {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "num_iterations": 2},
         (1, 3),
+    ),
+    "accumulation and four passes": (
+        {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "num_iterations": 4, "max_steps": 8},
+        (5,),
     ),
     "a learning-rate schedule": ({"lr_scheduler_type": "cosine", "warmup_steps": 3, "num_iterations": 2}, (2, 5)),
     "a synced reference": (

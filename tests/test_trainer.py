@@ -411,42 +411,6 @@ def test_the_best_model_by_evaluation_reward_is_loaded_at_the_end(tmp_path):
 # ---- Resume ----
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"num_iterations": 2},
-        {"num_iterations": 4, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4},
-        {"num_iterations": 1, "steps_per_generation": 4},
-    ],
-    ids=["mu2", "mu4", "steps4"],
-)
-@pytest.mark.parametrize("cut", [3, 5])
-def test_a_run_cut_in_two_is_the_run(tmp_path, options, cut):
-    """Cut inside a rollout buffer and in the second epoch (4 prompts, 2 per rollout)."""
-    straight = trainer(tmp_path / "straight", max_steps=8, **options)
-    straight.train()
-    trainer(tmp_path / "cut", max_steps=8, save_strategy="steps", save_steps=cut, **options).train()
-    resumed = trainer(tmp_path / "cut", max_steps=8, **options)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / f"checkpoint-{cut}"))
-    assert_same(weights(straight), weights(resumed))
-    drop = (
-        "train_runtime",
-        "train_samples_per_second",
-        "train_steps_per_second",
-        "train_loss",
-        "total_flos",
-        "step_time",
-    )
-    histories = [
-        [
-            {k: v for k, v in entry.items() if k not in drop and not k.endswith("_seconds")}
-            for entry in run.state.log_history
-        ]
-        for run in (straight, resumed)
-    ]
-    assert histories[0] == histories[1]
-
-
 def test_a_checkpoint_without_rollout_state_is_named(tmp_path):
     run = trainer(tmp_path, save_strategy="steps", save_steps=2)
     run.train()
@@ -457,15 +421,6 @@ def test_a_checkpoint_without_rollout_state_is_named(tmp_path):
 
 
 # ---- Errors ----
-
-
-def test_an_incomplete_rollout_is_refused(tmp_path):
-    class Lossy(GRPOTrainer):
-        def rollout(self, prompts):
-            return list(super().rollout(prompts))[:-1]
-
-    with pytest.raises(ValueError, match="one group of 4 completions for each of its 2 prompts"):
-        trainer(tmp_path, cls=Lossy).train()
 
 
 def test_the_loss_reads_what_was_sampled(tmp_path):
@@ -543,40 +498,9 @@ def test_model_instances_are_not_shared_with_the_reference(tmp_path):
 # ---- What is refused, and what stays true after a resume ----
 
 
-def test_a_synced_reference_survives_a_resume(tmp_path):
-    options = {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5}
-    straight = trainer(tmp_path / "straight", **options)
-    straight.train()
-    trainer(tmp_path / "cut", save_strategy="steps", save_steps=2, **options).train()
-    resumed = trainer(tmp_path / "cut", **options)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-2"))
-    assert_same(weights(straight), weights(resumed))
-    assert logged(straight, "kl") == logged(resumed, "kl")
-
-
 def test_syncing_a_reference_that_is_an_adapter_is_refused(tmp_path):
     with pytest.raises(ValueError, match="a policy with an adapter is its own reference"):
         trainer(tmp_path, sync_ref_model=True, peft=adapter(0))
-
-
-def test_resume_with_another_layout_names_what_changed(tmp_path):
-    trainer(tmp_path, save_strategy="steps", save_steps=3, num_iterations=2).train()
-    changed = trainer(tmp_path, num_iterations=2, per_device_train_batch_size=16, data=dataset(6))
-    with pytest.raises(ValueError, match="per_device_train_batch_size: 8 then, 16 now; prompts: 4 then, 6 now"):
-        changed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-
-
-def test_a_stream_resumes_with_its_prompts_and_epoch(tmp_path):
-    def run(path, **options):
-        return trainer(path, data=dataset(5).to_iterable_dataset(), max_steps=6, num_iterations=2, **options)
-
-    straight, cut = run(tmp_path / "straight"), run(tmp_path / "cut", save_strategy="steps", save_steps=3)
-    straight.train()
-    cut.train()
-    resumed = run(tmp_path / "cut")
-    resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-3"))
-    assert_same(weights(straight), weights(resumed))
-    assert logged(straight, "epoch") == logged(resumed, "epoch")
 
 
 def test_overrides_in_generation_kwargs_reach_the_log_probabilities(tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import trl
 from datasets import Dataset
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from grpo_trl import GRPOTrainer
 from grpo_trl.refused import UNCALLED
@@ -124,3 +124,26 @@ def test_a_change_of_the_arguments_does_not_part_training_from_sampling(tmp_path
     run.args.temperature = 0.5
     run.train()
     assert logged(run, "sampling/logp_gap")[0] < 1e-4
+
+
+def test_what_is_overridden_or_read_of_transformers_trainer_is_still_there():
+    """Private names of its Trainer, which a release may change."""
+    overridden = {
+        *("_evaluate", "_finalize_training", "_load_optimizer_and_scheduler", "_load_rng_state"),
+        *("_maybe_log_save_evaluate", "_push_from_checkpoint", "_run_epoch", "_save_checkpoint"),
+        *(
+            "_get_grad_norm",
+            "_get_output_dir",
+            "_save",
+            "_track_num_input_tokens",
+            "_save_optimizer_and_scheduler",
+            "_set_signature_columns_if_needed",
+        ),
+    }
+    assert {name for name in overridden if not callable(getattr(Trainer, name, None))} == set()
+    source = inspect.getsource(Trainer)
+    kept = {"_tr_loss", "_total_loss_scalar", "_globalstep_last_logged", "_initial_global_step"}
+    assert {name for name in kept if f"self.{name}" not in source} == set()
+    ours = {name for part in GRPOTrainer.__mro__ if part.__module__.startswith("grpo_trl") for name in vars(part)}
+    private = {name for name in ours if name.startswith("_") and not name.startswith("__")}
+    assert private & set(vars(Trainer)) <= overridden | {"_get_num_items_in_batch", "_prepare_inputs", "_tag_names"}

@@ -1,12 +1,14 @@
 """The mathematics of GRPO: pure functions on tensors, with torch and the standard library only."""
 
 from .advantages import AGGREGATIONS, combine_rewards, group_advantages, informative_groups, passed
-from .loss import KL_ESTIMATORS, SAMPLER_CORRECTIONS, SURROGATES, entropy_bonus, policy_loss, top_entropy_mask
+from .entropy import entropy_bonus, top_entropy_mask
+from .loss import IMPORTANCE_SAMPLING_LEVELS, KL_ESTIMATORS, SAMPLER_CORRECTIONS, SURROGATES, policy_loss
 from .token_weights import token_weights
 from .variants import LOSS_TYPES, VARIANTS, Variant
 
 __all__ = [
     "AGGREGATIONS",
+    "IMPORTANCE_SAMPLING_LEVELS",
     "KL_ESTIMATORS",
     "LOSS_TYPES",
     "SAMPLER_CORRECTIONS",

@@ -72,18 +72,18 @@ def policy_loss(
         sampler_gap = torch.where(mask, (old - sampling_per_token_logps).nan_to_num(0.0), 0.0)
     metrics = ratio_metrics(log_ratio.detach(), mask)
 
-    terms = Terms(
-        per_token_logps, log_ratio, importance_ratio(log_ratio, mask, importance_sampling_level), advantages, mask
-    )
+    correction = None
     if sampler_correction is not None:
-        terms.correction = sampler_correction_ratio(
+        correction = sampler_correction_ratio(
             sampler_gap, mask, sampler_correction, sampler_correction_min, sampler_correction_max
         )
-        metrics |= correction_metrics(terms.correction, mask)
+        metrics |= correction_metrics(correction, mask)
+    ratio = importance_ratio(log_ratio, mask, importance_sampling_level)
+    terms = Terms(per_token_logps, log_ratio, ratio, advantages, mask, correction)
     per_token_loss, found = SURROGATES[surrogate](terms, **surrogate_options)
     metrics |= found
-    if terms.correction is not None:
-        per_token_loss = per_token_loss * terms.correction
+    if correction is not None and surrogate not in CORRECTED:
+        per_token_loss = per_token_loss * correction
     if off_policy_mask_threshold is not None:
         gap = (log_ratio.detach() + sampler_gap).neg()  # log of sampled / policy
         kept = off_policy_mask(gap, advantages, mask, off_policy_mask_threshold)
@@ -106,7 +106,64 @@ def policy_loss(
     return loss, metrics
 
 
-@dataclass
+def ratio_metrics(log_ratio: Tensor, mask: Tensor) -> dict[str, Metric]:
+    """Mean importance ratio per token, and per completion as geometric mean and as product over its tokens."""
+    rows = mask.any(1)
+    total = (log_ratio * mask).sum(1)
+    mean = total / mask.sum(1).clamp(min=1)
+    return {
+        "importance_ratio/token": _masked(_exp(log_ratio), mask),
+        "importance_ratio/sequence_mean": _masked(_exp(mean), rows),
+        "importance_ratio/sequence_product": _masked(_exp(total), rows),
+    }
+
+
+# What corrects for a sampler whose probabilities are not the policy's: name -> (per token or per completion, what
+# happens to ratios beyond the bounds)
+SAMPLER_CORRECTIONS = {
+    "token_truncate": ("token", "truncate"),
+    "token_mask": ("token", "mask"),
+    "sequence_truncate": ("sequence", "truncate"),
+    "sequence_mask": ("sequence", "mask"),
+}
+
+
+def sampler_correction_ratio(
+    gap: Tensor, mask: Tensor, correction: str, low: float | None, high: float | None
+) -> Tensor:
+    """pi_old / pi_sampler as a factor of the policy term, (B, T), without gradient.
+
+    Args:
+        gap: (B, T), log of that ratio for each token, 0 outside the mask.
+        correction: a name in `SAMPLER_CORRECTIONS`. The ratio of a completion is the product over its tokens. Ratios
+            beyond the bounds are truncated to them (TIS), or become 0 (MIS, "IcePop").
+        low, high: the bounds; None: none.
+
+    Source: Yao et al., "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training" (2025); Liu et al.,
+    "When Speed Kills Stability" (2025); TRL's `vllm_importance_sampling_mode`.
+    """
+    level, beyond = SAMPLER_CORRECTIONS[correction]
+    if level == "sequence":
+        gap = gap.sum(1, keepdim=True)
+    ratio = _exp(gap.detach())
+    if beyond == "truncate":
+        ratio = ratio.clamp(low, high) if (low, high) != (None, None) else ratio
+    else:
+        outside = (ratio < (-math.inf if low is None else low)) | (ratio > (math.inf if high is None else high))
+        ratio = ratio.masked_fill(outside, 0.0)
+    return torch.where(mask, ratio.expand_as(mask), 1.0)
+
+
+def correction_metrics(correction: Tensor, mask: Tensor) -> dict[str, Metric]:
+    """Mean, smallest and largest correction for the sampler."""
+    return {
+        "sampling/importance_sampling_ratio/mean": _masked(correction, mask),
+        "sampling/importance_sampling_ratio/min": torch.where(mask, correction, torch.inf).amin(),
+        "sampling/importance_sampling_ratio/max": torch.where(mask, correction, -torch.inf).amax(),
+    }
+
+
+@dataclass(frozen=True)
 class Terms:
     """What a surrogate may read, (B, T) each and 0 outside the mask."""
 
@@ -115,7 +172,7 @@ class Terms:
     ratio: Tensor  # of the chosen level
     advantages: Tensor
     mask: Tensor
-    correction: Tensor | None = None  # sampler's correction; a surrogate that used it up sets it to None
+    correction: Tensor | None = None  # for the sampler
 
 
 def importance_ratio(log_ratio: Tensor, mask: Tensor, level: str) -> Tensor:
@@ -140,6 +197,23 @@ def clipped_surrogate(
     bounded_ratio = terms.ratio if delta is None else terms.ratio.clamp(max=delta)
     loss = -torch.minimum(bounded_ratio * terms.advantages, clipped_ratio * terms.advantages)
     return loss, clip_metrics(terms.ratio.detach(), terms.advantages, terms.mask, epsilon, epsilon_high)
+
+
+def clip_metrics(
+    ratio: Tensor, advantages: Tensor, mask: Tensor, epsilon: float, epsilon_high: float
+) -> dict[str, Metric]:
+    """Fractions of tokens whose gradient the clip removes: below (A < 0), above (A > 0), either; and the smallest and
+    largest such fraction of a completion (infinite when there is no completion)."""
+    low = (ratio < 1 - epsilon) & (advantages < 0)
+    high = (ratio > 1 + epsilon_high) & (advantages > 0)
+    rows, lengths = mask.any(1), mask.sum(1).clamp(min=1)
+    return {
+        "clip_ratio/low_min": torch.where(rows, (low & mask).sum(1) / lengths, torch.inf).amin(),
+        "clip_ratio/high_max": torch.where(rows, (high & mask).sum(1) / lengths, -torch.inf).amax(),
+        "clip_ratio/low_mean": _masked(low, mask),
+        "clip_ratio/high_mean": _masked(high, mask),
+        "clip_ratio/region_mean": _masked(low | high, mask),
+    }
 
 
 def cispo(terms: Terms, *, epsilon_high: float = 5.0, **_: Any) -> tuple[Tensor, dict[str, Metric]]:
@@ -182,7 +256,6 @@ def vespo(
         k = torch.where(positive, vespo_k_pos, vespo_k_neg)
         rate = torch.where(positive, vespo_lambda_pos, vespo_lambda_neg)
         phi = (rate + k * log_w - rate * log_w.exp()).exp()
-    terms.correction = None
     return -phi * terms.advantages * terms.logps, {"vespo/phi_seq_mean": _masked(phi, terms.mask)}
 
 
@@ -193,41 +266,7 @@ SURROGATES: dict[str, Callable[..., tuple[Tensor, dict[str, Metric]]]] = {
     "sapo": sapo,
     "vespo": vespo,
 }
-
-# What corrects for a sampler whose probabilities are not the policy's: name -> (per token or per completion, what
-# happens to ratios beyond the bounds)
-SAMPLER_CORRECTIONS = {
-    "token_truncate": ("token", "truncate"),
-    "token_mask": ("token", "mask"),
-    "sequence_truncate": ("sequence", "truncate"),
-    "sequence_mask": ("sequence", "mask"),
-}
-
-
-def sampler_correction_ratio(
-    gap: Tensor, mask: Tensor, correction: str, low: float | None, high: float | None
-) -> Tensor:
-    """pi_old / pi_sampler as a factor of the policy term, (B, T), without gradient.
-
-    Args:
-        gap: (B, T), log of that ratio for each token, 0 outside the mask.
-        correction: a name in `SAMPLER_CORRECTIONS`. The ratio of a completion is the product over its tokens. Ratios
-            beyond the bounds are truncated to them (TIS), or become 0 (MIS, "IcePop").
-        low, high: the bounds; None: none.
-
-    Source: Yao et al., "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training" (2025); Liu et al.,
-    "When Speed Kills Stability" (2025); TRL's `vllm_importance_sampling_mode`.
-    """
-    level, beyond = SAMPLER_CORRECTIONS[correction]
-    if level == "sequence":
-        gap = gap.sum(1, keepdim=True)
-    ratio = _exp(gap.detach())
-    if beyond == "truncate":
-        ratio = ratio.clamp(low, high) if (low, high) != (None, None) else ratio
-    else:
-        outside = (ratio < (-math.inf if low is None else low)) | (ratio > (math.inf if high is None else high))
-        ratio = ratio.masked_fill(outside, 0.0)
-    return torch.where(mask, ratio.expand_as(mask), 1.0)
+CORRECTED = {"vespo"}  # use the correction for the sampler by themselves
 
 
 def off_policy_mask(gap: Tensor, advantages: Tensor, mask: Tensor, threshold: float) -> Tensor:
@@ -237,27 +276,6 @@ def off_policy_mask(gap: Tensor, advantages: Tensor, mask: Tensor, threshold: fl
     drift = (gap * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
     negative = (advantages < 0).any(1, keepdim=True)
     return ~negative | (drift <= threshold)
-
-
-def top_entropy_mask(
-    entropies: Tensor, mask: Tensor, share: float, gather: Callable[[Tensor], Tensor] = lambda x: x
-) -> Tensor:
-    """True for the `share` of tokens with the highest entropy: "forking tokens" (arXiv 2506.01939, section 5).
-
-    Args:
-        entropies, mask: (B, T) of one micro-batch.
-        share: in (0, 1], e.g. 0.2.
-        gather: concatenates tensors of different lengths over ranks; the quantile is that of all of them.
-    """
-    mask = mask.bool()
-    found = gather(entropies[mask].float())
-    if not len(found):
-        return torch.zeros_like(mask)
-    # not torch.quantile, which takes at most 16 million values; linear interpolation between neighbours, as it does
-    place = (1 - share) * (len(found) - 1)
-    ordered, low = found.sort().values, math.floor(place)
-    threshold = torch.lerp(ordered[low], ordered[math.ceil(place)], place - low)
-    return mask & (entropies >= threshold)
 
 
 def kl_k1(ref_log_ratio: Tensor, ratio: Tensor) -> Tensor:
@@ -288,62 +306,6 @@ KL_ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "k3": kl_k3,
     "k3_ratio": kl_k3_ratio,
 }
-
-
-def clip_metrics(
-    ratio: Tensor, advantages: Tensor, mask: Tensor, epsilon: float, epsilon_high: float
-) -> dict[str, Metric]:
-    """Fractions of tokens whose gradient the clip removes: below (A < 0), above (A > 0), either; and the smallest and
-    largest such fraction of a completion (infinite when there is no completion)."""
-    low = (ratio < 1 - epsilon) & (advantages < 0)
-    high = (ratio > 1 + epsilon_high) & (advantages > 0)
-    rows, lengths = mask.any(1), mask.sum(1).clamp(min=1)
-    return {
-        "clip_ratio/low_min": torch.where(rows, (low & mask).sum(1) / lengths, torch.inf).amin(),
-        "clip_ratio/high_max": torch.where(rows, (high & mask).sum(1) / lengths, -torch.inf).amax(),
-        "clip_ratio/low_mean": _masked(low, mask),
-        "clip_ratio/high_mean": _masked(high, mask),
-        "clip_ratio/region_mean": _masked(low | high, mask),
-    }
-
-
-def correction_metrics(correction: Tensor, mask: Tensor) -> dict[str, Metric]:
-    """Mean, smallest and largest correction for the sampler."""
-    return {
-        "sampling/importance_sampling_ratio/mean": _masked(correction, mask),
-        "sampling/importance_sampling_ratio/min": torch.where(mask, correction, torch.inf).amin(),
-        "sampling/importance_sampling_ratio/max": torch.where(mask, correction, -torch.inf).amax(),
-    }
-
-
-def entropy_bonus(
-    entropies: Tensor,
-    mean_weights: Tensor,
-    loss_mask: Tensor,
-    policy_mask: Tensor | None = None,
-    all_reduce: Callable[[Tensor], Tensor] = lambda x: x,
-) -> Tensor:
-    """Mean entropy per token, in nats, as a sum over micro-batches and ranks: entropies with gradient and the weights
-    of a mean over tokens, (B, T). With `policy_mask` over its tokens, taken to be as many in every micro-batch as
-    they are in this one of all ranks; `all_reduce` sums over them."""
-    mask = loss_mask.bool()
-    if policy_mask is not None:
-        chosen, tokens = all_reduce(torch.stack([policy_mask.sum(), mask.sum()]))
-        share = chosen / tokens.clamp(min=1)
-        mask, mean_weights = policy_mask, mean_weights / share.clamp(min=1e-6)
-    return (torch.where(mask, entropies, 0.0) * torch.where(mask, mean_weights, 0.0)).sum()
-
-
-def ratio_metrics(log_ratio: Tensor, mask: Tensor) -> dict[str, Metric]:
-    """Mean importance ratio per token, and per completion as geometric mean and as product over its tokens."""
-    rows = mask.any(1)
-    total = (log_ratio * mask).sum(1)
-    mean = total / mask.sum(1).clamp(min=1)
-    return {
-        "importance_ratio/token": _masked(_exp(log_ratio), mask),
-        "importance_ratio/sequence_mean": _masked(_exp(mean), rows),
-        "importance_ratio/sequence_product": _masked(_exp(total), rows),
-    }
 
 
 def _exp(log_ratio: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from trl.trainer.utils import get_config_model_id
 
 from ..config import GOVERNED
+from ..config_types import default_of
 
 logger = logging.getLogger(__name__)
 
@@ -167,7 +168,7 @@ def _changed(args: Any, values: Mapping[str, Any]) -> list[str]:
             continue
         if field.name in DERIVED or (field.name == "bf16" and args.bf16_by_default):
             continue
-        default = field.default if field.default_factory is MISSING else field.default_factory()
+        default = default_of(field)
         value = values[field.name]
         normalised = field.name == "accelerator_config" and value.items() <= AcceleratorConfig().to_dict().items()
         if value != default and value not in ([], {}) and not normalised:

@@ -118,15 +118,15 @@ def _all_truncated(course: Course) -> list[Found]:
 
 
 def _length_grows(course: Course) -> list[Found]:
-    then, now = (fmean(values or [0.0]) for values in _ends(course, "completions/clipped_ratio"))
-    before, after = (fmean(values or [0.0]) for values in _ends(course, "completions/mean_length"))
+    then, now = _ends(course, "completions/clipped_ratio")
+    before, after = _ends(course, "completions/mean_length")
     if not (before and then < 0.25 and now >= 0.5 and after > 1.5 * before):
         return []
     return [{"before": before, "after": after, "share": now, "limit": course.args.max_completion_length}]
 
 
 def _length_shrinks(course: Course) -> list[Found]:
-    before, after = (fmean(values or [0.0]) for values in _ends(course, "completions/mean_length"))
+    before, after = _ends(course, "completions/mean_length")
     return [{"before": before, "after": after}] if after < COLLAPSE * before else []
 
 
@@ -178,7 +178,7 @@ def _kl_runs_away(course: Course) -> list[Found]:
 
 
 def _entropy_collapses(course: Course) -> list[Found]:
-    before, after = (fmean(values or [0.0]) for values in _ends(course, "entropy"))
+    before, after = _ends(course, "entropy")
     return [{"before": before, "after": after}] if after < min(ENTROPY_LIMIT, COLLAPSE * before) else []
 
 
@@ -207,10 +207,10 @@ def _never_ended(course: Course) -> bool:
     return bool(shares) and min(shares) == 1
 
 
-def _ends(course: Course, key: str) -> tuple[list[float], list[float]]:
-    """Values of the beginning and of late; two empty lists as long as they overlap."""
+def _ends(course: Course, key: str) -> tuple[float, float]:
+    """Means of the beginning and of late; 0 and 0 as long as they overlap."""
     first = course.first(key)
-    return first, course.recent(key) if first else []
+    return (fmean(first), fmean(course.recent(key))) if first else (0.0, 0.0)
 
 
 def _means(course: Course, reward: str) -> list[float]:

@@ -9,7 +9,6 @@ the memory, which only CUDA counts. Random weights.
 
 import gc
 import tempfile
-import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from common import (
     build_tokenizer,
     describe,
     loads_of,
+    now,
     parser,
     peak_memory,
     report,
@@ -80,18 +80,13 @@ class Phases(TrainerCallback):
         self.memory: dict[str, float] = defaultdict(float)
         self.lengths: list[list[int]] = []
 
-    def now(self) -> float:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        start = self.now()
+        start = now(self.device)
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         yield
-        self._spent[name] += self.now() - start
+        self._spent[name] += now(self.device) - start
         if self.device == "cuda":
             self.memory[name] = max(self.memory[name], peak_memory(self.device))
 
@@ -115,7 +110,7 @@ class Phases(TrainerCallback):
         self._begin_step()
 
     def _begin_step(self) -> None:
-        self._spent, self._began = defaultdict(float), self.now()
+        self._spent, self._began = defaultdict(float), now(self.device)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self._optimizer = self.phase("optimizer")
@@ -125,7 +120,7 @@ class Phases(TrainerCallback):
         self._optimizer.__exit__(None, None, None)
 
     def on_step_end(self, args, state, control, **kwargs):
-        step = self.now() - self._began
+        step = now(self.device) - self._began
         self.seconds.append({**self._spent, "the rest": step - sum(self._spent.values()), "all": step})
         self._begin_step()
 

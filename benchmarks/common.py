@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -303,6 +302,9 @@ def check_same_work(rows: list[dict[str, Any]], name: str, tolerance: float, rou
         raise RuntimeError(f"The sides did not do the same work: {name} {means} differ by more than {tolerance:.0%}.")
 
 
+VERSIONS = ("torch", "transformers", "trl", "grpo_trl")
+
+
 def report(options: argparse.Namespace, results: dict[str, Any], held_equal: Sequence[str] = HELD_EQUAL) -> None:
     """Writes the JSON: the command with every setting that was given, versions, device, results. No path of this
     machine."""
@@ -314,7 +316,7 @@ def report(options: argparse.Namespace, results: dict[str, Any], held_equal: Seq
     on_cuda = getattr(options, "device", None) == "cuda"
     result = {
         "command": " ".join(["python", script, *words]),
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "trl", "grpo_trl")},
+        "versions": {name: importlib.import_module(name).__version__ for name in VERSIONS},
         "python": platform.python_version(),
         "device": torch.cuda.get_device_name() if on_cuda else platform.machine(),
         "cores": os.cpu_count(),
@@ -324,6 +326,13 @@ def report(options: argparse.Namespace, results: dict[str, Any], held_equal: Seq
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def now(device: str) -> float:
+    """Seconds of a clock, after all that the device was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def show(title: str, by_name: dict[str, list[float]], sides: str = "grpo_trl / trl") -> None:

@@ -6,14 +6,13 @@ All completions are of full length. The useful work is that of the products with
 attention that a causal mask leaves; what is computed again for checkpointing or for the scores does not count.
 """
 
-import time
 from contextlib import nullcontext
 from itertools import product
 from statistics import median
 from typing import Any
 
 import torch
-from common import SHAPES, Load, body_parameters, build_model, describe, loads_of, matrix_rate, parser, report
+from common import SHAPES, Load, body_parameters, build_model, describe, loads_of, matrix_rate, now, parser, report
 from rich.console import Console
 from rich.table import Table
 
@@ -67,11 +66,9 @@ def measure(model: Any, load: Load, groups: int) -> dict[str, float]:
         model.zero_grad(set_to_none=False)
         if number == 2 and load.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        start = time.perf_counter()
+        start = now(load.device)
         mean = evaluate(model, batch, load)
-        if load.device == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(now(load.device) - start)
     rate = useful_flop(load, groups) / median(seconds[2:])
     peak = torch.cuda.max_memory_allocated() / 2**30 if load.device == "cuda" else 0.0
     return {"seconds": median(seconds[2:]), "tflops": rate / 1e12, "peak_gib": peak, "mean_logp": mean}

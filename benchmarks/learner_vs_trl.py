@@ -7,11 +7,9 @@ Both sides are handed the same completions and rewards, so their losses must be 
 
 import random
 import tempfile
-import time
 from statistics import median
 from typing import Any
 
-import torch
 from common import (
     HELD_EQUAL,
     OURS,
@@ -26,6 +24,7 @@ from common import (
     loads_of,
     matrix_rate,
     module_of,
+    now,
     parser,
     peak_memory,
     ratios,
@@ -62,14 +61,9 @@ class Clock(TrainerCallback):
     def __init__(self, load: Load):
         self.load, self.rollout_ends, self.round_ends, self.losses, self.tokens = load, [], [], [], []
 
-    def now(self) -> float:
-        if self.load.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.load.mu == 0:
-            self.round_ends.append(self.now())
+            self.round_ends.append(now(self.load.device))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs and "loss" in logs:
@@ -95,7 +89,7 @@ def trl_trainer(module: Any, folder: str, args: Any, dataset: Dataset, clock: Cl
         draws = [dataset["prompt"].index(prompt) for prompt in prompts[:: load.group]]
         completions = [ids for draw in draws for ids in completions_of(load, draw)]
         clock.tokens.append(sum(map(len, completions)))
-        clock.rollout_ends.append(clock.now())
+        clock.rollout_ends.append(now(clock.load.device))
         prompt_ids = trainer.processing_class(prompts)["input_ids"]
         return {"prompt_ids": prompt_ids, "completion_ids": completions, "logprobs": None}
 
@@ -110,7 +104,7 @@ def our_trainer(module: Any, folder: str, args: Any, dataset: Dataset, clock: Cl
         def rollout(self, prompts: list[Any]) -> list[Any]:
             completions = [completions_of(load, dataset["prompt"].index(p.example["prompt"])) for p in prompts]
             clock.tokens.append(sum(len(ids) for group in completions for ids in group))
-            clock.rollout_ends.append(clock.now())
+            clock.rollout_ends.append(now(clock.load.device))
             return [
                 module.Group(prompt, ids, [True] * len(ids)) for prompt, ids in zip(prompts, completions, strict=True)
             ]

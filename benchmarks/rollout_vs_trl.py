@@ -8,11 +8,9 @@ at the device's own copy bandwidth is printed beside it (the floor of a rollout)
 """
 
 import tempfile
-import time
 from statistics import mean, median
 from typing import Any
 
-import torch
 from common import (
     OURS,
     SHAPES,
@@ -25,6 +23,7 @@ from common import (
     describe,
     loads_of,
     module_of,
+    now,
     parser,
     peak_memory,
     ratios,
@@ -73,9 +72,9 @@ def measure(load: Load, folder: str, seed: int, side: str) -> dict[str, float]:
         trainer = module.GRPOTrainer(folder, lambda completions, **kwargs: [0.0] * len(completions), args, dataset)
     sample, rounds = sampler(side, trainer, load), []
     for start in range(0, len(prompts), load.prompts):
-        begin = _now(load)
+        begin = now(load.device)
         lengths = sample(prompts[start : start + load.prompts])
-        rounds.append((_now(load) - begin, lengths))
+        rounds.append((now(load.device) - begin, lengths))
     rounds = rounds[1:]
     return {
         "tokens_per_second": median(sum(lengths) / seconds for seconds, lengths in rounds),
@@ -83,12 +82,6 @@ def measure(load: Load, folder: str, seed: int, side: str) -> dict[str, float]:
         "mean_completion_length": mean(length for _, lengths in rounds for length in lengths),
         "peak_memory_mib": peak_memory(load.device),
     }
-
-
-def _now(load: Load) -> float:
-    if load.device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def floor_seconds(load: Load, mean_length: float, bandwidth: float) -> float:

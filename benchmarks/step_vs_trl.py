@@ -7,11 +7,9 @@ Read the ratios; `benchmarks/README.md` says how.
 """
 
 import tempfile
-import time
 from statistics import mean, median
 from typing import Any
 
-import torch
 from common import (
     OURS,
     Load,
@@ -21,6 +19,7 @@ from common import (
     describe,
     loads_of,
     module_of,
+    now,
     parser,
     peak_memory,
     ratios,
@@ -44,25 +43,20 @@ class Clock(TrainerCallback):
         self.mu, self.device = mu, device
         self.marks, self.rollouts, self.lengths = [], [], []
 
-    def now(self) -> float:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
     def on_train_begin(self, args, state, control, **kwargs):
-        self.marks.append(self.now())
+        self.marks.append(now(self.device))
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.mu == 0:
-            self.marks.append(self.now())
+            self.marks.append(now(self.device))
 
     def time_rollouts(self, trainer: Any, method: str) -> None:
         sample = getattr(trainer, method)
 
         def timed(*args, **kwargs):
-            start = self.now()
+            start = now(self.device)
             result = sample(*args, **kwargs)
-            self.rollouts.append(self.now() - start)
+            self.rollouts.append(now(self.device) - start)
             return result
 
         setattr(trainer, method, timed)

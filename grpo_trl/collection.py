@@ -18,7 +18,6 @@ from transformers.utils import logging
 
 from .algorithm import AGGREGATIONS, combine_rewards, group_advantages, passed
 from .batch import Group, Prompt, RolloutBatch
-from .config import GRPOConfig
 from .hooks import TrainerHooks
 from .metrics import Metrics, completion_rows, record_rollout
 from .policy import Reference, ScoredByGroup, evaluation_mode, is_packed, per_token_logps, pieces
@@ -140,7 +139,7 @@ class CollectingTrainer(TrainerHooks):
             pad_token_id=self.processing_class.pad_token_id,
             mask_truncated_completions=args.mask_truncated_completions,
         )
-        raise_all(replay_problems(rollout.batch, args, path))
+        raise_all(dump.replay_problems(rollout.batch, args, path))
         sampled = [group.prompt.draw >= 0 for group in rollout.groups]  # not the places that were left empty
         groups = [group for group, real in zip(rollout.groups, sampled, strict=True) if real]
         self._count_tokens(groups)
@@ -381,25 +380,3 @@ class CollectingTrainer(TrainerHooks):
                 f"Dynamic sampling found {cost.kept} informative groups of {wanted} in {cost.rounds} rounds "
                 "(dynamic_sampling_max_rounds); updates use those there are. See the metrics dynamic_sampling/*."
             )
-
-
-def replay_problems(batch: RolloutBatch, args: GRPOConfig, path: Path) -> list[str]:
-    """Why a batch that was read cannot be trained on with this configuration."""
-    expected = args.completions_per_rank
-    found = []
-    if len(batch) != expected:
-        found.append(
-            f"{path} holds {len(batch)} completions, but "
-            f"per_device_train_batch_size={args.per_device_train_batch_size} x "
-            f"steps_per_generation={args.steps_per_generation} is {expected}; set what it was written with."
-        )
-    if args.beta and batch.ref_per_token_logps is None:
-        found.append(f"{path} has no log-probabilities of a reference, which beta={args.beta} needs; set beta: 0.")
-    if batch.old_per_token_logps is None and not args.on_policy:
-        found.append(
-            f"{path} has no old log-probabilities: it was written by a run of one update per rollout; set "
-            "num_iterations: 1 and steps_per_generation to gradient_accumulation_steps."
-        )
-    if args.sampler_correction and batch.sampling_per_token_logps is None:
-        found.append(f"{path} has no log-probabilities of sampling, which sampler_correction needs; leave it out.")
-    return found

@@ -19,6 +19,7 @@ from pyarrow import parquet
 from torch import Tensor
 
 from ..batch import Group, Prompt, RolloutBatch, pad_rows
+from ..config import GRPOConfig
 
 FOLDER = "rollouts"
 REWARD = "rewards/"  # columns of the reward functions: this and their name
@@ -122,6 +123,28 @@ def read_rollout(path: Path, *, num_generations: int, pad_token_id: int, mask_tr
         if None not in table[column]:
             setattr(batch, field, pad_rows(table[column], 0.0))
     return Rollout(groups, batch, _tensor(table["reward"]), names)
+
+
+def replay_problems(batch: RolloutBatch, args: GRPOConfig, path: Path) -> list[str]:
+    """Why a batch that was read cannot be trained on with this configuration."""
+    expected = args.completions_per_rank
+    found = []
+    if len(batch) != expected:
+        found.append(
+            f"{path} holds {len(batch)} completions, but "
+            f"per_device_train_batch_size={args.per_device_train_batch_size} x "
+            f"steps_per_generation={args.steps_per_generation} is {expected}; set what it was written with."
+        )
+    if args.beta and batch.ref_per_token_logps is None:
+        found.append(f"{path} has no log-probabilities of a reference, which beta={args.beta} needs; set beta: 0.")
+    if batch.old_per_token_logps is None and not args.on_policy:
+        found.append(
+            f"{path} has no old log-probabilities: it was written by a run of one update per rollout; set "
+            "num_iterations: 1 and steps_per_generation to gradient_accumulation_steps."
+        )
+    if args.sampler_correction and batch.sampling_per_token_logps is None:
+        found.append(f"{path} has no log-probabilities of sampling, which sampler_correction needs; leave it out.")
+    return found
 
 
 def _group(table: dict[str, list], rows: slice, reward_names: Sequence[str]) -> Group:

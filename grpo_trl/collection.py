@@ -283,10 +283,15 @@ class CollectingTrainer(TrainerHooks):
             logps = torch.where(carried[:, None] & ~sampled.isnan(), sampled, logps)
         if sampled is None or self._sampling_is_exact is False:
             return logps
-        far = (sampled - logps).abs().gt(SAMPLING_GAP) & batch.loss_mask.bool()  # nothing of a blank place
+        compared = batch.loss_mask.bool()  # nothing of a blank place
         if carried is not None:
-            far &= ~carried[:, None]
-        self._sampling_is_exact = not self.all_reduce(far.sum())  # of all ranks: they run the same passes
+            compared &= ~carried[:, None]
+        far = (sampled - logps).abs().gt(SAMPLING_GAP) & compared
+        # of all ranks: they run the same passes
+        number, too_far = self.all_reduce(torch.stack([compared.sum(), far.sum()])).tolist()
+        if not number:
+            return logps
+        self._sampling_is_exact = not too_far
         return self._old_per_token_logps(batch, carried) if self._sampling_is_exact else logps
 
     def _reference_logps(self, batch: RolloutBatch) -> None:

@@ -167,9 +167,9 @@ def _sampler_disagrees(course: Course) -> list[Found]:
 
 def _gap_above(limit: float, course: Course, name: str) -> list[Found]:
     """To log-probabilities of when a batch was made; those of groups that were carried over are older."""
-    gaps = course.points(name)
-    carries = course.args.dynamic_sampling and course.args.dynamic_sampling_max_age
-    return [{"gap": gaps[-1][1]}] if gaps and gaps[-1][1] > limit and not carries else []
+    gaps, carried = course.points(name), course.points("dynamic_sampling/carried")
+    older = carried and carried[-1][1] > 0
+    return [{"gap": gaps[-1][1]}] if gaps and gaps[-1][1] > limit and not older else []
 
 
 def _kl_runs_away(course: Course) -> list[Found]:

@@ -219,6 +219,7 @@ def logit_scale_and_softcap(model: PreTrainedModel) -> tuple[float, float | None
 
 
 def _is_plain(head: nn.Module) -> bool:
-    """Whether the weight is all there is: no adapter, not quantised, not sharded (DTensor, ZeRO-3)."""
+    """Whether the weight is all there is: no adapter, not quantised, not sharded (DTensor, ZeRO-3), not put aside."""
     weight = head.weight
-    return type(head) is nn.Linear and type(weight) is nn.Parameter and not hasattr(weight, "ds_id")
+    plain = type(weight) is nn.Parameter and not weight.is_meta and not hasattr(weight, "ds_id")
+    return type(head) is nn.Linear and plain

@@ -14,9 +14,12 @@ _NUMBER = re.compile(r"[$€£]?\s*[-+]?\s*[$€£]?(?:\d[\d,]*|\d{1,3}(?: \d{3}
 _MACRO = re.compile(r"\\(?:text|mathrm|mbox|begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+")
 # letters between spaces and the marks of a text, or many: "xy" in "2xy + 3" is a product
 _WORD = re.compile(r"""(?<![^\s("'])[A-Za-z]{2,}(?![^\s,.:;!?'")])|[A-Za-z]{4,}""")
-_LETTERS = re.compile("[A-Za-z]{2,}")
 _OR = re.compile(r",?\s*(?:\\text\s*\{\s*(?:or|and)\s*\}|\b(?:or|and)\b)\s*")  # "71 or 72" is a list
 _UNIT = re.compile(r"(?<=\d)\s+[A-Za-z]{2}[A-Za-z/ ]*$")  # "72 clips", "72 km/h"
+_POWER = r"(?:\^\{?\d\}?)?"
+_ATTACHED_UNIT = re.compile(  # "25cm^2", "12\,cm", "30/hr"
+    rf"(?<=[\d}}%])(?:\s|\\[,; ]|~)*(?:[A-Za-z]{{2,}}{_POWER})?(?:/[A-Za-z]+{_POWER})?$"
+)
 
 
 def verify_answer(gold: str, answer: str) -> bool:
@@ -46,7 +49,7 @@ def _equations(parsed: tuple) -> list[Any]:
 def _parse(answer: str, symbols: bool) -> tuple:
     """Expressions in an answer. A bare formula is boxed first: math-verify reads `2^{10}` as 2 and `(1, 2)` as 2."""
     answer = answer.replace(r"\$", "$").replace("\N{MINUS SIGN}", "-").strip().strip("*").rstrip(".").removeprefix("+")
-    formula = _formula(answer, _WORD if symbols else _LETTERS)
+    formula = _formula(answer, symbols)
     if formula:
         parsed = parse(f"\\boxed{{{formula}}}", parsing_timeout=SIGNAL_TIMEOUT)
         if any(not isinstance(value, str) for value in parsed):
@@ -54,9 +57,10 @@ def _parse(answer: str, symbols: bool) -> tuple:
     return tuple(parse(answer, parsing_timeout=SIGNAL_TIMEOUT))
 
 
-def _formula(answer: str, word: re.Pattern[str]) -> str | None:
+def _formula(answer: str, symbols: bool) -> str | None:
     """An answer of one line without words which is not a plain number. `71 or 72 clips` is one too: `71, 72`."""
     formula = _UNIT.sub("", _OR.sub(", ", answer))
-    if "\n" in answer or _NUMBER.fullmatch(formula) or word.search(_MACRO.sub(" ", formula)):
+    formula = formula if symbols else _ATTACHED_UNIT.sub("", formula)
+    if "\n" in answer or _NUMBER.fullmatch(formula) or _WORD.search(_MACRO.sub(" ", formula)):
         return None
     return formula

@@ -42,13 +42,13 @@ class Replica:
 
     @contextlib.contextmanager
     def filled(self, policy: nn.Module) -> Iterator[Any]:
-        """The replica with the whole weights of the sharded policy. Every rank must enter it; within another such
-        context it is as it is there."""
+        """The replica with the whole weights of the sharded policy, for as long as one such context lasts. Every rank
+        must enter it."""
         pairs = [
             *zip(self.model.parameters(), policy.parameters(), strict=True),
             *zip(self.model.buffers(), policy.buffers(), strict=True),
         ]
-        for target, source in pairs if not self.filled_by else ():
+        for target, source in pairs:
             source = source.detach()
             target.data = (source.full_tensor() if isinstance(source, DTensor) else source).to(target.device)
         self.filled_by += 1

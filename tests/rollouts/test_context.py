@@ -34,6 +34,12 @@ def test_a_replica_stays_filled_for_the_outer_of_two_rollouts(qwen3):
             assert inner is whole
         torch.testing.assert_close(whole(IDS).logits, qwen3(IDS).logits, rtol=0, atol=0)
     assert not any(parameter.numel() for parameter in replica.model.parameters())
+    abandoned = replica.filled(qwen3)
+    abandoned.__enter__()
+    with torch.no_grad():
+        qwen3.lm_head.weight.mul_(1.5)
+        with replica.filled(qwen3) as whole:
+            torch.testing.assert_close(whole(IDS).logits, qwen3(IDS).logits, rtol=0, atol=0)
 
 
 def accelerator(**plugins):

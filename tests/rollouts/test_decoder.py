@@ -178,6 +178,18 @@ def test_packed_weights_are_those_of_now(qwen3):
     assert_same(after, rollout(HFGenerateEngine(qwen3)))
 
 
+def test_a_rollout_that_nobody_ended_leaves_later_ones_the_weights_of_now(qwen3):
+    ours, _ = run(qwen3)
+    abandoned = ours.generate(PROMPTS, SAMPLING)
+    next(abandoned)
+    with torch.no_grad():
+        for parameter in qwen3.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    assert_same(rollout(ours), rollout(HFGenerateEngine(qwen3)))
+    abandoned.close()
+    assert not any(packed_parts(ours))
+
+
 def test_what_cannot_be_packed(qwen3, monkeypatch):
     weights = list(qwen3.lm_head.parameters())
     assert may_be_packed(weights)

@@ -77,6 +77,7 @@ class GraphedSteps:
         self.captured: list[Step] = []  # kept alive: graphs keep addresses of what steps read, not the tensors
         self.made_for: Any = None
         self.possible = True
+        self.without_room: set[Any] = set()  # for whose graphs memory ran out
 
     def sync(self, tensors: Iterable[Tensor], modes: Any = None) -> None:
         """Forgets all graphs when what steps read or write is elsewhere than before: parameters that were replaced
@@ -89,11 +90,12 @@ class GraphedSteps:
     def forget(self) -> None:
         """Drops all graphs, and with them what keeps the memory that they were made for."""
         self.graphs, self.captured, self.made_for, self.capture = {}, [], None, self.new_capture()
+        self.without_room = set()
 
     def run(self, step: Step, shape: Shape, sampling: Hashable = None) -> None:
         """One step; `sampling` is what it depends on besides its sizes."""
         key = shape, sampling
-        if not self.possible or key not in self.graphs:
+        if not self.possible or key not in self.graphs or key in self.without_room:
             self.graphs[key] = None
             step(shape)
             return
@@ -102,7 +104,10 @@ class GraphedSteps:
             try:
                 replay = self.graphs[key] = self.capture(lambda: step(shape))
                 self.captured.append(step)
-            except torch.OutOfMemoryError:  # nothing has been run, and there may be room the next time
+            except torch.OutOfMemoryError:  # nothing has been run; smaller ones may have room
+                if not self.without_room:
+                    logger.warning("Some decoding steps are not captured: there is no memory for their graphs.")
+                self.without_room.add(key)
                 replay = lambda: step(shape)  # noqa: E731
             except RuntimeError as error:
                 logger.warning(f"Decoding steps of this model are not captured: {error}".splitlines()[0])

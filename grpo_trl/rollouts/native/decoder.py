@@ -103,16 +103,17 @@ class Decoder:
 
     @contextlib.contextmanager
     def packed(self) -> Iterator[None]:
-        """Decodes with packed copies of the weights as they are now, where that is possible; within another such
-        context with those that there are."""
-        parts = self.parts if self.head.packed is None and self.to_pack() else []
+        """Decodes with packed copies of the weights as they are now, where that is possible. Another such context, of
+        which this one is a part or which nobody ends, gets its own back."""
+        parts = self.parts if self.to_pack() else []
+        former = [part.packed for part in parts]
         try:
             for part in parts:
                 part.pack()
             yield
         finally:
-            for part in parts:
-                part.packed = None
+            for part, packed in zip(parts, former, strict=True):
+                part.packed = packed
 
     def to_pack(self) -> list[Tensor]:
         """The weights that `packed` copies."""

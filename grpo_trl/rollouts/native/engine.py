@@ -136,22 +136,27 @@ class NativeEngine:
     def _memory(self, model: Any, prompts: int, longest: int, sampling: SamplingParams, *, kept: bool) -> "Memory":
         size, length = sampling.num_generations, sampling.max_completion_length
 
-        def wanted() -> tuple[int, int, int, int]:
+        def wanted(prompts: int, longest: int, length: int) -> tuple[int, int, int, int]:
             rows = self.max_concurrent_rows
             tokens = longest + size * length
             groups = rows // size if rows else groups_that_fit(model, tokens, free_memory(model.device))
             return max(1, min(prompts, groups)), size, longest, length
 
+        sizes = wanted(prompts, longest, length)
         if kept and self.memory is not None and self.graphs is not None:
-            if self.memory.holds(*wanted()):
+            if self.memory.holds(*sizes):
                 return self.memory
-            former = self.memory.most
-            if former.columns == size:  # rollouts of two kinds, as of training and evaluation, shall share one
-                prompts, longest = max(prompts, former.groups), max(longest, former.prompt_length)
-                length = max(length, former.length)
-            self.memory = None  # before the new one is sized; graphs hold on to it
+            former, self.memory = self.memory.most, None  # before the new one is sized; graphs hold on to it
             self.graphs.forget()
-        memory = Memory(*wanted(), input_device(model))
+            sizes = wanted(prompts, longest, length)
+            if (
+                former.columns == size
+            ):  # of two kinds of rollouts, as in training and evaluation, one for both if it fits
+                both = wanted(
+                    max(prompts, former.groups), max(longest, former.prompt_length), max(length, former.length)
+                )
+                sizes = both if both[0] >= max(sizes[0], former.groups) else sizes
+        memory = Memory(*sizes, input_device(model))
         if kept:
             self.memory = memory
         return memory

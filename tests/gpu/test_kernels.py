@@ -104,3 +104,6 @@ def test_what_fits():
     assert kernels.fits(random(1)) and kernels.fits(random(1), 128)
     assert not kernels.fits(random(1), 8) and not kernels.fits(random(1), 96)
     assert not kernels.fits(torch.zeros(1))
+    by_dtype = {dtype: random(1).to(dtype) for dtype in (torch.bfloat16, torch.float32, torch.float64)}
+    assert kernels.fits(by_dtype[torch.bfloat16], 512) and kernels.fits(by_dtype[torch.float32], 256)
+    assert not kernels.fits(by_dtype[torch.float32], 512) and not kernels.fits(by_dtype[torch.float64], 64)

@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
 from grpo_trl.policy import head
-from grpo_trl.policy.head import logit_scale_and_softcap, score, score_completions, to_logits
+from grpo_trl.policy.head import _is_plain, logit_scale_and_softcap, score, score_completions, to_logits
 from tests.tiny import VOCAB_SIZE, tiny_model
 
 M = 37
@@ -141,3 +141,7 @@ def test_a_copy_calls_its_own_forward(qwen3):
     assert torch.equal(twin(ids).logits, tiny_model("qwen3")(ids).logits)
     score_completions(qwen3)  # a second time changes nothing
     assert qwen3._forward_to_logits.__func__ is type(qwen3).forward
+
+
+def test_fused_kernels_are_for_weights_that_are_there():
+    assert _is_plain(torch.nn.Linear(2, 3)) and not _is_plain(torch.nn.Linear(2, 3, device="meta"))

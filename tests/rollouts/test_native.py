@@ -463,6 +463,21 @@ def test_experts_in_fp32_are_not_captured():
         assert (len(captured) > 0) == number
 
 
+def test_a_first_step_that_did_not_end_is_no_warm_up():
+    graphs, seen = GraphedSteps(lambda: lambda step: seen.append("captured") or step), []
+
+    def step(shape):
+        seen.append("run")
+        if len(seen) == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        graphs.run(step, Shape(1, 1, 1, 1, 1))
+    for _ in range(2):
+        graphs.run(step, Shape(1, 1, 1, 1, 1))
+    assert seen == ["run", "run", "captured", "run"]
+
+
 def test_memory_that_runs_out_in_a_capture_is_not_the_end_of_them(qwen3, caplog):
     ours, tried = NativeEngine(prepared(qwen3)), []
 

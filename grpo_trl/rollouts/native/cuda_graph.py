@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
+from ...token_limit import is_out_of_memory
 from .attention import Shape
 
 logger = logging.get_logger(__name__)
@@ -51,19 +52,27 @@ class Capture:
             ):
                 step()
         except RuntimeError:
-            self._clean_up(before)
+            self._clean_up(graph, before)
             raise
         return graph.replay
 
-    def _clean_up(self, stream: torch.cuda.Stream) -> None:
-        """After a capture that failed, whose end torch breaks off half-way: its stream stays the current one, memory
-        is still taken for the graph, and (torch 2.11) the generator of random numbers waits for the end."""
+    def _clean_up(self, graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> None:
+        """After a capture that failed, whose end torch breaks off half-way: its stream stays the current one and,
+        before torch 2.14, memory is still taken for the graph, and the generator of random numbers waits for the end.
+        """
+        pool, self.pool = self.pool, None
         torch.cuda.set_stream(stream)
-        with contextlib.suppress(RuntimeError):  # it was ended
-            torch._C._cuda_endAllocateToPool(stream.device_index, self.pool)  # private; no other way to say so
-        self.pool = None
-        with contextlib.suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph()):
-            torch.zeros(1, device=stream.device)  # one that succeeds ends what the generator waits for
+        if hasattr(graph, "capture_end_pre"):  # torch 2.14 or later
+            return
+        # private names: torch has no others for it
+        with contextlib.suppress(RuntimeError):  # the capture's own end had done it
+            torch._C._cuda_endAllocateToPool(stream.device_index, pool)
+            torch._C._cuda_releasePool(stream.device_index, pool)
+        try:  # a capture that succeeds ends what the generator waits for
+            with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
+                torch.zeros(1, device=stream.device)
+        except RuntimeError:
+            torch.cuda.set_stream(stream)
 
 
 class GraphedSteps:
@@ -96,20 +105,25 @@ class GraphedSteps:
         """One step; `sampling` is what it depends on besides its sizes."""
         key = shape, sampling
         if not self.possible or key not in self.graphs or key in self.without_room:
-            self.graphs[key] = None
             step(shape)
+            self.graphs[key] = None  # not before it has ended
             return
         replay = self.graphs[key]
         if replay is None:
             try:
                 replay = self.graphs[key] = self.capture(lambda: step(shape))
                 self.captured.append(step)
-            except torch.OutOfMemoryError:  # nothing has been run; smaller ones may have room
-                if not self.without_room:
-                    logger.warning("Some decoding steps are not captured: there is no memory for their graphs.")
-                self.without_room.add(key)
+            except RuntimeError as error:  # nothing has been run
+                self._give_up(key, error)
                 replay = lambda: step(shape)  # noqa: E731
-            except RuntimeError as error:
-                logger.warning(f"Decoding steps of this model are not captured: {error}".splitlines()[0])
-                self.possible, replay = False, lambda: step(shape)
         replay()
+
+    def _give_up(self, key: Any, error: RuntimeError) -> None:
+        """Steps of this kind, for whose graph there is no memory; or all, of which some operation cannot be held."""
+        if is_out_of_memory(error):
+            if not self.without_room:
+                logger.warning("Some decoding steps are not captured: there is no memory for their graphs.")
+            self.without_room.add(key)
+        else:
+            logger.warning(f"Decoding steps of this model are not captured: {error}".splitlines()[0])
+            self.possible = False

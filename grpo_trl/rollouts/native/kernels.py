@@ -36,9 +36,9 @@ def available() -> bool:
 
 
 def fits(x: Tensor, size: int = 16) -> bool:
-    """Whether the kernels run where `x` is (a GPU from Ampere on), with heads of this size in its dtype: a power of
-    two, of at least 16 keys and at most 1 KiB, which is as much of them as blocks of 16 rows leave room for."""
-    possible = size >= 16 and size & (size - 1) == 0 and size * x.element_size() <= 1024
+    """Whether the kernels run where `x` is (a GPU from Ampere on), with heads of this size in its dtype (32 bit at
+    most): a power of two from 16 on, of at most 1 KiB, for which blocks of 16 keys have room."""
+    possible = size >= 16 and size & (size - 1) == 0 and size * x.element_size() <= 1024 and x.element_size() <= 4
     return x.device.type == "cuda" and available() and _is_recent(x.device) and possible
 
 

@@ -230,6 +230,11 @@ def load_tokenizer(
             f"processing_class must be a tokenizer (PreTrainedTokenizerBase), got {type(processing_class).__name__}; "
             "multimodal processors are not supported, pass processor.tokenizer."
         )
+    if len(processing_class) <= len(processing_class.all_special_tokens):
+        raise ValueError(
+            f"The tokenizer of {processing_class.name_or_path!r} has special tokens only: its files (tokenizer.json, "
+            "tokenizer_config.json) are not there; save them beside the weights, or pass processing_class."
+        )
     if processing_class.pad_token is None and processing_class.eos_token is None:
         raise ValueError("The tokenizer has neither a pad nor an EOS token; set tokenizer.pad_token to one it has.")
     if processing_class.pad_token is None:

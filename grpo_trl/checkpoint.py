@@ -78,6 +78,16 @@ def newest(output_dir: Path) -> Path:
     )
 
 
+def check_resumable(resume: str | bool, output_dir: Path) -> None:
+    """Raises ValueError where there is nothing to resume from, before models are loaded; files are read later."""
+    if resume is True and not manifest.checkpoints(output_dir):
+        raise ValueError(
+            f"resume_from_checkpoint=True, but {output_dir} has no checkpoint. Leave it out to start anew."
+        )
+    if resume is not True and not Path(str(resume)).is_dir():
+        raise ValueError(f"resume_from_checkpoint={str(resume)!r}: no such folder (current directory: {Path.cwd()}).")
+
+
 def _obstacles(folder: Path) -> list[str]:
     """Why a run cannot be resumed from a folder."""
     found = manifest.problems(folder)
@@ -100,9 +110,9 @@ def changed_config(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """One phrase per setting that differs."""
     kept = " (without effect: the optimizer of the checkpoint keeps its own)"
     return [
-        f"{name}: {then.get(name)} then, {now[name]} now{kept if name in OF_THE_OPTIMIZER else ''}"
+        f"{name}: {then[name]} then, {now[name]} now{kept if name in OF_THE_OPTIMIZER else ''}"
         for name in now
-        if then.get(name) != now[name]
+        if name in then and then[name] != now[name]
     ]
 
 

@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
@@ -20,6 +21,7 @@ from trl.scripts.utils import TrlParser
 from trl.trainer.model_config import ModelConfig
 from trl.trainer.utils import get_peft_config, get_quantization_config
 
+from .checkpoint import check_resumable
 from .config import GRPOConfig, mapping
 from .data import load_datasets, parse_entries
 from .refused import raise_all, refuse
@@ -32,6 +34,9 @@ REFUSED_SCRIPT_OPTIONS = {
     "test_split_size": "name the held-out rows in `eval_datasets`, e.g. `split: train[-200:]`",
     "ignore_bias_buffers": "remove it: TRL's GRPO script does not read it either",
 }
+
+
+ALIASES = {"model": ["model_name_or_path"]}  # what users take a field for
 
 
 @dataclass
@@ -82,6 +87,7 @@ class RecipeParser(TrlParser):
         usage = f"{prog} --config YAML {own_options}[--field value ...]"
         super().__init__(dataclass_types, prog=prog, usage=usage, allow_abbrev=False)
         self.field_names = [f.name for cls in dataclass_types for f in fields(cls) if f.init]
+        self._optional = {f.name for cls in dataclass_types for f in fields(cls) if f.init and f.default is None}
         self._unknown: dict[str, Any] = {}
 
     def set_defaults_with_config(self, **config: Any) -> list[str]:
@@ -89,7 +95,8 @@ class RecipeParser(TrlParser):
         # argparse checks choices on the command line only
         raise_all(
             [
-                f"{action.dest}={config[action.dest]!r} is unknown; use one of {', '.join(map(str, action.choices))}."
+                f"{action.dest}={config[action.dest]!r} is unknown; use one of {', '.join(map(str, action.choices))}"
+                f"{_unquoted(config[action.dest])}."
                 for action in self._actions
                 if action.choices and config.get(action.dest) is not None and config[action.dest] not in action.choices
             ]
@@ -97,6 +104,8 @@ class RecipeParser(TrlParser):
         return super().set_defaults_with_config(**{n: v for n, v in config.items() if n in self.field_names})
 
     def parse_known_args(self, args=None, namespace=None):  # pyright: ignore[reportIncompatibleMethodOverride]
+        args, nulls = _without_nulls(sys.argv[1:] if args is None else list(args), self._optional)
+        self.set_defaults(**nulls)
         namespace, unused = super().parse_known_args(args, namespace)
         unknown = refuse(self._unknown | _options(unused))
         raise_all([self._unknown_problem(name) for name, value in unknown.items() if not _is_off(name, value)])
@@ -110,9 +119,31 @@ class RecipeParser(TrlParser):
             return f"{name} is an option of TRL's script that is not available here; {REFUSED_SCRIPT_OPTIONS[name]}."
         if name.endswith((".yaml", ".yml")):
             return f"{name!r} is no field; a recipe is given as --config {name}."
-        close = difflib.get_close_matches(name.replace("-", "_"), self.field_names, n=1)
+        close = ALIASES.get(name) or difflib.get_close_matches(name.replace("-", "_"), self.field_names, n=1)
         remedy = f"did you mean {close[0]}?" if close else f"`{self.prog} --help` lists the fields."
         return f"{name!r} is no field; {remedy}"
+
+
+def _unquoted(value: Any) -> str:
+    return ' ("no" in quotes: without them YAML reads it as False)' if value is False else ""
+
+
+def _without_nulls(argv: list[str], names: set[str]) -> tuple[list[str], dict[str, None]]:
+    """A command line without `--field null` (or none) of fields that may be None, and these fields: argparse would
+    take the word for a text."""
+    rest: list[str] = []
+    nulls: dict[str, None] = {}
+    words = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--") else [arg])]
+    places = iter(range(len(words)))
+    for place in places:
+        name, following = words[place].removeprefix("--").replace("-", "_"), words[place + 1 : place + 3]
+        alone = len(following) == 1 or (len(following) == 2 and following[1].startswith("--"))
+        if words[place].startswith("--") and name in names and alone and following[0].lower() in ("null", "none"):
+            nulls[name] = None
+            next(places)
+        else:
+            rest.append(words[place])
+    return (rest, nulls) if nulls else (argv, {})
 
 
 def _is_off(name: str, value: Any) -> bool:
@@ -214,6 +245,8 @@ def train(argv: Sequence[str]) -> None:
     """Trains as a recipe says, saves the model to output_dir, and pushes it if asked to."""
     with _said():
         script_args, args, model_args = parse_recipe(argv)
+        if args.resume_from_checkpoint:
+            check_resumable(args.resume_from_checkpoint, Path(str(args.output_dir)))
         trainer = make_trainer(script_args, args, model_args)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model(args.output_dir)

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from datetime import timedelta
 from typing import Any
@@ -58,6 +59,15 @@ PARTS = {
 def mapping(option: Any) -> dict[str, Any]:
     """A copy of an option that is a dict or None; one that came as JSON text was parsed by TrainingArguments."""
     return dict(option or {})
+
+
+# Fields that follow from others where they are None
+FOLLOWING: dict[str, Callable[["GRPOConfig"], Any]] = {
+    "save_on_signal": lambda args: args.save_strategy != "no" and not args.save_only_model,
+    "rollout_engine": lambda args: "hf_generate" if args.cache_implementation else "native",
+    "steps_per_generation": lambda args: args.gradient_accumulation_steps,
+    "dynamic_sampling_max_age": lambda args: args.optimizer_steps_per_rollout,
+}
 
 
 @dataclass
@@ -249,6 +259,10 @@ class GRPOConfig(VLLMArguments):
         problems = json_problems(self, self._VALID_DICT_FIELDS) + type_problems(self, self._typed())
         problems += trainer_problems(self)
         self.adam_beta1, self.adam_beta2 = float(self.adam_beta1), float(self.adam_beta2)  # torch takes no 0, but 0.0
+        for name in ("activation_checkpointing", "activation_checkpointing_kwargs"):
+            # what the fields below are called since transformers 5.23, which would warn of every run's default
+            if getattr(self, name, False) is None:
+                setattr(self, name, getattr(self, name.replace("activation", "gradient")))
         self.bf16_by_default = self.bf16 is None  # then it says what this machine can do, not what was asked for
         if self.bf16 is None:
             able = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -268,14 +282,11 @@ class GRPOConfig(VLLMArguments):
             # transformers hands ddp_timeout on to GPU ranks only: CPU ranks would wait half an hour whatever it says
             _set_pg_timeout(timedelta(seconds=self.ddp_timeout))
         problems += self._resolve_objective() + resolve_vllm(self) + self._resolve_generation_kwargs()
-        if self.save_on_signal is None:
-            self.save_on_signal = self.save_strategy != "no" and not self.save_only_model
-        if self.rollout_engine is None:
-            self.rollout_engine = "hf_generate" if self.cache_implementation else "native"
+        self._follow("save_on_signal", "rollout_engine")
         problems += value_problems(self, BATCH_RANGES) or self._resolve_batches()
         problems += value_problems(self, RANGES | CHOICES)
-        if self.dynamic_sampling_max_age is None and not problems:
-            self.dynamic_sampling_max_age = self.optimizer_steps_per_rollout
+        if not problems:
+            self._follow("dynamic_sampling_max_age")
         problems += combination_problems(self) + optimizer_problems(self)
         if self.use_liger_kernel:  # its forward would take the place of the one that scores completions
             self.liger_kernel_config = {**(self.liger_kernel_config or {}), "fused_linear_cross_entropy": False}
@@ -325,10 +336,24 @@ class GRPOConfig(VLLMArguments):
         return self.steps_per_generation // self.gradient_accumulation_steps * self.num_iterations
 
     @property
+    def row(self) -> dict[str, Any]:
+        """What `variant`, `loss_type` and `use_bias_correction_kl` say of the fields that they govern. `epsilon_high`
+        may be None: as `epsilon`."""
+        shorthand: dict[str, Any] = dict(LOSS_TYPES.get(self.loss_type or "", {}))
+        if self.use_bias_correction_kl is not None:
+            shorthand["kl_estimator"] = "k3_ratio" if self.use_bias_correction_kl else "k3"
+        return {name: shorthand.get(name, getattr(VARIANTS[self.variant], name)) for name in GOVERNED}
+
+    @property
     def objective(self) -> dict[str, Any]:
         """The resolved row: variant, its paper, and every field that it governs."""
         row = {"variant": self.variant, "paper": VARIANTS[self.variant].paper}
         return row | {name: getattr(self, name) for name in GOVERNED}
+
+    def _follow(self, *names: str) -> None:
+        for name in names:
+            if getattr(self, name) is None:
+                setattr(self, name, FOLLOWING[name](self))
 
     def _typed(self) -> set[str]:
         """Fields whose types are checked: not those without effect, those that are JSON, and None out of a range."""
@@ -343,14 +368,11 @@ class GRPOConfig(VLLMArguments):
             return [f"variant={self.variant!r} is unknown; use one of {', '.join(VARIANTS)}."]
         if self.loss_type is not None and self.loss_type not in LOSS_TYPES:
             return [f"loss_type={self.loss_type!r} is not available; use one of {', '.join(LOSS_TYPES)}."]
-        shorthand: dict[str, Any] = dict(LOSS_TYPES.get(self.loss_type or "", {}))
-        if self.use_bias_correction_kl is not None:
-            shorthand["kl_estimator"] = "k3_ratio" if self.use_bias_correction_kl else "k3"
         if isinstance(self.scale_rewards, bool):
             self.scale_rewards = "group" if self.scale_rewards else "none"
-        for name in GOVERNED:
+        for name, value in self.row.items():
             if getattr(self, name) is None:
-                setattr(self, name, shorthand.get(name, getattr(VARIANTS[self.variant], name)))
+                setattr(self, name, value)
         if self.epsilon_high is None:
             self.epsilon_high = self.epsilon
         return value_problems(self, PARTS)
@@ -372,7 +394,8 @@ class GRPOConfig(VLLMArguments):
                     f"per_device_train_batch_size x ranks = {rank_batch} x {ranks}; use "
                     f"{rank_batch * ranks * (self.steps_per_generation + 1)}."
                 ]
-        steps = self.steps_per_generation = self.steps_per_generation or accumulation
+        self._follow("steps_per_generation")
+        steps = self.steps_per_generation
         expected = rank_batch * ranks * steps
         if self.generation_batch_size not in (None, expected):
             problems.append(

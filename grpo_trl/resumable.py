@@ -7,17 +7,19 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
+from peft import PeftModel
 from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import logging
+from trl.trainer.utils import get_config_model_id
 
 from . import checkpoint, manifest
 from .callbacks import PROMPT_MEMORY_NAME, read_parquet, write_parquet
 from .config import GRPOConfig
 from .loader import RolloutLoader
 from .metrics import Metrics
-from .policy import FrozenReference, Reference
+from .policy import FrozenReference, Reference, causal_lm
 from .prompt_memory import PromptMemory
 from .rollouts.dynamic import DynamicSampler
 
@@ -38,6 +40,7 @@ class ResumableTrainer(Trainer):
     dynamic_sampler: DynamicSampler
     prompt_memory: PromptMemory
     completions_log: list[dict[str, Any]]
+    reward_names: list[str]
     _sampling_is_exact: bool | None
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -112,7 +115,7 @@ class ResumableTrainer(Trainer):
     def _state(self) -> dict[str, Any]:
         """What this rank needs to go on, beyond transformers' own files. Tensors under ["loader"]["buffer"]."""
         return {
-            "config": checkpoint.config_values(self.args),
+            "config": self._settings(),
             "loader": self.loader.state_dict(),
             "metrics": self.metrics.state_dict(),
             "num_tokens": self.num_tokens,
@@ -127,6 +130,18 @@ class ResumableTrainer(Trainer):
             "last_logged": self._globalstep_last_logged,
             "initial_step": self._initial_global_step,
             "seconds": self._earlier_seconds + time.time() - self._began,
+        }
+
+    def _settings(self) -> dict[str, Any]:
+        """What changes the run where it is another at a resume."""
+        model: Any = self.accelerator.unwrap_model(self.model)
+        adapter = model.active_peft_config if isinstance(model, PeftModel) else None
+        return checkpoint.config_values(self.args) | {
+            "model": get_config_model_id(causal_lm(model).config),
+            "model_type": causal_lm(model).config.model_type,
+            "dtype": str(model.dtype),
+            "adapter": None if adapter is None else str(getattr(adapter.peft_type, "value", adapter.peft_type)),
+            "reward functions": self.reward_names,
         }
 
     # ---- Resuming ----
@@ -161,7 +176,14 @@ class ResumableTrainer(Trainer):
             then = [of_run["loader"]["layout"], of_run["config"]]
         layout, config = broadcast_object_list(then)
         self.loader.check_layout(layout)
-        changed = checkpoint.changed_config(config, checkpoint.config_values(self.args))
+        now = self._settings()
+        for name in ("model_type", "adapter", "optim"):
+            if config.get(name, now[name]) != now[name]:
+                raise ValueError(
+                    f"Cannot resume from {folder}: {name} was {config[name]} then and is {now[name]} now, for which "
+                    "its weights and optimizer's state are not made. Start from its weights instead (model=)."
+                )
+        changed = checkpoint.changed_config(config, now)
         if changed and self.is_world_process_zero():
             logger.warning(
                 "The run goes on with other settings than those of %s, so it is no longer the run that was "

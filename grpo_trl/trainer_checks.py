@@ -1,8 +1,10 @@
 """What `GRPOTrainer` refuses before it loads a model."""
 
+import json
 import os
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from datasets import IterableDataset
@@ -64,7 +66,10 @@ def problems(
     if isinstance(datasets["train_dataset"], IterableDataset) and args.max_steps <= 0:
         found.append("train_dataset is a stream, whose length is not known; set max_steps.")
     found += _errors_of(
+        partial(check_output_dir, args.output_dir),
         partial(check_path, model),
+        partial(check_architecture, model, "model"),
+        partial(check_architecture, args.ref_model_name_or_path, "ref_model_name_or_path"),
         partial(device_map, args, "ref_device"),
         partial(device_map, args, "reward_device"),
         partial(check_engine, args.rollout_engine),
@@ -111,6 +116,29 @@ def zero3_problems(ref_device: str | dict | None) -> list[str]:
 def _check_sampling_options(args: GRPOConfig) -> None:
     if args.rollout_engine == "transformers_cb":
         check_options(args.repetition_penalty, mapping(args.generation_kwargs))
+
+
+def check_output_dir(output_dir: str | None) -> None:
+    """Raises OSError where nothing can be written."""
+    path = Path(output_dir or ".").absolute()
+    there = next(part for part in (path, *path.parents) if part.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"output_dir={output_dir!r}: {there} is a file; name a folder.")
+    if not os.access(there, os.W_OK):
+        raise PermissionError(f"output_dir={output_dir!r}: {there} cannot be written to; name another folder.")
+
+
+def check_architecture(model: Any, name: str) -> None:
+    """Raises ValueError for a folder whose model is a classifier, as reward models are."""
+    config = Path(model, "config.json") if isinstance(model, str) else None
+    if config is None or not config.is_file():
+        return
+    architectures = json.loads(config.read_text(encoding="utf-8")).get("architectures") or []
+    if any("ForSequenceClassification" in architecture for architecture in architectures):
+        raise ValueError(
+            f"{name} {model!r} is a {architectures[0]}, which cannot generate text; give a causal LM. A reward model "
+            "goes into reward_funcs."
+        )
 
 
 def check_path(model: Any) -> None:

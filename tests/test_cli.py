@@ -46,6 +46,32 @@ def write(tmp_path):
 # ---- parsing ----
 
 
+@pytest.mark.parametrize("null", [["--system_prompt", "null"], ["--system_prompt=None"]])
+def test_null_on_the_command_line(write, null):
+    recipe = write(system_prompt="Be brief.", generation_kwargs={"min_new_tokens": 2}, num_generations=8)
+    _, args, _ = cli.parse_recipe([*recipe, *null, "--generation_kwargs", "null", "--num_generations", "4"])
+    assert (args.system_prompt, args.generation_kwargs, args.num_generations) == (None, None, 4)
+    script_args, _, _ = cli.parse_recipe([*recipe, "--reward_funcs", "none", "accuracy"])  # one of two words
+    assert script_args.reward_funcs == ["none", "accuracy"]
+    with pytest.raises(ValueError, match="invalid int value: 'null'"):  # a field that cannot be
+        cli.parse_recipe([*recipe, "--num_generations", "null"])
+
+
+def test_words_that_yaml_reads_as_something_else(write):
+    with pytest.raises(ValueError, match=r'save_strategy=False is unknown; .*"no" in quotes: without them YAML'):
+        cli.parse_recipe(write(save_strategy=False))
+
+
+def test_what_users_take_a_field_for(write):
+    with pytest.raises(ValueError, match=r"'model' is no field; did you mean model_name_or_path\?"):
+        cli.parse_recipe([*write(), "--model", "x"])
+
+
+def test_the_package_is_the_command():
+    command = [sys.executable, "-m", "grpo_trl", "--help"]
+    assert "train" in subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+
+
 def test_yaml_gives_all_three_groups_of_fields(write):
     script_args, args, model_args = cli.parse_recipe(write(num_generations=8, lora_r=4))
     assert script_args.train_datasets == [ENTRY] and script_args.rewards == ["accuracy"]
@@ -347,8 +373,14 @@ def recorded(write, tmp_path, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize(("given", "expected"), [(None, None), (True, True), ("false", False), ("out/c-1", "out/c-1")])
-def test_a_run_is_resumed_saved_and_ended(recorded, tmp_path, given, expected):
+@pytest.mark.parametrize(("given", "expected"), [(None, None), (True, True), ("false", False), ("c-1", "c-1")])
+def test_a_run_is_resumed_saved_and_ended(recorded, tmp_path, monkeypatch, given, expected):
+    monkeypatch.chdir(tmp_path)
+    if given in (True, "c-1"):
+        with pytest.raises(SystemExit):  # before anything is loaded
+            recorded(resume_from_checkpoint=given)
+        (tmp_path / "c-1").mkdir()
+        (tmp_path / "out" / "checkpoint-1").mkdir(parents=True)
     trainer = recorded(resume_from_checkpoint=given)
     assert trainer.calls == [
         ("train", (), {"resume_from_checkpoint": expected}),

@@ -26,7 +26,8 @@ LAYERS = [
     ["collection", "trainer_checks"],
     ["trainer", "memory"],
     ["selfcheck"],
-    ["cli", "__main__"],
+    ["cli"],
+    ["__main__"],
     [PACKAGE],  # the package itself: `__init__.py` hands out names of every layer, so nothing below imports from it
 ]
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}

@@ -11,6 +11,7 @@ from grpo_trl import GRPOTrainer
 from tests.resuming import differences, outcome
 from tests.test_trainer import PROMPTS, dataset, logged, trained_adapter, trainer
 from tests.test_trainer_dynamic import some_equal
+from tests.tiny import tiny_model
 
 
 class ReferenceBesideSampling(GRPOTrainer):
@@ -236,6 +237,19 @@ def test_other_settings_are_named_and_do_not_stop_the_run(tmp_path, caplog):
     assert logged(run, "learning_rate")[-1] == 0.01
     assert {group["weight_decay"] for group in run.optimizer.param_groups} == {0.0}
     assert "logging_steps" not in message and "max_steps" not in message
+
+
+def test_another_model_type_adapter_or_optimizer_is_refused_and_other_rewards_are_named(tmp_path, caplog):
+    folder = cut(tmp_path)
+    for options, name in (
+        ({"model": lambda: tiny_model("llama")}, "model_type was qwen3 then and is llama now"),
+        ({"peft": lora()}, "adapter was None then and is LORA now"),
+        ({"optim": "sgd"}, "optim was adamw_torch.* then and is sgd now"),
+    ):
+        with pytest.raises(ValueError, match=f"Cannot resume from .*{name}.*Start from its weights"):
+            build(tmp_path, num_iterations=2, **options).train(resume_from_checkpoint=folder)
+    build(tmp_path, num_iterations=2, rewards=some_equal).train(resume_from_checkpoint=folder)
+    assert "reward functions: ['reward_vowels'] then, ['some_equal'] now" in caplog.text
 
 
 def test_a_penalty_that_begins_within_a_rollout_is_refused(tmp_path):

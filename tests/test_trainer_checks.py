@@ -141,3 +141,23 @@ def test_what_is_overridden_or_read_of_transformers_trainer_is_still_there():
     ours = {name for part in GRPOTrainer.__mro__ if part.__module__.startswith("grpo_trl") for name in vars(part)}
     private = {name for name in ours if name.startswith("_") and not name.startswith("__")}
     assert private & set(vars(Trainer)) <= overridden | {"_get_num_items_in_batch", "_prepare_inputs", "_tag_names"}
+
+
+@pytest.mark.parametrize("name", ["model", "ref_model_name_or_path"])
+def test_a_reward_model_is_no_policy(tmp_path, name):
+    path = save(tiny_reward_model(), tiny_tokenizer(), tmp_path / "judge")
+    with pytest.raises(ValueError, match=f"{name} '{path}' is a .*ForSequenceClassification, which cannot generate"):
+        trainer(tmp_path / "run", **{name: path})
+
+
+def test_a_model_without_its_tokenizer_is_named(tmp_path):
+    tiny_model("qwen3").save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"The tokenizer of .*model' has special tokens only: its files"):
+        GRPOTrainer(str(tmp_path / "model"), reward_vowels, config(tmp_path / "run"), dataset())
+
+
+def test_an_output_dir_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "out").write_text("")
+    for path in (tmp_path / "out", tmp_path / "out" / "run"):
+        with pytest.raises(ValueError, match=f"output_dir='{path}': {tmp_path / 'out'} is a file; name a folder"):
+            trainer(path)

@@ -18,7 +18,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import AcceleratorConfig
 from trl.trainer.utils import get_config_model_id
 
-from ..config import GOVERNED
+from ..config import FOLLOWING, GOVERNED
 from ..config_types import default_of
 
 logger = logging.getLogger(__name__)
@@ -43,9 +43,12 @@ if __name__ == "__main__":
 SECRETS = frozenset({"token", "hf_token", "hub_token", "push_to_hub_token", "use_auth_token", "api_key"})
 
 # Follow from other arguments, from the machine, from the trainer or from how a run was started, and so do not belong
-# into a recipe.
+# in a recipe.
 DERIVED = frozenset(
-    {"do_eval", "generation_batch_size", "ignore_data_skip", "dataloader_pin_memory", "resume_from_checkpoint"}
+    {
+        *("do_eval", "generation_batch_size", "ignore_data_skip", "dataloader_pin_memory", "resume_from_checkpoint"),
+        *("activation_checkpointing", "activation_checkpointing_kwargs"),  # gradient_checkpointing, by its later name
+    }
 )
 
 
@@ -136,8 +139,8 @@ def train_script() -> str | None:
 
 
 def recipe_yaml(trainer: Any) -> str:
-    """The recipe of a run as YAML, for `grpo-trl train --config`: the objective as resolved, and every argument that
-    differs from its default.
+    """The recipe of a run as YAML, for `grpo-trl train --config`: the objective as resolved (in comments what its
+    row says), and every argument that differs from its default and from what follows from others.
 
     Reads `trainer.args` (a `GRPOConfig`) and `trainer.recipe`: the top-level keys of the run's own YAML that are no
     fields of it, such as model, data entries and rewards, or None. With None, these are named in comments
@@ -147,6 +150,9 @@ def recipe_yaml(trainer: Any) -> str:
     args, recipe = trainer.args, trainer.recipe
     values, objective = args.to_dict(), args.objective
     changed = [name for name in _changed(args, values) if name not in {*objective, *(recipe or {})}]
+    # what the row says is said by its name: with it as an entry, another --variant would change nothing
+    row = args.row | ({"epsilon_high": args.epsilon} if args.row["epsilon_high"] is None else {})
+    of_its_own = [name for name in GOVERNED if objective[name] != row[name]]
     source = _entries(recipe) if recipe is not None else _comments(_described(trainer))
     lines = [
         "# A run as resolved; to repeat it: grpo-trl train --config recipe.yaml",
@@ -154,7 +160,8 @@ def recipe_yaml(trainer: Any) -> str:
         f"# ranks: {args.world_size}",
         *["", "# Model, data and rewards", *source],
         *["", *_comments({"Objective": objective["paper"]})],
-        *_entries({name: objective[name] for name in ("variant", *GOVERNED)}),
+        *_entries({"variant": objective["variant"], **{name: objective[name] for name in of_its_own}}),
+        *_comments({name: objective[name] for name in GOVERNED if name not in of_its_own}),
         *["", "# Training", *_entries({name: values[name] for name in changed})],
     ]
     return "\n".join(lines) + "\n"
@@ -167,6 +174,8 @@ def _changed(args: Any, values: Mapping[str, Any]) -> list[str]:
         if not field.init or field.name.endswith("_token"):
             continue
         if field.name in DERIVED or (field.name == "bf16" and args.bf16_by_default):
+            continue
+        if field.name in FOLLOWING and values[field.name] == FOLLOWING[field.name](args):
             continue
         default = default_of(field)
         value = values[field.name]

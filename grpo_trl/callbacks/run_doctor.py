@@ -166,9 +166,10 @@ def _sampler_disagrees(course: Course) -> list[Found]:
 
 
 def _gap_above(limit: float, course: Course, name: str) -> list[Found]:
-    """To log-probabilities of when a batch was made; those of groups that were carried over are older."""
+    """To log-probabilities of when a batch was made; those of groups that were carried over, or are
+    replayed, are older."""
     gaps, carried = course.points(name), course.points("dynamic_sampling/carried")
-    older = carried and carried[-1][1] > 0
+    older = course.args.replay_rollouts is not None or (carried and carried[-1][1] > 0)
     return [{"gap": gaps[-1][1]}] if gaps and gaps[-1][1] > limit and not older else []
 
 

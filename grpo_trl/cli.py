@@ -189,7 +189,7 @@ def _problems(script_args: ScriptArguments, args: GRPOConfig, model_args: ModelC
     if args.evaluates and not (script_args.eval_datasets or script_args.dataset_name):
         problems.append("evaluation (eval_strategy, eval_on_start) needs data: set eval_datasets, or switch it off.")
     for where, entries in {"train_datasets": script_args.train_datasets, **_named_eval_sets(script_args)}.items():
-        if entries:
+        if entries is not None:
             try:
                 parse_entries(entries, where)
             except ValueError as error:

@@ -8,7 +8,7 @@ import torch
 import yaml
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import BitsAndBytesConfig, DebertaV2ForSequenceClassification
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DebertaV2ForSequenceClassification
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 
 from grpo_trl import GRPOConfig, GRPOTrainer, cli
@@ -86,6 +86,13 @@ def test_an_adapter_is_trained_alone_and_is_its_own_reference(run, qwen3):
     assert found["optimizer"] == 2 * trained_bytes(model)
     assert found["frozen models"] == 0
     assert found["parameters"] == sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
+
+
+def test_a_saved_adapter_is_trained_further(run, model_dir, tmp_path):
+    fresh = items(run(ADAPTER, beta=0.0))
+    base = AutoModelForCausalLM.from_pretrained(model_dir)
+    get_peft_model(base, ADAPTER).save_pretrained(path := str(tmp_path / "adapter"))
+    assert items(run(path=path, beta=0.0)) == fresh
 
 
 def test_without_kl_term_there_is_no_reference(run):

@@ -38,6 +38,7 @@ def policy_of(spec: PolicySpec, args: GRPOConfig) -> Any:
     trained = os.path.isfile(os.path.join(path, "adapter_config.json"))
     if trained:
         peft_config = PeftConfig.from_pretrained(path)
+        peft_config.inference_mode = False  # a saved adapter's is True; the policy's is trained further
         path = str(peft_config.base_model_name_or_path)
     options = from_pretrained_options(args)
     taken = copy.copy(args)

@@ -77,6 +77,11 @@ def _import_function(spec: str, module_name: str, attribute: str) -> RewardFunct
             f"Reward {spec!r} is no registered name ({', '.join(sorted(REWARDS))}) and cannot be imported: {error}. "
             "A dotted path is package.module.function, its package on sys.path (set PYTHONPATH, or install it)."
         ) from error
+    except (Exception, SystemExit) as error:
+        raise ValueError(
+            f"Reward {spec!r}: its module {module_name} ends with an error when it is imported: "
+            f"{type(error).__name__}: {error}"
+        ) from error
     if not callable(func):
         raise ValueError(f"Reward {spec!r} is a {type(func).__name__}; expected a function or a callable object.")
     return adapt_trl_function(func)

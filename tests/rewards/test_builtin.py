@@ -190,3 +190,12 @@ def test_resolve_refuses_with_a_remedy(spec, words):
 def test_reward_name():
     assert reward_name(functools.partial(functools.partial(reward_functions.tokens, a=1), b=2)) == "tokens"
     assert reward_name(reward_functions.AsyncJudge()) == "AsyncJudge"
+
+
+@pytest.mark.parametrize("content", ["def f(:", "raise OSError('no judge')", "import sys; sys.exit(3)"])
+def test_a_module_that_fails_when_it_is_imported(tmp_path, monkeypatch, content):
+    monkeypatch.syspath_prepend(tmp_path)
+    name = f"broken_{abs(hash(content))}"
+    (tmp_path / f"{name}.py").write_text(content)
+    with pytest.raises(ValueError, match=rf"Reward '{name}\.f': its module {name} ends with .*(Syntax|OS|SystemE)"):
+        resolve_reward(f"{name}.f", max_completion_length=8)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import IterableDataset
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
 
 from .assembly import device_map, filter_named
 from .config import GRPOConfig, mapping
@@ -60,6 +61,12 @@ def problems(
     if not isinstance(model, str) and not model.can_generate():
         found.append(
             f"model is a {type(model).__name__}, which cannot generate text; pass a causal LM, or a path to one."
+        )
+    has_adapter = with_adapter or (isinstance(model, str) and Path(model, ADAPTER_CONFIG).is_file())
+    if not has_adapter and Path(args.output_dir or ".", ADAPTER_CONFIG).is_file():
+        found.append(
+            f"output_dir={args.output_dir!r} holds an adapter, which would be loaded instead of the weights that are "
+            "saved there; name another folder."
         )
     if is_zero3(args.deepspeed_plugin):
         found += zero3_problems(args.ref_device)

@@ -11,7 +11,7 @@ from transformers import Trainer, TrainingArguments
 
 from grpo_trl import GRPOTrainer
 from grpo_trl.refused import UNCALLED
-from tests.test_trainer import config, dataset, logged, reward_vowels, trainer
+from tests.test_trainer import adapter, config, dataset, logged, reward_vowels, trainer
 from tests.tiny import save, tiny_model, tiny_reward_model, tiny_tokenizer
 
 
@@ -161,3 +161,11 @@ def test_an_output_dir_that_is_a_file_is_refused(tmp_path):
     for path in (tmp_path / "out", tmp_path / "out" / "run"):
         with pytest.raises(ValueError, match=f"output_dir='{path}': {tmp_path / 'out'} is a file; name a folder"):
             trainer(path)
+
+
+def test_weights_are_not_saved_beside_an_adapter(tmp_path):
+    first = trainer(tmp_path / "out", max_steps=1, peft=adapter(0))
+    first.save_model()
+    with pytest.raises(ValueError, match="output_dir=.* holds an adapter, which would be loaded instead"):
+        trainer(tmp_path / "out")
+    assert trainer(tmp_path / "out", peft=adapter(1)) and trainer(tmp_path / "other")

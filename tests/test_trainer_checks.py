@@ -166,6 +166,6 @@ def test_an_output_dir_that_is_a_file_is_refused(tmp_path):
 def test_weights_are_not_saved_beside_an_adapter(tmp_path):
     first = trainer(tmp_path / "out", max_steps=1, peft=adapter(0))
     first.save_model()
-    with pytest.raises(ValueError, match="output_dir=.* holds an adapter, which would be loaded instead"):
+    with pytest.raises(ValueError, match=r"output_dir=.* holds an adapter, which would be loaded instead"):
         trainer(tmp_path / "out")
     assert trainer(tmp_path / "out", peft=adapter(1)) and trainer(tmp_path / "other")

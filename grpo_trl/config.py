@@ -132,7 +132,7 @@ class GRPOConfig(VLLMArguments):
     skip_solved_after: int | None = about(
         "Pass over prompts of which every completion passed (eval_pass_threshold) in so many draws in a row."
     )
-    skip_hopeless_after: int | None = about("The same of which no completion passed in so many draws in a row.")
+    skip_hopeless_after: int | None = about("As skip_solved_after, for prompts of which no completion passed.")
 
     # Rollouts
     num_generations: int = about("G, completions per prompt (TRL's default: 8).", 4)

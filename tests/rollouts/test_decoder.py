@@ -186,6 +186,10 @@ def test_a_rollout_that_nobody_ended_leaves_later_ones_the_weights_of_now(qwen3)
         for parameter in qwen3.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     assert_same(rollout(ours), rollout(HFGenerateEngine(qwen3)))
+    with torch.autocast("cpu", torch.bfloat16):  # in which nothing is packed
+        next(other := ours.generate(PROMPTS, SAMPLING))
+        assert not any(packed_parts(ours))
+        other.close()
     abandoned.close()
     assert not any(packed_parts(ours))
 

@@ -105,14 +105,15 @@ class Decoder:
     def packed(self) -> Iterator[None]:
         """Decodes with packed copies of the weights as they are now, where that is possible. Another such context, of
         which this one is a part or which nobody ends, gets its own back."""
-        parts = self.parts if self.to_pack() else []
-        former = [part.packed for part in parts]
+        possible, former = bool(self.to_pack()), [part.packed for part in self.parts]
         try:
-            for part in parts:
-                part.pack()
+            for part in self.parts:
+                part.packed = None
+                if possible:
+                    part.pack()
             yield
         finally:
-            for part, packed in zip(parts, former, strict=True):
+            for part, packed in zip(self.parts, former, strict=True):
                 part.packed = packed
 
     def to_pack(self) -> list[Tensor]:

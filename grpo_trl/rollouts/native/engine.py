@@ -149,12 +149,9 @@ class NativeEngine:
             former, self.memory = self.memory.most, None  # before the new one is sized; graphs hold on to it
             self.graphs.forget()
             sizes = wanted(prompts, longest, length)
-            if (
-                former.columns == size
-            ):  # of two kinds of rollouts, as in training and evaluation, one for both if it fits
-                both = wanted(
-                    max(prompts, former.groups), max(longest, former.prompt_length), max(length, former.length)
-                )
+            if former.columns == size:  # as of training and evaluation: one for both, if it is no smaller for that
+                prompts, longest = max(prompts, former.groups), max(longest, former.prompt_length)
+                both = wanted(prompts, longest, max(length, former.length))
                 sizes = both if both[0] >= max(sizes[0], former.groups) else sizes
         memory = Memory(*sizes, input_device(model))
         if kept:

@@ -371,6 +371,7 @@ def check(argv: Sequence[str]) -> None:
     """Tries a recipe's model, data and rewards on a few completions; trains nothing and keeps nothing. Ends with code
     1 if there is something to fix."""
     from .selfcheck import check_table, reward_table, run_checks, shortened, verdict
+    from .trainer_checks import check_services
 
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own.add_argument("--model", dest="model_name_or_path")
@@ -379,6 +380,7 @@ def check(argv: Sequence[str]) -> None:
         rest += ["--model_name_or_path", options.model_name_or_path]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, _said():
         script_args, args, model_args = parse_recipe(rest, "grpo-trl check", "[--model PATH] ")
+        check_services(args)
         results, trial = run_checks(make_trainer(script_args, shortened(args, folder), model_args))
     console = Console(highlight=False)
     console.print(check_table(results))

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from transformers import Trainer, get_scheduler
+from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATIONS
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.utils import is_liger_kernel_available
 
@@ -116,6 +117,7 @@ CHOICES = {
     "reward_call": ("batch", "group"),
     "reward_input_format": ("auto", "pair", "chat", "text"),
     "sampler_correction": tuple(SAMPLER_CORRECTIONS),
+    "cache_implementation": ALL_CACHE_IMPLEMENTATIONS,
 }
 # Dict-valued fields that a word or a file's path may stand for; text in any other is a JSON object.
 DICT_OR_WORD = ("accelerator_config", "fsdp_config", "deepspeed", "ref_device", "reward_device")

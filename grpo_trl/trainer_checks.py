@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from datasets import IterableDataset
+from huggingface_hub import get_token
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
+from transformers.integrations import get_reporting_integration_callbacks
 
 from .assembly import device_map, filter_named
 from .config import GRPOConfig, mapping
@@ -74,6 +76,7 @@ def problems(
         found.append("train_dataset is a stream, whose length is not known; set max_steps.")
     found += _errors_of(
         partial(check_output_dir, args.output_dir),
+        partial(check_services, args),
         partial(check_path, model),
         partial(check_architecture, model, "model"),
         partial(check_architecture, args.ref_model_name_or_path, "ref_model_name_or_path"),
@@ -133,6 +136,18 @@ def check_output_dir(output_dir: str | None) -> None:
         raise NotADirectoryError(f"output_dir={output_dir!r}: {there} is a file; name a folder.")
     if not os.access(there, os.W_OK):
         raise PermissionError(f"output_dir={output_dir!r}: {there} cannot be written to; name another folder.")
+
+
+def check_services(args: GRPOConfig) -> None:
+    """Raises ValueError for a tracker that transformers does not know or that is not installed, and for the Hub
+    without a token."""
+    try:
+        for tracker in get_reporting_integration_callbacks(args.report_to):
+            tracker()
+    except (RuntimeError, ImportError) as error:
+        raise ValueError(f"report_to={args.report_to!r}: {error}") from error
+    if args.push_to_hub and not (args.hub_token or get_token()):
+        raise ValueError("push_to_hub=True needs a token of the Hub: run `hf auth login`, or set HF_TOKEN or hub_token.")
 
 
 def check_architecture(model: Any, name: str) -> None:

@@ -477,6 +477,7 @@ def test_on_policy(config, options, on_policy):
         ({"reward_timeout": 0.0}, "reward_timeout=0.0 is out of range"),
         ({"reward_batch_size": 0}, "reward_batch_size=0 is out of range"),
         ({"prompt_format": "html"}, "prompt_format='html' is unknown; use one of auto, chat, text"),
+        ({"cache_implementation": "fast"}, "cache_implementation='fast' is unknown; use one of static, "),
         ({"overlong_prompts": "cut"}, "overlong_prompts='cut' is unknown; use one of drop, truncate, error"),
         ({"reward_call": "row"}, "reward_call='row' is unknown; use one of batch, group"),
         ({"reward_input_format": "xml"}, "reward_input_format='xml' is unknown; use one of auto, pair, chat, text"),

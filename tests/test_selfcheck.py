@@ -363,7 +363,7 @@ def recipe(tmp_path):
     entry = {"path": str(tmp_path / "train.jsonl"), "type": "jsonl", "input": "question", "output": "answer"}
     fields = {
         "model_name_or_path": good, "train_datasets": [entry], "reward_funcs": ["own.length"], "use_cpu": True,
-        "output_dir": "out", "max_completion_length": 24, "prompt_format": "chat", "report_to": "tensorboard",
+        "output_dir": "out", "max_completion_length": 24, "prompt_format": "chat", "report_to": "none",
     }  # fmt: skip
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(fields))
     return tmp_path, bad
@@ -398,7 +398,10 @@ def test_the_command_says_what_to_fix(recipe):
     assert last == "not ready: 1 of 7 checks failed"
 
 
-def test_a_set_up_that_cannot_be_built_ends_with_code_2(recipe):
+@pytest.mark.parametrize(
+    ("option", "message"), [(("--model", "./nowhere"), "no such folder"), (("--report_to", "azure_ml"), "pip install")]
+)
+def test_a_set_up_that_cannot_be_built_ends_with_code_2(recipe, option, message):
     folder, _ = recipe
-    run = check(folder, "--model", "./nowhere")
-    assert run.returncode == 2 and "no such folder" in run.stderr and "Self-test" not in run.stdout
+    run = check(folder, *option)
+    assert run.returncode == 2 and message in run.stderr and "Self-test" not in run.stdout

@@ -45,6 +45,9 @@ def test_all_that_is_wrong_is_said_before_a_model_is_loaded(tmp_path):
         ({"ref_device": {"": 77}}, "ref_device: device 77 does not exist"),
         ({"eval_strategy": "epoch"}, "eval_strategy or eval_on_start asks for evaluation, .*pass one"),
         ({"eval_on_start": True}, "there is no eval_dataset; pass one"),
+        ({"report_to": ["wandbb"]}, "wandbb is not supported, only .*wandb"),
+        ({"report_to": ["azure_ml"]}, r"report_to=\['azure_ml'\]: .*pip install azureml-sdk"),
+        ({"push_to_hub": True}, "push_to_hub=True needs a token of the Hub: .*HF_TOKEN"),
         (
             {"eval_dataset": {"math": dataset()}, "metric_for_best_model": "eval_rewards/reward_vowels/mean"},
             "with several eval sets each has its own; set eval_math_rewards/reward_vowels/mean",
@@ -73,6 +76,7 @@ def test_all_that_is_wrong_is_said_before_a_model_is_loaded(tmp_path):
 )
 def test_refused_before_the_model_is_loaded(tmp_path, options, message, monkeypatch):
     monkeypatch.setattr("grpo_trl.assembly.load_policy", lambda *args, **kwargs: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("grpo_trl.trainer_checks.get_token", lambda: None)  # whoever runs this may have one
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path, **options)
 

@@ -147,7 +147,7 @@ def check_services(args: GRPOConfig) -> None:
     except (RuntimeError, ImportError) as error:
         raise ValueError(f"report_to={args.report_to!r}: {error}") from error
     if args.push_to_hub and not (args.hub_token or get_token()):
-        raise ValueError("push_to_hub=True needs a token of the Hub: run `hf auth login`, or set HF_TOKEN or hub_token.")
+        raise ValueError("push_to_hub=True needs a token: run `hf auth login`, or set hub_token or HF_TOKEN.")
 
 
 def check_architecture(model: Any, name: str) -> None:

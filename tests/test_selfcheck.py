@@ -338,11 +338,15 @@ def test_several_processes_are_refused(tmp_path):
 
 
 def test_the_arguments_of_the_run_stay_as_they_are(tmp_path):
-    args = config(tmp_path, num_generations=16, per_device_train_batch_size=16, disable_dropout=False)
+    args = config(
+        tmp_path, num_generations=16, per_device_train_batch_size=16, disable_dropout=False,
+        report_to=["tensorboard"], push_to_hub=True,
+    )  # fmt: skip
     before = dict(vars(args))
     changed = shortened(args, "elsewhere")
     assert vars(args) == before
     assert (changed.num_generations, changed.generation_batch_size, changed.output_dir) == (4, 8, "elsewhere")
+    assert (changed.report_to, changed.push_to_hub) == ([], False)
 
 
 # ---- The command ----

@@ -47,7 +47,7 @@ def test_all_that_is_wrong_is_said_before_a_model_is_loaded(tmp_path):
         ({"eval_on_start": True}, "there is no eval_dataset; pass one"),
         ({"report_to": ["wandbb"]}, "wandbb is not supported, only .*wandb"),
         ({"report_to": ["azure_ml"]}, r"report_to=\['azure_ml'\]: .*pip install azureml-sdk"),
-        ({"push_to_hub": True}, "push_to_hub=True needs a token of the Hub: .*HF_TOKEN"),
+        ({"push_to_hub": True}, "push_to_hub=True needs a token: .*HF_TOKEN"),
         (
             {"eval_dataset": {"math": dataset()}, "metric_for_best_model": "eval_rewards/reward_vowels/mean"},
             "with several eval sets each has its own; set eval_math_rewards/reward_vowels/mean",

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import yaml
 from datasets import Dataset, load_dataset
 from rich.console import Console
+from transformers.utils import logging
 from trl.scripts.utils import ScriptArguments as TRLScriptArguments
 from trl.scripts.utils import TrlParser
 from trl.trainer.model_config import ModelConfig
@@ -26,6 +27,8 @@ from .config import GRPOConfig, mapping
 from .data import load_datasets, parse_entries
 from .refused import raise_all, refuse
 from .trainer_checks import check_path
+
+logger = logging.get_logger(__name__)
 
 # Options of TRL's GRPO script that this one does not have: name -> what to do instead.
 REFUSED_SCRIPT_OPTIONS = {
@@ -170,6 +173,7 @@ def parse_recipe(argv: Sequence[str], prog: str = "grpo-trl train", own_options:
     resume = args.resume_from_checkpoint
     args.resume_from_checkpoint = switches.get(str(resume).lower(), resume)
     raise_all(_problems(script_args, args, model_args))
+    _say_what_adapters_lack(model_args)
     return script_args, args, model_args
 
 
@@ -195,6 +199,13 @@ def _problems(script_args: ScriptArguments, args: GRPOConfig, model_args: ModelC
             except ValueError as error:
                 problems.append(str(error))
     return problems
+
+
+def _say_what_adapters_lack(model_args: ModelConfig) -> None:
+    # no error: `--use_peft false` shall train all weights by the same recipe
+    of_adapters = [name for name in _changed(model_args) if name.startswith(("lora_", "use_rslora", "use_dora"))]
+    if of_adapters and not model_args.use_peft:
+        logger.warning("%s: without effect, all weights are trained; set use_peft: true.", ", ".join(of_adapters))
 
 
 def _from_json(name: str, value: Any) -> Any:

@@ -79,6 +79,15 @@ def test_yaml_gives_all_three_groups_of_fields(write):
     assert (model_args.model_name_or_path, model_args.lora_r) == ("some/model", 4)
 
 
+def test_options_of_an_adapter_without_one_are_said_to_have_no_effect(write, caplog):
+    with caplog.at_level("WARNING", logger="grpo_trl"):
+        cli.parse_recipe(write(lora_r=4, use_dora=True))
+        cli.parse_recipe(write(lora_r=4, use_peft=True))
+        cli.parse_recipe(write())
+    said = "lora_r, use_dora: without effect, all weights are trained; set use_peft: true."
+    assert [record.getMessage() for record in caplog.records] == [said]
+
+
 def test_command_line_wins_over_yaml(write):
     argv = write(num_generations=8, plot_metrics=True)
     argv += ["--learning_rate", "2e-6", "--num-generations=4", "--no_plot_metrics", "--dtype", "bfloat16"]

@@ -24,6 +24,7 @@ from trl.trainer.utils import get_peft_config, get_quantization_config
 
 from .checkpoint import check_resumable
 from .config import GRPOConfig, mapping
+from .config_types import type_problems
 from .data import load_datasets, parse_entries
 from .refused import raise_all, refuse
 from .trainer_checks import check_path
@@ -179,7 +180,7 @@ def parse_recipe(argv: Sequence[str], prog: str = "grpo-trl train", own_options:
 
 def _problems(script_args: ScriptArguments, args: GRPOConfig, model_args: ModelConfig) -> list[str]:
     """What a recipe lacks, and entries that cannot be right, without reading data. `GRPOTrainer` checks the rest."""
-    problems = []
+    problems = type_problems(model_args, [field.name for field in fields(model_args) if field.init])
     if not model_args.model_name_or_path:
         problems.append("model_name_or_path is missing: the id or path of the policy, e.g. Qwen/Qwen3-0.6B.")
     if not script_args.rewards:

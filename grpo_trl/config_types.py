@@ -1,4 +1,4 @@
-"""Whether a config value has the type of its field. Reads the annotations, so a new field needs nothing here."""
+"""Whether a value of a config has the type of its field. Reads the annotations, so a new field needs nothing here."""
 
 import math
 import os
@@ -19,6 +19,8 @@ ALSO: dict[str, tuple[type, ...]] = {
     "scale_rewards": (bool,),  # TRL's older values
     "report_to": (tuple,),
     "debug": (NoneType,),
+    "model_revision": (NoneType,),
+    "lora_target_modules": (str,),  # what TRL makes of a list of one
     "accelerator_config": (AcceleratorConfig,),  # what transformers makes of it
 }
 MAY_BE_INFINITE = ("max_grad_norm",)

@@ -79,6 +79,26 @@ def test_yaml_gives_all_three_groups_of_fields(write):
     assert (model_args.model_name_or_path, model_args.lora_r) == ("some/model", 4)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("lora_r", [8], "a whole number"),
+        ("lora_dropout", [0.1], "a number"),
+        ("load_in_4bit", "yes", "True or False"),
+        ("model_name_or_path", 5, "text or nothing"),
+    ],
+)
+def test_a_value_of_the_models_fields_has_their_type(write, name, value, expected):
+    with pytest.raises(ValueError, match=rf"{name}={re.escape(repr(value))} .*: expected {expected}"):
+        cli.parse_recipe(write(**{name: value}))
+
+
+@pytest.mark.parametrize("modules", ["all-linear", ["all-linear"], ["q_proj", "v_proj"], None])
+def test_modules_of_an_adapter(write, modules):
+    expected = "all-linear" if modules == ["all-linear"] else modules
+    assert cli.parse_recipe(write(lora_target_modules=modules, model_revision=None))[2].lora_target_modules == expected
+
+
 def test_options_of_an_adapter_without_one_are_said_to_have_no_effect(write, caplog):
     with caplog.at_level("WARNING", logger="grpo_trl"):
         cli.parse_recipe(write(lora_r=4, use_dora=True))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 MAX_ROWS = 1000
@@ -15,5 +16,12 @@ def data_fingerprint(dataset: Any) -> str:
     digest = hashlib.sha256(str(len(dataset)).encode())
     for i in range(min(len(dataset), MAX_ROWS)):
         row = dataset[i * len(dataset) // min(len(dataset), MAX_ROWS)]
-        digest.update(json.dumps(row, sort_keys=True, default=lambda value: type(value).__name__).encode())
+        digest.update(json.dumps(_named(row), sort_keys=True, default=lambda value: type(value).__name__).encode())
     return digest.hexdigest()[:16]
+
+
+def _named(value: Any) -> Any:
+    """With keys of text: JSON knows few others, and no order of several kinds."""
+    if isinstance(value, Mapping):
+        return {str(key): _named(inner) for key, inner in value.items()}
+    return [_named(inner) for inner in value] if isinstance(value, list | tuple) else value

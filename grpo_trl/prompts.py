@@ -30,8 +30,9 @@ def encode_prompt(
     have no system message. A conversation that ends with an assistant message is continued, any other is answered.
     A row's own `chat_template_kwargs` win over the argument's.
 
-    A tokenizer that adds a BOS by itself gets exactly one in each form, whether the text or the template brings one
-    or not (huggingface/trl#3520); one that adds none gets none. EOS is never added.
+    What a tokenizer puts before each text by itself, as a BOS, stands there exactly once in each form, whether the
+    text or the template brings it or not (huggingface/trl#3520); one that puts nothing gets nothing. EOS is never
+    added.
     Raises ValueError for an empty prompt, a value that is neither text nor messages, or a chat template that is
     missing or refuses the messages.
     """
@@ -50,7 +51,7 @@ def encode_prompt(
     else:
         prompt = _with_system(_without_fillers(prompt), system_prompt)
         text = _render(prompt, tokenizer, {**(chat_template_kwargs or {}), **_row_kwargs(example)})
-    ids = _one_bos(cast(list[int], tokenizer.encode(text, add_special_tokens=False)), tokenizer)
+    ids = _begun_once(cast(list[int], tokenizer.encode(text, add_special_tokens=False)), beginning(tokenizer))
     if not ids:
         raise ValueError(f"The prompt {prompt!r:.200} has no tokens; drop this row or give it text.")
     return ids, prompt
@@ -68,7 +69,7 @@ def _render(messages: Messages, tokenizer: PreTrainedTokenizerBase, kwargs: dict
     options: dict[str, Any] = {"add_generation_prompt": not continued, "continue_final_message": continued, **kwargs}
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
-    except TemplateError as error:
+    except (TemplateError, ValueError) as error:  # the latter where a last message to continue is not in the text
         roles = ", ".join(message["role"] for message in messages)
         raise ValueError(
             f"The tokenizer's chat template refuses the prompt {messages!r:.200} (roles: {roles}): {error}. Change "
@@ -102,17 +103,21 @@ def _row_kwargs(example: dict[str, Any]) -> dict[str, Any]:
     kwargs = example.get("chat_template_kwargs") or {}
     if problem := template_kwargs_problem(kwargs):
         raise ValueError(f"A row's chat_template_kwargs: {problem}.")
-    return {k: v for k, v in kwargs.items() if v is not None}  # None: filled in by Arrow, as above
+    return _without_none(kwargs)  # filled in by Arrow, as above
 
 
-def _one_bos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    bos = cast(int | None, tokenizer.bos_token_id)
-    if bos is None or tokenizer.encode("a")[:1] != [bos]:
-        return ids
+def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What a tokenizer puts before each text: a BOS, nothing, or other tokens (GLM's [gMASK]<sop>)."""
+    bare, whole = (cast(list[int], tokenizer.encode("a", add_special_tokens=flag)) for flag in (False, True))
+    start = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
+    return whole[:start]
+
+
+def _begun_once(ids: list[int], begin: list[int]) -> list[int]:
     start = 0
-    while ids[start : start + 1] == [bos]:
-        start += 1
-    return [bos, *ids[start:]] if ids else []
+    while begin and ids[start : start + len(begin)] == begin:
+        start += len(begin)
+    return [*begin, *ids[start:]] if ids else []
 
 
 def prompt_problem(value: Any) -> str | None:
@@ -231,11 +236,11 @@ def _values(dataset: Any, column: str) -> Iterable[Sequence[Any]]:
     return column_batches(dataset, column)
 
 
-def truncate_prompt(ids: list[int], max_prompt_length: int, bos_token_id: int | None) -> list[int]:
-    """The last `max_prompt_length` tokens of `ids` (P,); a leading BOS stays and counts as one of them."""
+def truncate_prompt(ids: list[int], max_prompt_length: int, begin: list[int]) -> list[int]:
+    """The last `max_prompt_length` tokens of `ids` (P,); what they all begin with (`beginning`) stays and counts."""
     if len(ids) <= max_prompt_length:
         return ids
-    head = ids[:1] if bos_token_id is not None and ids[0] == bos_token_id else []
+    head = begin[:max_prompt_length] if ids[: len(begin)] == begin else []
     return head + ids[len(ids) - (max_prompt_length - len(head)) :]
 
 

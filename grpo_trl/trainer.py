@@ -52,7 +52,7 @@ from .policy import (
     make_reference,
     per_token_logps,
 )
-from .prompts import encode_prompt, truncate_prompt
+from .prompts import beginning, encode_prompt, truncate_prompt
 from .refused import raise_all, uncalled
 from .rollouts import check_finite, make_replica, weights_for_generation
 from .trainer_checks import named_datasets, problems, prompt_problems
@@ -219,7 +219,7 @@ class GRPOTrainer(CollectingTrainer):
         what the rewards see: with `remove_unused_columns` the prompt alone."""
         ids, prompt = encode_prompt(example, self.processing_class, **self.chat_options)
         if self.args.max_prompt_length is not None:
-            ids = truncate_prompt(ids, self.args.max_prompt_length, self.processing_class.bos_token_id)
+            ids = truncate_prompt(ids, self.args.max_prompt_length, beginning(self.processing_class))
         columns = {} if self.args.remove_unused_columns else example
         return Prompt(ids, {**columns, "prompt": prompt}, draw)
 

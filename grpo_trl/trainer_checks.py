@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 from huggingface_hub import get_token
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
 from transformers.integrations import get_reporting_integration_callbacks
@@ -17,6 +17,7 @@ from .config import GRPOConfig, mapping
 from .placement import is_zero3
 from .prompts import check_prompt_dataset, check_template_kwargs, encode_prompt, first_rows
 from .rewards import check_rewards
+from .rewards.registry import reads_gold
 from .rewards.rows import RESERVED
 from .rollouts import check_engine
 from .rollouts.transformers_cb import check_options
@@ -72,6 +73,7 @@ def problems(
         )
     if is_zero3(args.deepspeed_plugin):
         found += zero3_problems(args.ref_device)
+    found += gold_problems(rewards, datasets["train_dataset"], args.remove_unused_columns)
     if isinstance(datasets["train_dataset"], IterableDataset) and args.max_steps <= 0:
         found.append("train_dataset is a stream, whose length is not known; set max_steps.")
     found += _errors_of(
@@ -111,6 +113,21 @@ def reference_problems(model: Any, args: GRPOConfig, with_adapter: bool) -> list
             "leave quantization_config out of ref_model_init_kwargs, or set sync_ref_model=False."
         )
     return found
+
+
+def gold_problems(rewards: list[Any], dataset: Any, remove_unused_columns: bool | None) -> list[str]:
+    """Rewards that compare with a gold answer, where no row has one: they would say nothing about any completion."""
+    reading = [reward if isinstance(reward, str) else reward.__name__ for reward in rewards if reads_gold(reward)]
+    if not reading or not isinstance(dataset, Dataset):  # rows of a list or a stream may differ
+        return []
+    columns = ["prompt"] if remove_unused_columns else dataset.column_names
+    if {"answer", "solution"} & set(columns):
+        return []
+    return [
+        f"{' and '.join(reading)}: train_dataset has neither a column 'answer' nor 'solution' to compare with; its "
+        f"columns are {', '.join(columns)}{' (remove_unused_columns=True)' if remove_unused_columns else ''}. Rename "
+        "the right one with dataset.rename_column(name, 'answer') (in a recipe: output), or use another reward."
+    ]
 
 
 def zero3_problems(ref_device: str | dict | None) -> list[str]:

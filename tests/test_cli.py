@@ -84,7 +84,7 @@ def test_yaml_gives_all_three_groups_of_fields(write):
     [
         ("lora_r", [8], "a whole number"),
         ("lora_dropout", [0.1], "a number"),
-        ("load_in_4bit", "yes", "True or False"),
+        ("load_in_4bit", [True], "True or False"),
         ("model_name_or_path", 5, "text or nothing"),
     ],
 )

@@ -13,6 +13,7 @@ from datasets import Dataset, IterableDataset
 from grpo_trl import checkpoint
 from grpo_trl.batch import Group, Prompt, RolloutBatch
 from grpo_trl.config import GRPOConfig
+from grpo_trl.fingerprint import data_fingerprint
 from grpo_trl.loader import IndexedPrompts, RolloutLoader, StreamedPrompts
 from grpo_trl.prompts import epoch_order
 
@@ -632,3 +633,9 @@ def test_a_stream_has_no_length():
         len(made.dataset)
     made.set_epoch(3)  # has nothing to go to
     assert made.position == 0
+
+
+def test_datasets_are_told_apart_by_their_rows():
+    rows = [{"prompt": "a", "extra": {1: 2, "b": [(3, None)]}}]
+    same = [{"extra": {"b": [[3, None]], 1: 2}, "prompt": "a"}]
+    assert data_fingerprint(rows) == data_fingerprint(same) != data_fingerprint([{"prompt": "a", "extra": {1: 3}}])

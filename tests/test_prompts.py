@@ -1,9 +1,11 @@
 """Prompts -> token ids with one BOS in each form; the length limit; the order of an epoch."""
 
+import json
 import logging
 
 import pytest
 from datasets import Dataset, IterableDataset
+from tokenizers.processors import TemplateProcessing
 
 from grpo_trl.prompts import encode_prompt, epoch_order, limit_prompts, truncate_prompt
 from tests.tiny import BOS, IM_START, tiny_tokenizer
@@ -68,6 +70,17 @@ def test_templated_text_is_the_same_as_its_messages():
     assert len(tokenizer(text)["input_ids"]) == len(encode(text, tokenizer)[0]) + 1  # the trap: two BOS
 
 
+@pytest.mark.parametrize("prompt", ["Hi", "<|bos|><|endoftext|>Hi", [USER]])
+def test_several_tokens_that_begin_each_text_stand_there_once(prompt):
+    tokenizer = tiny_tokenizer()
+    special = [(name, tokenizer.convert_tokens_to_ids(name)) for name in ("<|bos|>", "<|endoftext|>")]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|bos|> <|endoftext|> $A", special_tokens=special
+    )
+    ids, _ = encode(prompt, tokenizer)
+    assert ids[:2] == [id_ for _, id_ in special] and set(ids[2:]).isdisjoint(ids[:2])
+
+
 def test_tokenizer_without_bos_gets_none():
     tokenizer = tiny_tokenizer(bos=False)
     assert text_of(encode("Hi", tokenizer)[0], tokenizer) == "Hi"
@@ -84,7 +97,7 @@ def test_gpt2_names_a_bos_but_adds_none():
 def test_eos_is_never_added():
     tokenizer = tiny_tokenizer(chat=False, pair=True)  # its post-processor ends every text with [SEP], its EOS
     assert tokenizer("Hi")["input_ids"][-1] == tokenizer.eos_token_id
-    assert text_of(encode("Hi", tokenizer)[0], tokenizer) == "Hi"
+    assert text_of(encode("Hi", tokenizer)[0], tokenizer) == "[CLS]Hi"
 
 
 # --- templates
@@ -131,7 +144,17 @@ def test_chat_template_kwargs_and_those_of_a_row(tokenizer):
     assert text_of(encode([USER], tokenizer, columns=kwargs)[0], tokenizer).endswith(closed)
     row = {"chat_template_kwargs": {"enable_thinking": True}}
     assert not text_of(encode([USER], tokenizer, columns=row, **kwargs)[0], tokenizer).endswith(closed)
-    # None is what Arrow puts where a row has no such key, or no such column
+    # None is what Arrow puts where a row has no such key, or no such column, or another row's tool has others
+    tokenizer.chat_template = "{{ tools_of_mine | tojson }}"
+    tools = [[{"type": "x", "properties": {name: {"type": "string"}}}] for name in "ab"]
+    rows = Dataset.from_list([{"chat_template_kwargs": {"tools_of_mine": each}} for each in tools])
+    texts = [text_of(encode([USER], tokenizer, columns=row)[0], tokenizer) for row in rows]
+    assert texts == [json.dumps(each) for each in tools]
+
+
+def test_a_row_without_chat_template_kwargs_has_those_of_all(tokenizer):
+    closed = "<think>\n\n</think>\n\n"
+    kwargs = {"chat_template_kwargs": {"enable_thinking": False}}
     for empty in (None, {"enable_thinking": None, "other": None}):
         row = {"chat_template_kwargs": empty}
         assert text_of(encode([USER], tokenizer, columns=row, **kwargs)[0], tokenizer).endswith(closed)
@@ -149,6 +172,12 @@ def test_keys_that_arrow_filled_with_none_do_not_reach_the_template(tokenizer):
 def test_a_conversation_needs_a_chat_template():
     with pytest.raises(ValueError, match=r"has no chat template.*instruct model"):
         encode([USER], tiny_tokenizer(chat=False))
+
+
+def test_a_last_message_that_the_template_changes_cannot_be_continued(tokenizer):
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content | upper }}{% endfor %}"
+    with pytest.raises(ValueError, match=r"chat template refuses the prompt .*\(roles: user, assistant\): "):
+        encode([USER, {"role": "assistant", "content": "Well,"}], tokenizer)
 
 
 def test_messages_that_the_template_refuses(tokenizer):
@@ -169,11 +198,13 @@ def test_what_is_no_prompt(tokenizer, prompt):
 
 
 def test_truncation_keeps_the_end_and_the_bos():
-    assert truncate_prompt([9, 1, 2, 3], 4, None) == [9, 1, 2, 3]
-    assert truncate_prompt([9, 1, 2, 3], 2, None) == [2, 3]
-    assert truncate_prompt([9, 1, 2, 3], 2, 9) == [9, 3]
-    assert truncate_prompt([9, 1, 2, 3], 1, 9) == [9]
-    assert truncate_prompt([9, 1, 2, 3], 2, 1) == [2, 3]  # a BOS that is not first is an ordinary token
+    assert truncate_prompt([9, 1, 2, 3], 4, []) == [9, 1, 2, 3]
+    assert truncate_prompt([9, 1, 2, 3], 2, []) == [2, 3]
+    assert truncate_prompt([9, 1, 2, 3], 2, [9]) == [9, 3]
+    assert truncate_prompt([9, 1, 2, 3], 1, [9]) == [9]
+    assert truncate_prompt([9, 1, 2, 3], 2, [1]) == [2, 3]  # a BOS that is not first is an ordinary token
+    assert truncate_prompt([9, 8, 1, 2, 3], 3, [9, 8]) == [9, 8, 3]
+    assert truncate_prompt([9, 8, 1, 2, 3], 1, [9, 8]) == [9]
 
 
 ROWS = [{"prompt": "ab"}, {"prompt": "abcd"}, {"prompt": "abc"}, {"prompt": "abcdef"}]

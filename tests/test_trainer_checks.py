@@ -11,6 +11,7 @@ from transformers import Trainer, TrainingArguments
 
 from grpo_trl import GRPOTrainer
 from grpo_trl.refused import UNCALLED
+from grpo_trl.rewards import exact_match
 from tests.test_trainer import adapter, config, dataset, logged, reward_vowels, trainer
 from tests.tiny import save, tiny_model, tiny_reward_model, tiny_tokenizer
 
@@ -45,6 +46,21 @@ def test_all_that_is_wrong_is_said_before_a_model_is_loaded(tmp_path):
         ({"ref_device": {"": 77}}, "ref_device: device 77 does not exist"),
         ({"eval_strategy": "epoch"}, "eval_strategy or eval_on_start asks for evaluation, .*pass one"),
         ({"eval_on_start": True}, "there is no eval_dataset; pass one"),
+        (
+            {
+                "rewards": ["accuracy", reward_vowels, exact_match],
+                "data": Dataset.from_dict({"prompt": ["a"], "label": ["b"]}),
+            },
+            "accuracy and exact_match: train_dataset has neither .*; its columns are prompt, label. Rename",
+        ),
+        (
+            {
+                "rewards": "reasoning_accuracy_reward",
+                "remove_unused_columns": True,
+                "data": Dataset.from_dict({"prompt": ["a"], "answer": ["b"]}),
+            },
+            r"reasoning_accuracy_reward: train_dataset has neither .*prompt \(remove_unused_columns=True\)",
+        ),
         ({"report_to": ["wandbb"]}, "wandbb is not supported, only .*wandb"),
         ({"report_to": ["azure_ml"]}, r"report_to=\['azure_ml'\]: .*pip install azureml-sdk"),
         ({"push_to_hub": True}, "push_to_hub=True needs a token: .*HF_TOKEN"),

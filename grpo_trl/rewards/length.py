@@ -20,7 +20,7 @@ class LengthPenalty:
     def __init__(self, max_completion_length: int):
         self.max_completion_length = max_completion_length
 
-    def __call__(self, completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
+    def __call__(self, /, completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
         return [-min(len(ids) / self.max_completion_length, 1.0) for ids in completion_ids]
 
 

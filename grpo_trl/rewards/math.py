@@ -47,6 +47,7 @@ class AccuracyReward:
 
     def __call__(
         self,
+        /,  # a column may be called self
         completions: list[Any],
         answer: list[Any] | None = None,
         solution: list[Any] | None = None,
@@ -88,7 +89,7 @@ class ReasoningAccuracyReward(AccuracyReward):
 
     __name__ = "reasoning_accuracy"
 
-    def __call__(self, completions: list[Any], **kwargs: Any) -> list[float | None]:
+    def __call__(self, /, completions: list[Any], **kwargs: Any) -> list[float | None]:
         answers = [text if THINK_END in text else "" for text in reasoned_texts(completions)]
         return super().__call__(answers, **kwargs)
 

@@ -10,7 +10,12 @@ from sympy.core.function import AppliedUndef
 
 SIGNAL_TIMEOUT = 3  # seconds; math-verify's own, per parse and per comparison
 
-_NUMBER = re.compile(r"[$€£]?\s*[-+]?\s*[$€£]?(?:\d[\d,]*|\d{1,3}(?: \d{3})+)?(?:\.\d+)?\s*[%$€£]?")
+# "3,5" is none but a list
+_NUMBER = re.compile(r"[$€£]?\s*[-+]?(?:\d+|\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+)?(?:\.\d+)?\s*[%$€£]?")
+_SIGN = re.compile(r"^([$€£]?)\s*([-+])\s*[$€£]?\s*(?=[\d.])")  # math-verify loses that of "- 5" and of "-$5"
+_THOUSANDS = re.compile(r"(?<![\d,])\d{1,3}(?:(?:,|\{,\})\d{3})+(?![\d,])")
+_FACTOR = re.compile(r"(?<=[\d)])\s*(?=\(\s*[\d.]+\s*\))")  # math-verify reads "2(26)" as 2 + 26
+_NUMBER_AS_TEXT = re.compile(r"\\(?:text(?:bf|it|rm)?|math(?:bf|it|rm)|mbox)\s*\{(\s*[-$]?\d[^{}]*)\}")
 _MACRO = re.compile(r"\\(?:text|mathrm|mbox|begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+")
 # letters between spaces and the marks of a text, or many: "xy" in "2xy + 3" is a product
 _WORD = re.compile(r"""(?<![^\s("'])[A-Za-z]{2,}(?![^\s,.:;!?'")])|[A-Za-z]{4,}""")
@@ -48,7 +53,8 @@ def _equations(parsed: tuple) -> list[Any]:
 @lru_cache(maxsize=1024)
 def _parse(answer: str, symbols: bool) -> tuple:
     """Expressions in an answer. A bare formula is boxed first: math-verify reads `2^{10}` as 2 and `(1, 2)` as 2."""
-    answer = answer.replace(r"\$", "$").replace("\N{MINUS SIGN}", "-").strip().strip("*").rstrip(".").removeprefix("+")
+    answer = answer.replace(r"\$", "$").replace("\N{MINUS SIGN}", "-").strip().strip("*").rstrip(".")
+    answer = _SIGN.sub(r"\1\2", _NUMBER_AS_TEXT.sub(r"\1", answer).strip()).removeprefix("+")
     formula = _formula(answer, symbols)
     if formula:
         parsed = parse(f"\\boxed{{{formula}}}", parsing_timeout=SIGNAL_TIMEOUT)
@@ -63,4 +69,6 @@ def _formula(answer: str, symbols: bool) -> str | None:
     formula = formula if symbols else _ATTACHED_UNIT.sub("", formula)
     if "\n" in answer or _NUMBER.fullmatch(formula) or _WORD.search(_MACRO.sub(" ", formula)):
         return None
-    return formula
+    if "=" in formula:  # alone, "1,000" is a number for math-verify, and in an equation a list
+        formula = _THOUSANDS.sub(lambda number: re.sub("[{},]", "", number.group()), formula)
+    return _FACTOR.sub(r"\\cdot ", formula)

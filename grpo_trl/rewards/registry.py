@@ -11,7 +11,7 @@ from trl.trainer.utils import get_callable_name
 
 from .format import answer_format, think_format
 from .length import LengthPenalty, repetition, soft_overlong
-from .math import accuracy, exact_match, reasoning_accuracy
+from .math import AccuracyReward, accuracy, exact_match, reasoning_accuracy
 from .trl_functions import adapt_trl_function
 
 RewardFunction = Callable[..., Any]
@@ -27,6 +27,7 @@ REWARDS: dict[str, Callable[[int], RewardFunction]] = {
     "repetition": repetition,
     "length": LengthPenalty,
 }
+GOLD_READERS = ("accuracy", "reasoning_accuracy", "exact_match")
 # what a recipe of TRL's script may say -> the name of REWARDS that stands for it; docs/rewards.md has the differences
 TRL_NAMES = {
     "accuracy_reward": "accuracy",
@@ -62,6 +63,11 @@ def resolve_reward(spec: str | RewardFunction, *, max_completion_length: int) ->
             "its dotted path (package.module.function); for a reward model use RewardModel(path)."
         )
     return _import_function(spec, module_name, attribute)
+
+
+def reads_gold(spec: str | RewardFunction) -> bool:
+    """Whether it is one of ours that compares with the columns `answer` and `solution`."""
+    return spec is exact_match or isinstance(spec, AccuracyReward) or TRL_NAMES.get(str(spec), spec) in GOLD_READERS
 
 
 def reward_name(func: RewardFunction) -> str:

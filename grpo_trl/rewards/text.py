@@ -15,6 +15,7 @@ _BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|[{}]")
 _ANSWER_PHRASE = re.compile(r"answer(?:\s+is|\s*:)[\s:]*([^\n]+)", re.IGNORECASE)
 _TEXT_MACRO = re.compile(r"\\(?:text(?:bf|it|rm)?|math(?:bf|it|rm)|mbox)\s*\{([^{}]*)\}")
 _OPTION = re.compile(r"\(([a-z])\)")
+_INLINE = re.compile(r"\$+([^$]+)\$+|\\\(([^\\]+)\\\)")  # $x$, \(x\)
 
 
 Messages = list[dict[str, Any]]
@@ -112,9 +113,11 @@ def stated_answer(text: str) -> str:
 def normalize_text(text: str) -> str:
     r"""Case, white space, emphasis, quotes and what ends a sentence do not count: ' The  **Nile**. ' -> 'the nile'.
 
-    `\text{blue}` is blue and the option (B) is b. Other signs stay: [0, 1) is not (0, 1], 5! and .5 are not 5.
+    `\text{blue}` is blue, `$x$` is x and the option (B) is b. Other signs stay: [0, 1) is not (0, 1], 5! and .5 are
+    not 5.
     """
-    text = " ".join(_TEXT_MACRO.sub(r"\1", text).replace("**", "").casefold().split())
+    text = _INLINE.sub(r"\1\2", _TEXT_MACRO.sub(r"\1", text))
+    text = " ".join(text.replace("**", "").casefold().split())
     text = text.rstrip(" .,;:").strip(" \"`'")
     option = _OPTION.fullmatch(text)
     return option.group(1) if option else text

@@ -7,7 +7,7 @@ import time
 import pytest
 from trl.rewards import accuracy_reward as trl_accuracy_reward
 
-from grpo_trl.rewards import AccuracyReward, accuracy, final_answer
+from grpo_trl.rewards import AccuracyReward, LengthPenalty, accuracy, final_answer, reasoning_accuracy
 
 GOLD = "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\nShe sold 48+24 = <<48+24=72>>72 clips.\n#### 72"
 
@@ -126,6 +126,38 @@ def test_trl_gives_zero_or_raises_where_ours_is_right():
         ("B", "\\boxed{\\textbf{(C)}}", 0.0),
         ("A", "The answer is B", 0.0),
         ("blue", "\\boxed{\\text{blue}}", 1.0),
+        # lists without spaces are lists, and thousands numbers, in equations too
+        ("-2,1", "\\boxed{-2, 1}", 1.0),
+        ("-2,1", "\\boxed{1,-2}", 1.0),
+        ("-2,1", "\\boxed{-2.1}", 0.0),
+        ("0,1", "\\boxed{10\\%}", 0.0),
+        ("1,2,3", "\\boxed{1,2}", 0.0),
+        ("1,3,5,7,9", "\\boxed{1,3,5,7}", 0.0),
+        ("3, 5", "\\boxed{3,5}", 1.0),
+        ("10,000", "\\boxed{10000}", 1.0),
+        ("1000", "#### x = 1,000", 1.0),
+        ("1000", "<answer>$500 * 2 = $1,000</answer>", 1.0),
+        ("1000", "#### $2,000 - $1,000 = $1,000", 1.0),
+        ("1000", "\\boxed{x = 1{,}000}", 1.0),
+        ("1000", "\\boxed{x = 1,001}", 0.0),
+        # a number before brackets is a factor
+        ("52", "\\boxed{2(26)=52}", 1.0),
+        ("52", "<answer>50 + 2(1) = 52</answer>", 1.0),
+        ("28", "\\boxed{2(26)}", 0.0),
+        # signs before blanks and currencies count
+        ("5", "\\boxed{- 5}", 0.0),
+        ("5", "\\boxed{- $5}", 0.0),
+        ("-5", "\\boxed{-$5}", 1.0),
+        ("-5", "\\boxed{- 5}", 1.0),
+        ("-5", "\\boxed{$- 5$}", 1.0),
+        ("-10", "#### -$10", 1.0),
+        ("72", "\\boxed{\\text{72 clips}}", 1.0),
+        ("72", "\\boxed{\\textbf{73 clips}}", 0.0),
+        # letters between the marks of a formula
+        ("C", "The answer is $C$.", 1.0),
+        ("C", "The answer is \\(C\\).", 1.0),
+        ("C", "\\boxed{$D$}", 0.0),
+        ("even", "$\\text{even}$", 1.0),
         # no gold answer
         (None, "72", None),
         ("", "72", None),
@@ -133,6 +165,12 @@ def test_trl_gives_zero_or_raises_where_ours_is_right():
 )
 def test_equality(gold, completion, expected):
     assert accuracy([completion], answer=[gold]) == [expected]
+
+
+def test_a_column_may_be_called_self():
+    assert accuracy(["72"], answer=["72"], **{"self": [1]}) == [1.0]
+    assert reasoning_accuracy(["</think>72"], answer=["72"], **{"self": [1]}) == [1.0]
+    assert LengthPenalty(10)(completion_ids=[[1]], **{"self": [1]}) == LengthPenalty(10)(completion_ids=[[1]])
 
 
 def test_column_answer_is_read_before_solution_row_by_row():

@@ -1,6 +1,6 @@
 """Evaluation of a set of prompts: which rank samples what, and how the results are summed up."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from math import ceil
 from typing import Any
 
@@ -21,10 +21,12 @@ def evaluate_sets(
     judged by, when no set is named. `fit` is applied to each, once it is known to be a set of prompts.
 
     Raises:
-        ValueError: there is no set, or one has no prompts.
+        ValueError: there is no set, one has no prompts, or a name is none.
     """
     if datasets is None or (isinstance(datasets, dict) and not datasets):
         raise ValueError("evaluate() needs an eval_dataset; pass one here or to GRPOTrainer.")
+    if isinstance(datasets, dict):
+        check_set_names(datasets)
     named = datasets if isinstance(datasets, dict) else {"": datasets}
     metrics: dict[str, float] = {}
     for name, dataset in named.items():
@@ -42,6 +44,17 @@ def evaluate_sets(
         trainer.log(dict(mean))
         metrics |= mean
     return metrics
+
+
+def check_set_names(names: Iterable[Any]) -> None:
+    """Raises ValueError unless each can stand in the names of metrics and files, and be told from the others there."""
+    files: dict[str, str] = {}
+    for name in names:
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"eval_dataset: the name {name!r} of a set must be a text that is not empty.")
+        other = files.setdefault(name.replace("/", "_"), name)
+        if other != name:
+            raise ValueError(f"eval_dataset: {other!r} and {name!r} would have the same file of completions.")
 
 
 def evaluate_prompts(trainer: Any, dataset: Any) -> tuple[dict[str, float], list[dict[str, Any]]]:

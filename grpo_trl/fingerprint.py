@@ -2,8 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
 from typing import Any
+
+from .jsonable import with_text_keys
 
 MAX_ROWS = 1000
 
@@ -16,12 +17,7 @@ def data_fingerprint(dataset: Any) -> str:
     digest = hashlib.sha256(str(len(dataset)).encode())
     for i in range(min(len(dataset), MAX_ROWS)):
         row = dataset[i * len(dataset) // min(len(dataset), MAX_ROWS)]
-        digest.update(json.dumps(_named(row), sort_keys=True, default=lambda value: type(value).__name__).encode())
+        digest.update(
+            json.dumps(with_text_keys(row), sort_keys=True, default=lambda value: type(value).__name__).encode()
+        )
     return digest.hexdigest()[:16]
-
-
-def _named(value: Any) -> Any:
-    """With keys of text: JSON knows few others, and no order of several kinds."""
-    if isinstance(value, Mapping):
-        return {str(key): _named(inner) for key, inner in value.items()}
-    return [_named(inner) for inner in value] if isinstance(value, list | tuple) else value

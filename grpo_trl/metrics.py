@@ -1,6 +1,7 @@
 """Metrics leave the step as (sum, count) tensors and are reduced over ranks once, at log time."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -110,7 +111,10 @@ def _is_min(name: str) -> bool:
 
 
 def _total(rows: list[tuple[Value, ...]]) -> tuple[float, ...]:
-    return tuple(sum(float(value) for value in column) for column in zip(*rows, strict=True))
+    """Without what is not finite, as in TRL: of an update that was skipped for it, or the log would have a hole."""
+    numbers = [tuple(map(float, row)) for row in rows]
+    finite = [row for row in numbers if all(map(math.isfinite, row))]
+    return tuple(map(sum, zip(*finite, strict=True))) if finite else (0.0,) * len(rows[0])
 
 
 def record_rollout(
@@ -147,6 +151,12 @@ def completion_rows(
                 f"log_extra({column!r}, ...) was given {len(values)} values for {len(rewards_per_func)} completions; "
                 "give one per completion."
             )
+    names = Counter(["step", "prompt", "completion", "advantage", *reward_names, *extra])
+    if twice := [name for name, count in names.items() if count > 1]:
+        raise ValueError(
+            f"The table of completions would have two columns {', '.join(twice)}; call the reward, or the column of "
+            "log_extra, otherwise."
+        )
     texts = [(group.prompt.example["prompt"], completion) for group in groups for completion in group.completions]
     return [
         {

@@ -17,6 +17,7 @@ from trl.trainer.utils import get_config_model_id
 from . import checkpoint, manifest
 from .callbacks import PROMPT_MEMORY_NAME, read_parquet, write_parquet
 from .config import GRPOConfig
+from .jsonable import with_text_keys
 from .loader import RolloutLoader
 from .metrics import Metrics
 from .policy import FrozenReference, Reference, causal_lm
@@ -122,7 +123,7 @@ class ResumableTrainer(Trainer):
             "dynamic_sampling": self.dynamic_sampler.state_dict(),
             "sampling_is_exact": self._sampling_is_exact,
             # a reward may have added columns of any kind
-            "completions_log": json.loads(json.dumps(self.completions_log, default=str)),
+            "completions_log": json.loads(json.dumps(with_text_keys(self.completions_log), default=str)),
             "evaluation_is_due": self._evaluation_is_due,
             # transformers starts these anew at each `train()`
             "tr_loss": self._tr_loss.item(),

@@ -130,7 +130,8 @@ class GRPOTrainer(CollectingTrainer):
         refused = {"tools": tools, "rollout_func": rollout_func, "environment_factory": environment_factory}
         with_adapter = peft_config is not None or isinstance(model, PeftModel)
         datasets = named_datasets(train_dataset, eval_dataset)
-        found = problems(model, args, specs, reward_processing_classes, datasets, with_adapter, refused)
+        sets = eval_dataset if isinstance(eval_dataset, dict) else ()
+        found = problems(model, args, specs, reward_processing_classes, datasets, sets, with_adapter, refused)
         raise_all(found + uncalled(type(self), GRPOTrainer))
 
         self.processing_class = processing_class = load_tokenizer(model, args, processing_class)
@@ -395,10 +396,10 @@ class GRPOTrainer(CollectingTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the metrics of the steps since the last log, reduced over ranks, to transformers' own."""
-        training = "loss" in logs
+        training = "loss" in logs or "train_loss" in logs  # the latter at the end, as in TRL
         if training:
             logs |= self.metrics.reduce(gather_object) | {"num_tokens": self.num_tokens}
-            if self.is_deepspeed_enabled and self.loader.skips_update:
+            if self.is_deepspeed_enabled and self.loader.skips_update and "loss" in logs:
                 logs["grad_norm"] = 0.0  # the engine still has that of the update before
         super().log(logs, start_time)
         if training and self.args.log_completions:

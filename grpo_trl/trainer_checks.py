@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from .assembly import device_map, filter_named
 from .config import GRPOConfig, mapping
+from .evaluation import check_set_names
 from .placement import is_zero3
 from .prompts import check_prompt_dataset, check_template_kwargs, encode_prompt, first_rows
 from .rewards import check_rewards
@@ -39,6 +40,7 @@ def problems(
     rewards: list[Any],
     reward_processing_classes: Any,
     datasets: dict[str, Any],
+    sets: Iterable[Any],
     with_adapter: bool,
     refused: dict[str, Any],
 ) -> list[str]:
@@ -54,7 +56,7 @@ def problems(
             "eval_strategy or eval_on_start asks for evaluation, but there is no eval_dataset; pass one, or set "
             "eval_strategy='no' and eval_on_start=False."
         )
-    named = [name.split("'")[1] for name in datasets if name.startswith("eval_dataset '")]
+    named = list(sets)
     best = (args.metric_for_best_model or "").removeprefix("eval_")
     if named and best.startswith("rewards/"):
         found.append(
@@ -79,6 +81,7 @@ def problems(
     found += _errors_of(
         partial(check_output_dir, args.output_dir),
         partial(check_services, args),
+        partial(check_set_names, sets),
         partial(check_path, model),
         partial(check_architecture, model, "model"),
         partial(check_architecture, args.ref_model_name_or_path, "ref_model_name_or_path"),

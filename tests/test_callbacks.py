@@ -1,4 +1,5 @@
 import math
+import os
 import random
 import re
 import subprocess
@@ -36,6 +37,8 @@ from grpo_trl.cli import parse_recipe
 from grpo_trl.config import GRPOConfig
 from tests import tiny
 from tests.fields import FIELD_NAMES
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 class PlainTrainer(Trainer):
@@ -178,6 +181,11 @@ def test_evaluation_rewards_are_drawn(tmp_path, five_steps, name, drawn):
     assert bool(panels(tmp_path / "plot.png")[1] > five_steps[1] + 100) is drawn
 
 
+def test_names_are_no_formulas(tmp_path, five_steps):
+    plot_metrics([*history(5), {"step": 3, r"eval_a$\foo$_reward": 0.9}], tmp_path / "plot.png")
+    assert panels(tmp_path / "plot.png")[1] > five_steps[1] + 100
+
+
 def test_kl_part_is_drawn_with_its_weight(tmp_path, five_steps):
     plot_metrics(history(5), tmp_path / "with.png", beta=0.01)
     assert panels(tmp_path / "with.png")[0] > five_steps[0] + 50
@@ -251,6 +259,39 @@ def test_conversations_are_written_as_such(tmp_path, capsys):
     assert frame["completion"][0][0] == {"role": "assistant", "content": "world"}
 
 
+@pytest.mark.parametrize("arguments", ["x=1", "[1]", [1], 3, {"q": 1}, None])
+def test_whatever_was_sampled_is_printed(tmp_path, capsys, arguments):
+    call = {"type": "function", "function": {"name": "search", "arguments": arguments}}
+    answer = {
+        "role": "assistant",
+        "content": "half \ud83d[/b]",
+        "tool_calls": [call],
+        "reasoning_content": "so \x1b[2J",
+    }
+    rows = [
+        {"prompt": [{"role": "user", "content": "hello"}], "completion": [answer], "accuracy": 1.0, "advantage": 0.0},
+        {"prompt": "hello", "completion": [{"role": "assistant", "content": None, "tool_calls": None}],
+         "accuracy": 1.0, "advantage": 0.0, "after [/think]": [{"role": None}]},
+    ]  # fmt: skip
+    log_completions(rows, args=make_args(tmp_path), state=TrainerState(global_step=3), mark="eval_[/x]")
+    printed = capsys.readouterr().out
+    for text in ("Step 3 eval_[/x]", "after [/think]", "half \\ud83d[/b]", "so \\x1b[2J", "search", "ASSISTANT"):
+        assert text in printed
+
+
+def test_a_terminal_that_does_not_know_unicode(tmp_path):
+    program = (
+        "from grpo_trl.callbacks import log_completions\n"
+        "from types import SimpleNamespace as N\n"
+        "row = {'prompt': 'a', 'completion': 'caf\\u00e9 \\ufffd', 'accuracy': 1.0, 'advantage': 0.0}\n"
+        f"args = N(output_dir={str(tmp_path)!r}, generation_batch_size=1, num_completions_to_print=1, report_to=[])\n"
+        "log_completions([row], args=args, state=N(global_step=1))\n"
+    )
+    own = {"PYTHONIOENCODING": "latin-1", "PYTHONPATH": str(ROOT)}
+    run = subprocess.run([sys.executable, "-c", program], env=os.environ | own, capture_output=True, check=True)
+    assert b"caf\xe9 \\ufffd" in run.stdout
+
+
 def test_without_rows_nothing_is_written(tmp_path, capsys):
     log_completions([], args=make_args(tmp_path), state=TrainerState(global_step=3))
     assert capsys.readouterr().out == ""
@@ -288,6 +329,14 @@ def tracker(request, monkeypatch):
     module.Table, module.log = (lambda dataframe: dataframe), module.sent.append
     monkeypatch.setitem(sys.modules, request.param, module)
     return module
+
+
+@pytest.mark.parametrize("tracker", ["wandb"], indirect=True)
+def test_trackers_get_half_a_character_as_text(tmp_path, tracker):
+    rows = [{**row, "completion": "\ud83d"} for row in completion_rows()]
+    args = make_args(tmp_path, report_to="wandb", num_completions_to_print=0)
+    log_completions(rows, args=args, state=TrainerState(global_step=3))
+    assert tracker.sent[0]["completions"]["completion"].tolist() == ["\\ud83d"] * 2
 
 
 @pytest.mark.parametrize("unique", [False, True])

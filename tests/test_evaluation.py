@@ -210,6 +210,19 @@ def test_the_order_of_the_records_does_not_matter():
     assert summary(*results) == summary(*reversed(results)) == summary(*results[1::2], *results[::2])
 
 
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        ({"": [], "b": []}, "the name '' of a set must be a text that is not empty"),
+        ({0: []}, "the name 0 of a set must be a text"),
+        ({"a/b": [], "a_b": []}, "'a/b' and 'a_b' would have the same file"),
+    ],
+)
+def test_names_of_sets_that_are_none(sets, message):
+    with pytest.raises(ValueError, match=message):
+        evaluation.evaluate_sets(None, sets, "eval")
+
+
 # ---- Ranks ----
 
 

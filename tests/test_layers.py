@@ -12,7 +12,7 @@ SOURCE = Path(__file__).resolve().parent.parent / PACKAGE
 
 # Lowest first. A module may import those of lower layers; units of one layer do not import each other.
 LAYERS = [
-    ["algorithm"],
+    ["algorithm", "jsonable"],
     ["batch", "placement", "token_limit", "manifest", "signals", "ranks_exit", "worker", "fingerprint"],
     ["config_types"],
     ["refused", "config_checks", "generation_kwargs"],

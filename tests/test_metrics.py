@@ -212,3 +212,21 @@ def test_completion_rows():
         "answer": "x",
     }
     assert [row["completion"] for row in rows] == ["text 0.0", "text 0.1", "text 1.0", "text 1.1"]
+
+
+def test_an_update_that_is_not_finite_leaves_the_others_in_the_log():
+    metrics = Metrics()
+    for total in (2.0, NAN, torch.tensor(math.inf), 4.0):
+        metrics.add("kl", total, 2)
+    metrics.add("nothing_else", NAN)
+    metrics.add_std("reward_std", torch.tensor([1.0, 3.0]))
+    assert metrics.copy().state_dict()["sums"]["kl"] == (6.0, 4.0)
+    assert metrics.reduce(list) == {"kl": 1.5, "reward_std": pytest.approx(2**0.5)}
+
+
+@pytest.mark.parametrize("name", ["step", "prompt", "completion", "advantage", "a"])
+def test_a_second_column_of_a_name_is_refused(name):
+    with pytest.raises(ValueError, match=f"would have two columns {name}; call"):
+        completion_rows(GROUPS, REWARDS_PER_FUNC, [0.0] * 4, ["a", "b"], {name: "wxyz"})
+    with pytest.raises(ValueError, match="would have two columns prompt; call"):
+        completion_rows(GROUPS, REWARDS_PER_FUNC, [0.0] * 4, ["a", "prompt"], {})

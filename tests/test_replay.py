@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig
 
 from grpo_trl import GRPOTrainer
+from grpo_trl.callbacks import read_parquet
 from grpo_trl.rollouts import dump
 from tests.test_trainer import assert_same, config, dataset, trainer, weights
 
@@ -52,6 +53,20 @@ def replayed(path, source, **options):
 
 
 TWICE = {"num_iterations": 2, "gradient_accumulation_steps": 2, "steps_per_generation": 4, "max_steps": 8}
+
+
+class Halved(GRPOTrainer):
+    def rollout(self, prompts):
+        for group in super().rollout(prompts):
+            group.completions = ["half \ud83d"] * len(group)
+            yield group
+
+
+def test_half_a_character_does_not_end_a_run(tmp_path):
+    run = trainer(tmp_path, cls=Halved, rewards=reward, log_rollouts=True, max_steps=1)
+    run.train()
+    (path,) = (tmp_path / "rollouts").iterdir()
+    assert set(read_parquet(path)["completion"]) == {r"half \ud83d"}
 
 
 @pytest.mark.parametrize(

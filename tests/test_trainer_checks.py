@@ -61,6 +61,7 @@ def test_all_that_is_wrong_is_said_before_a_model_is_loaded(tmp_path):
             },
             r"reasoning_accuracy_reward: train_dataset has neither .*prompt \(remove_unused_columns=True\)",
         ),
+        ({"eval_dataset": {"": dataset()}, "eval_on_start": True}, "the name '' of a set must be a text"),
         ({"report_to": ["wandbb"]}, "wandbb is not supported, only .*wandb"),
         ({"report_to": ["azure_ml"]}, r"report_to=\['azure_ml'\]: .*pip install azureml-sdk"),
         ({"push_to_hub": True}, "push_to_hub=True needs a token: .*HF_TOKEN"),

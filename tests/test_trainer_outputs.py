@@ -64,6 +64,22 @@ def test_completions_of_an_evaluation_are_shown_and_saved(tmp_path, capsys):
     assert [shown.count(f"Step {title} ") for title in ("1", "2 eval_easy", "2 eval_hard")] == [1, 1, 1]
 
 
+def test_what_is_left_at_the_end_is_logged_with_the_training_loss(tmp_path):
+    options = {"num_iterations": 1, "log_completions": True, "max_steps": 5, "num_completions_to_print": 0}
+    every = trainer(tmp_path / "a", logging_steps=1, **options)
+    every.train()
+    run = trainer(tmp_path / "b", logging_steps=3, **options)
+    run.train()
+    third, last = run.state.log_history
+    assert third["step"] == 3 and "train_loss" not in third
+    assert last["step"] == 5 and "train_loss" in last and last["num_tokens"] == logged(every, "num_tokens")[-1]
+    assert last["reward"] == pytest.approx(sum(logged(every, "reward")[3:5]) / 2)
+    assert {"entropy", "policy_loss", "completions/mean_length"} <= last.keys()
+    files = sorted(path.stem for path in (tmp_path / "b" / "completions").iterdir())
+    assert files == ["completions_00003", "completions_00005"]
+    assert "reward" not in every.state.log_history[-1]  # nothing twice
+
+
 # ---- What transformers counts ----
 
 

@@ -4,6 +4,7 @@ import math
 import os
 import random
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet
+from rich.markup import escape
 from transformers import TrainerState
 from transformers.integrations.integration_utils import is_trackio_available, is_wandb_available
 from trl.trainer.utils import print_prompt_completions_sample
 
 FOLDER = "completions"
+_SHOWN = {"role", "content", "reasoning_content", "thinking"}  # of a message; what else it has is shown behind them
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and line feed
 
 
@@ -44,12 +47,12 @@ def log_completions(rows: Sequence[Mapping[str, Any]], *, args: Any, state: Trai
     shown = {name: [values[i] for i in chosen] for name, values in columns.items()}
     if chosen:
         print_prompt_completions_sample(
-            printable(shown["prompt"]),
-            printable(shown["completion"]),
-            {name: [math.nan if value is None else value for value in shown[name]] for name in rewards},
+            _entries(shown["prompt"]),  # pyright: ignore[reportArgumentType] - messages, of which TRL knows one form
+            _entries(shown["completion"]),  # pyright: ignore[reportArgumentType]
+            {escape(name): [math.nan if value is None else value for value in shown[name]] for name in rewards},
             None if None in shown["advantage"] else shown["advantage"],  # an evaluation has none
-            f"{state.global_step} {mark}".strip(),  # pyright: ignore[reportArgumentType] - printed as it is
-            extra={name: printable(shown[name]) for name in extra},
+            escape(f"{state.global_step} {mark}".strip()),  # pyright: ignore[reportArgumentType] - printed as it is
+            extra={escape(name): _entries(shown[name]) for name in extra},
         )
     # the order of TRL's files: advantage last
     table = {name: columns[name] for name in ["prompt", "completion", *rewards, *extra, "advantage"]}
@@ -73,13 +76,33 @@ def read_parquet(path: Path) -> dict[str, list]:
     return pyarrow.parquet.read_table(path).to_pydict()
 
 
-def printable(value: Any) -> Any:
-    """Texts without the control characters by which they could clear or rewrite the terminal; in messages too."""
-    if isinstance(value, str):
-        return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", value)
-    if isinstance(value, list):
-        return [printable(item) for item in value]
-    return {key: printable(item) for key, item in value.items()} if isinstance(value, dict) else value
+def printable(text: str) -> str:
+    """Without the control characters by which a text could clear or rewrite the terminal, and without what its
+    encoding does not have."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    text = text.encode(encoding, "backslashreplace").decode(encoding)
+    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
+def _entries(values: Sequence[Any]) -> list[Any]:
+    """Text or messages in a form of which TRL's printer can make something: tool calls, say, are what was sampled."""
+    return [
+        [_message(message) for message in value]
+        if isinstance(value, list) and value and all(isinstance(message, dict) for message in value)
+        else printable(str(value))
+        for value in values
+    ]
+
+
+def _message(message: Mapping[str, Any]) -> dict[str, str]:
+    reasoning = message.get("reasoning_content") or message.get("thinking")
+    others = {k: v for k, v in message.items() if k not in _SHOWN and v is not None}
+    content = message.get("content")
+    parts = [content if isinstance(content, str) else str(content or ""), str(others) if others else ""]
+    shown = {"role": str(message.get("role") or ""), "content": "\n".join(filter(None, parts))}
+    if reasoning:
+        shown["reasoning_content"] = str(reasoning)
+    return {key: printable(text) for key, text in shown.items()}
 
 
 def _arrow(values: list) -> pa.Array:
@@ -101,7 +124,7 @@ def _log_to_trackers(table: Mapping[str, list], args: Any, key: str) -> None:
     trackers = _active_trackers(args.report_to or [])
     if not trackers:
         return
-    frame = pd.DataFrame(table)
+    frame = pd.DataFrame({name: _arrow(values).to_pylist() for name, values in table.items()})
     if args.log_unique_prompts:
         # prompts may be conversations, lists of dicts, which cannot be hashed: compared as text
         frame = frame[~frame["prompt"].astype(str).duplicated()]

@@ -101,7 +101,7 @@ def _draw_length(ax: Axes, history: History) -> None:
 def _line(ax: Axes, history: History, key: str, label: str, *, color: str, scale: float = 1.0, **style: Any) -> None:
     """One metric: its points joined; when there are many, these faintly and their running mean on top."""
     steps, values = _columns(history, key)
-    values = [scale * value for value in values]
+    values, label = [scale * value for value in values], label.replace("$", r"\$")  # no formula
     if 0 < len(steps) <= FEW_POINTS:
         ax.plot(steps, values, label=label, color=color, **{"marker": "o", "markersize": 3.5, **style})
     elif steps:

@@ -166,7 +166,10 @@ def _tensor(values: list[float | None]) -> Tensor:
 
 
 def _text(value: Any) -> str | None:
-    return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    if value is None:
+        return None
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return text.encode("utf-8", "backslashreplace").decode()  # half of a character, which UTF-8 does not have
 
 
 def _held(folder: Path) -> str:

@@ -56,6 +56,11 @@ def decode_completions(group: Group, tokenizer: PreTrainedTokenizerBase) -> list
     parsed (into reasoning, content, tool calls) where the tokenizer says how."""
     is_text = isinstance(group.prompt.example["prompt"], str)
     if not is_text and getattr(tokenizer, "response_template", None):
-        return [[parse_response(tokenizer, ids, prefix=group.prompt.ids)] for ids in group.completion_ids]
+        eos = tokenizer.eos_token_id  # which parsing takes off by itself, and no other
+        bodies = [
+            ids[:-1] if terminated and ids[-1] != eos else ids
+            for ids, terminated in zip(group.completion_ids, group.terminated, strict=True)
+        ]
+        return [[parse_response(tokenizer, ids, prefix=group.prompt.ids)] for ids in bodies]
     texts = tokenizer.batch_decode(group.completion_ids, skip_special_tokens=True)
     return texts if is_text else [[{"role": "assistant", "content": text}] for text in texts]

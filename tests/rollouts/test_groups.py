@@ -90,6 +90,9 @@ def test_messages_are_parsed_where_the_tokenizer_says_how():
     assert [text.strip() for text in completion_texts(completions)] == ["So 72.", "So 72.", ""]
     assert think_format(completions) == [1.0, 0.0, 0.0]  # what rewards read of the form is as it was written
     assert reasoning_accuracy(completions, answer=["72"] * 3) == [1.0, 0.0, 0.0]
+    rows = [tokenizer("So 72.").input_ids, tokenizer("So 72.<|endoftext|>").input_ids]
+    others = Group(group.prompt, rows, [False, True])  # a second EOS, which is none of the message either
+    assert completion_texts(decode_completions(others, tokenizer)) == ["So 72."] * 2
     group.prompt.example["prompt"] = "q"
     assert decode_completions(group, tokenizer) == texts
 

@@ -93,9 +93,7 @@ class CollectingTrainer(TrainerHooks):
         if wanted % (steps * world_size):
             steps = 1  # groups straddle the optimizer steps
         places = wanted // (steps * world_size)
-        parts = distribute(
-            chosen, steps=steps, per_step=places, rank=rank, world_size=world_size, gather=gather_object
-        )
+        parts = distribute(chosen, steps=steps, rank=rank, world_size=world_size, gather=gather_object)
         free = Scored(blank(size, self.processing_class.pad_token_id), [math.nan] * size, step)
         batch_of: list[Scored] = []
         for part in parts:
@@ -110,13 +108,9 @@ class CollectingTrainer(TrainerHooks):
         self._reference_logps(batch)
         self._record_cost(cost, wanted)
         assert batch.advantages is not None
-        advantages = dict(
-            zip(
-                [scored.group.prompt.draw for scored in batch_of],
-                batch.advantages.view(-1, size).tolist(),
-                strict=True,
-            )
-        )
+        draws = [scored.group.prompt.draw for scored in batch_of]
+        pairs = list(zip(draws, batch.advantages.view(-1, size).tolist(), strict=True))
+        advantages = dict(gather_object(pairs)) if args.log_completions else {}  # of what other ranks sampled too
         groups = [group for part, _ in sampled for group in part]
         if groups:
             self.extra_columns = columns

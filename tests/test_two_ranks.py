@@ -59,7 +59,15 @@ SLOW = (pytest.mark.slow, pytest.mark.ci)
         ),
         pytest.param({"lora": True}, id="lora", marks=SLOW),
         pytest.param(
-            {"dynamic_sampling": True, "dynamic_sampling_filter": "tests.train_on_ranks.odd_draws"},
+            {
+                "dynamic_sampling": True,
+                "dynamic_sampling_filter": "tests.train_on_ranks.odd_draws",
+                # the second pass reshuffles two steps; a quantile is one of a micro-batch
+                "gradient_accumulation_steps": 2,
+                "steps_per_generation": 4,
+                "top_entropy_quantile": 0.4,
+                "optim": "sgd",
+            },
             id="dynamic-sampling",
         ),
         pytest.param({"top_entropy_quantile": 0.4, "entropy_coef": 0.01, "optim": "sgd"}, id="entropy", marks=SLOW),

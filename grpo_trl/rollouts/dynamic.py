@@ -153,37 +153,25 @@ def distribute(
     chosen: list[Scored],
     *,
     steps: int,
-    per_step: int,
     rank: int,
     world_size: int,
     gather: Callable[[list[Any]], list[Any]],
 ) -> list[list[Scored]]:
-    """This rank's groups of each optimizer step, moved between ranks where one has more than its share.
+    """This rank's groups of each optimizer step, whichever rank sampled them.
 
-    A step's groups are the same for any number of ranks: those in order of their draws, dealt out to the steps in
-    turn. Of fewer groups than a full batch each step gets about as many.
+    A step's groups, and their places in it, are the same for any number of ranks: those in order of their draws, dealt
+    out to the steps in turn, and those of a step to the ranks in turn. Of fewer groups than a full batch each step gets
+    about as many.
 
     Args:
         chosen: this rank's groups.
         steps: optimizer steps of the batch.
-        per_step: groups of a step on one rank, at most.
     """
     owners = dict(gather([(scored.group.prompt.draw, rank) for scored in chosen]))
     targets: dict[int, tuple[int, int]] = {}  # draw -> step, rank
     for step in range(steps):
-        draws = sorted(owners)[step::steps]
-        room = dict.fromkeys(range(world_size), per_step)
-        away = []
-        for draw in draws:
-            if room[owners[draw]]:
-                room[owners[draw]] -= 1
-                targets[draw] = (step, owners[draw])
-            else:
-                away.append(draw)
-        for draw in away:
-            target = max(room, key=lambda candidate: room[candidate])
-            room[target] -= 1
-            targets[draw] = (step, target)
+        for place, draw in enumerate(sorted(owners)[step::steps]):
+            targets[draw] = (step, place % world_size)
     leaving = [scored for scored in chosen if targets[scored.group.prompt.draw][1] != rank]
     here = [scored for scored in chosen if targets[scored.group.prompt.draw][1] == rank]
     if any(target != owners[draw] for draw, (_, target) in targets.items()):

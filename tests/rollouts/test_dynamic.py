@@ -3,6 +3,7 @@
 import json
 import threading
 from dataclasses import asdict
+from itertools import zip_longest
 
 import pytest
 import torch
@@ -136,10 +137,7 @@ def run_ranks(fates, world_size, wanted, steps, batches):
         rank, made = world.rank(number), sampler(max_age=3)
         for step in range(batches):
             chosen, cost = fill(made, rank, wanted, step)
-            parts = distribute(
-                chosen, steps=steps, per_step=wanted // steps // world_size, rank=number, world_size=world_size,
-                gather=rank.gather,
-            )  # fmt: skip
+            parts = distribute(chosen, steps=steps, rank=number, world_size=world_size, gather=rank.gather)
             results[number].append((parts, asdict(cost)))
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(world_size)]
@@ -147,10 +145,15 @@ def run_ranks(fates, world_size, wanted, steps, batches):
         thread.start()
     for thread in threads:
         thread.join()
+    # place p of a step is place p // ranks of rank p % ranks
     made_of = [
-        [sorted(draw for rank in results for draw in draws(rank[batch][0][step])) for step in range(steps)]
+        [
+            [draw for places in zip_longest(*(draws(rank[batch][0][step]) for rank in results)) for draw in places]
+            for step in range(steps)
+        ]
         for batch in range(batches)
     ]
+    made_of = [[[draw for draw in step if draw is not None] for step in batch] for batch in made_of]
     shares = [[len(part) for part in rank[batch][0]] for rank in results for batch in range(batches)]
     return made_of, shares, [cost for _, cost in results[0]]
 
@@ -170,7 +173,7 @@ def test_steps_are_the_same_for_any_number_of_ranks(fates):
 def test_a_batch_that_is_not_full_is_spread_over_its_steps():
     rank = World("i").rank(0)
     chosen = [rank.scored(draw, 0) for draw in (3, 1, 2)]
-    parts = distribute(chosen, steps=4, per_step=2, rank=0, world_size=1, gather=rank.gather)
+    parts = distribute(chosen, steps=4, rank=0, world_size=1, gather=rank.gather)
     assert [draws(part) for part in parts] == [[1], [2], [3], []]
 
 

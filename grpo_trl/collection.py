@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers.utils import logging
 
 from .algorithm import AGGREGATIONS, combine_rewards, group_advantages, passed
 from .batch import Group, Prompt, RolloutBatch
@@ -27,7 +27,7 @@ from .rollouts import SamplingParams, decode_completions, dump, ordered_groups
 from .rollouts.dynamic import Cost, Scored, blank, distribute
 from .token_limit import TokenLimit
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)  # of accelerate: speaks on the main process only
 
 # Nats between a log-probability as sampled and that of the update, up to which the first stands for the second
 SAMPLING_GAP = 1e-4
@@ -126,7 +126,9 @@ class CollectingTrainer(TrainerHooks):
             FileNotFoundError, ValueError: there is none, it is of another size, or lacks what this run needs.
         """
         args = self.args
-        path = Path(str(args.replay_rollouts)) / dump.file_name(self.loader.collection, self.accelerator.process_index)
+        folder, collection = Path(str(args.replay_rollouts)), self.loader.collection
+        dump.check_ranks(folder, collection, self.accelerator.num_processes)
+        path = folder / dump.file_name(collection, self.accelerator.process_index)
         rollout = dump.read_rollout(
             path,
             num_generations=args.num_generations,

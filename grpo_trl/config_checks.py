@@ -270,6 +270,13 @@ def _of_liger(args: Any) -> Rows:
 def _of_pieces_and_shards(args: Any) -> Rows:
     return (
         (
+            args.ddp_static_graph
+            and args.world_size > 1
+            and (args.gradient_accumulation_steps > 1 or args.max_tokens_per_microbatch),
+            "ddp_static_graph=True lets DDP do one backward pass per update only; leave it out, or set "
+            "gradient_accumulation_steps=1 and no max_tokens_per_microbatch.",
+        ),
+        (
             args.max_tokens_per_microbatch and args.deepspeed_plugin is not None,
             "max_tokens_per_microbatch cannot be used with DeepSpeed, whose engine would step with every piece; lower "
             "per_device_train_batch_size and raise gradient_accumulation_steps instead.",

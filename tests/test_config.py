@@ -605,3 +605,13 @@ def test_lists_may_be_tuples(config):
 def test_optimizers_that_step_in_backward_take_micro_batches_whole(config):
     with pytest.raises(ValueError, match="max_tokens_per_microbatch cannot be used with optim='lomo'"):
         config(optim="lomo", max_tokens_per_microbatch=99)
+
+
+def test_a_static_graph_of_ddp_has_one_backward_pass_per_update(config, monkeypatch):
+    options = {"ddp_static_graph": True, "gradient_accumulation_steps": 2}
+    assert config(**options).ddp_static_graph  # one rank has no DDP
+    monkeypatch.setattr(GRPOConfig, "world_size", 2)
+    monkeypatch.setattr("grpo_trl.config._set_pg_timeout", lambda timeout: None)
+    with pytest.raises(ValueError, match="ddp_static_graph=True lets DDP do one backward pass per update only"):
+        config(**options)
+    assert config(ddp_static_graph=True).ddp_static_graph

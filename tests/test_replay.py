@@ -55,6 +55,14 @@ def replayed(path, source, **options):
 TWICE = {"num_iterations": 2, "gradient_accumulation_steps": 2, "steps_per_generation": 4, "max_steps": 8}
 
 
+def test_a_rollout_of_another_number_of_ranks(tmp_path):
+    recorded(tmp_path / "a", max_steps=1)
+    (path,) = (tmp_path / "a" / "rollouts").iterdir()
+    path.with_name(dump.file_name(0, 1)).write_bytes(path.read_bytes())
+    with pytest.raises(ValueError, match="collection 0 was written by 2 ranks, and this run has 1; replay it with as"):
+        replayed(tmp_path / "b", tmp_path / "a", max_steps=1)
+
+
 class Halved(GRPOTrainer):
     def rollout(self, prompts):
         for group in super().rollout(prompts):

@@ -125,6 +125,16 @@ def read_rollout(path: Path, *, num_generations: int, pad_token_id: int, mask_tr
     return Rollout(groups, batch, _tensor(table["reward"]), names)
 
 
+def check_ranks(folder: Path, collection: int, world_size: int) -> None:
+    """Raises ValueError where a collection was written by another number of ranks: each would read a part of it."""
+    written = len(list(folder.glob(file_name(collection, 0).replace("rank_0", "rank_*"))))
+    if written not in (0, world_size):
+        raise ValueError(
+            f"{folder}: collection {collection} was written by {written} ranks, and this run has {world_size}; replay "
+            "it with as many."
+        )
+
+
 def replay_problems(batch: RolloutBatch, args: GRPOConfig, path: Path) -> list[str]:
     """Why a batch that was read cannot be trained on with this configuration."""
     expected = args.completions_per_rank

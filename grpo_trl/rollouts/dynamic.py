@@ -160,8 +160,8 @@ def distribute(
     """This rank's groups of each optimizer step, whichever rank sampled them.
 
     A step's groups, and their places in it, are the same for any number of ranks: those in order of their draws, dealt
-    out to the steps in turn, and those of a step to the ranks in turn. Of fewer groups than a full batch each step gets
-    about as many.
+    out to the steps in turn, and those of a step to the ranks in turn. Of fewer groups than a full batch each step
+    gets about as many.
 
     Args:
         chosen: this rank's groups.

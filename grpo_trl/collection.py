@@ -20,7 +20,8 @@ from .algorithm import AGGREGATIONS, combine_rewards, group_advantages, passed
 from .batch import Group, Prompt, RolloutBatch
 from .hooks import TrainerHooks
 from .metrics import Metrics, completion_rows, record_rollout
-from .policy import Reference, ScoredByGroup, evaluation_mode, is_packed, per_token_logps, pieces
+from .policy import Reference, ScoredByGroup, causal_lm, evaluation_mode, is_packed, per_token_logps, pieces
+from .policy.support import dynamic_rope
 from .refused import raise_all
 from .rewards import RewardScorer
 from .rollouts import SamplingParams, decode_completions, dump, ordered_groups
@@ -264,6 +265,7 @@ class CollectingTrainer(TrainerHooks):
             and self.args.sampler_correction is None
             and self.accelerator.mixed_precision == "no"
             and self.model.dtype == torch.float32
+            and dynamic_rope(causal_lm(self.model).config.get_text_config()) is None  # else one rollout says nothing
         )
         return None if candidate else False
 

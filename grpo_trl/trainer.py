@@ -146,6 +146,7 @@ class GRPOTrainer(CollectingTrainer):
         self.reward_names = self.scorer.names
         self.reward_weights = torch.tensor(args.reward_weights or [1.0] * len(self.reward_names))
 
+        self._known_tokens: int | None = getattr(policy.get_input_embeddings(), "num_embeddings", None)
         policy.config.get_text_config().pad_token_id = processing_class.pad_token_id
         policy.generation_config.pad_token_id = processing_class.pad_token_id
         self.train_sampling = train_sampling(args, policy, processing_class)
@@ -221,6 +222,11 @@ class GRPOTrainer(CollectingTrainer):
         ids, prompt = encode_prompt(example, self.processing_class, **self.chat_options)
         if self.args.max_prompt_length is not None:
             ids = truncate_prompt(ids, self.args.max_prompt_length, beginning(self.processing_class))
+        if self._known_tokens is not None and max(ids) >= self._known_tokens:
+            raise ValueError(
+                f"The prompt {prompt!r:.200} has the token {max(ids)}, and the model embeds {self._known_tokens} "
+                "tokens only: give the model's own tokenizer, or call model.resize_token_embeddings first."
+            )
         columns = {} if self.args.remove_unused_columns else example
         return Prompt(ids, {**columns, "prompt": prompt}, draw)
 

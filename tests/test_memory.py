@@ -291,6 +291,21 @@ def test_accumulated_gradients_stay_while_others_are_made(run):
     assert one["activations"] < two["activations"] <= one["activations"] + one["gradients"]
 
 
+@pytest.mark.parametrize(("kind", "max_prompt_length"), [("qwen3", 32), ("qwen3", 400), ("gemma2", 400)])
+def test_generate_is_planned_with_its_pass_over_the_prompts(run, tmp_path, kind, max_prompt_length):
+    """A real rollout under the same counter holds about the same bytes at its peak, in prefill or in the last step."""
+    model = tiny_model(kind, max_position_embeddings=512)
+    model.save_pretrained(path := str(tmp_path / kind))
+    made = run(path=path, rollout_engine="hf_generate", max_prompt_length=max_prompt_length)
+    prepare(model)
+    engine = make_engine("hf_generate", model)
+    prompts = [Prompt([5] * (max_prompt_length - draw), {}, draw) for draw in range(2)]  # else no mask is made
+    with LiveBytes([*model.parameters(), *model.buffers()]) as memory:
+        list(engine.generate(prompts, SamplingParams(4, 64, (), 0, seed=0)))
+    planned = items(made)
+    assert planned["key-value cache"] + planned["decoding"] == pytest.approx(memory.peak, rel=0.25)
+
+
 def test_models_that_must_be_padded_are_planned_so(run, tmp_path):
     tiny_model("gemma2").save_pretrained(tmp_path / "gemma2")
     plan = plan_run(run(path=str(tmp_path / "gemma2")), 2**30)
@@ -368,6 +383,19 @@ def test_a_change_that_a_trainer_would_refuse_is_not_named(run, tmp_path):
     assert {"use_peft", "max_tokens_per_microbatch"} <= set(changes())
     assert "use_peft" not in changes(sync_ref_model=True)
     assert "max_tokens_per_microbatch" not in changes(top_entropy_quantile=0.2)
+
+
+def test_advice_is_left_out_where_the_model_does_not_allow_it(run, tmp_path):
+    tiny_model("mamba").save_pretrained(path := str(tmp_path / "mamba"))
+    planned = run(path=path, max_completion_length=256)
+    plan = plan_run(planned, 2**24)
+    changes = [advice.change.split(":")[0] for advice in ranked_changes(planned, plan, 2**24)]
+    assert changes and "use_peft" not in changes  # whose layers no adapter for all linear ones fits
+
+
+def test_a_map_that_does_not_fit_the_reference_is_refused(run):
+    with pytest.raises(ValueError, match=r"the map {'foo': 'cpu'} does not fit Qwen3ForCausalLM: it has no 'foo'"):
+        plan_run(run(ref_device={"foo": "cpu"}), 2**30)
 
 
 def test_no_advice_where_nothing_is_left_to_change(run):

@@ -190,3 +190,9 @@ def test_weights_are_not_saved_beside_an_adapter(tmp_path):
     with pytest.raises(ValueError, match=r"output_dir=.* holds an adapter, which would be loaded instead"):
         trainer(tmp_path / "out")
     assert trainer(tmp_path / "out", peft=adapter(1)) and trainer(tmp_path / "other")
+
+
+def test_a_token_that_the_model_does_not_embed_is_named(tmp_path):
+    run = trainer(tmp_path, model=tiny_model("qwen3", vocab_size=70))
+    with pytest.raises(ValueError, match=r"The prompt '.*' has the token \d+, and the model embeds 70 tokens only"):
+        run.train()

@@ -28,9 +28,17 @@ def ranked_changes(run: Run, plan: Plan, memory: int | None = None) -> list[Advi
     """
     suggested = [suggestion for suggest in CHANGES if (suggestion := suggest(run)) is not None]
     possible = [(change, changed) for change, changed in suggested if not _refused(run, changed)]
-    advice = [Advice(change, plan_run(changed, memory)) for change, changed in possible]
+    advice = [Advice(change, planned) for change, changed in possible if (planned := _planned(changed, memory))]
     helpful = [each for each in advice if each.plan.fullest.strain < plan.fullest.strain]
     return sorted(helpful, key=lambda each: each.plan.fullest.strain)
+
+
+def _planned(run: Run, memory: int | None) -> Plan | None:
+    """None where the change is not possible with this model, an adapter say."""
+    try:
+        return plan_run(run, memory)
+    except ValueError:
+        return None
 
 
 def _refused(run: Run, changed: Run) -> bool:
@@ -78,7 +86,7 @@ def _lora(run: Run) -> Suggestion:
     if run.policy.peft_config is not None:
         return None
     adapter = LoraConfig(task_type="CAUSAL_LM", r=16, target_modules="all-linear")
-    text = "use_peft: true, lora_r: 16, lora_target_modules: all-linear"
+    text = "use_peft: true, lora_r: 16, lora_target_modules: all-linear, lora_dropout: 0"
     return text, replace(run, policy=replace(run.policy, peft_config=adapter))
 
 

@@ -1,6 +1,7 @@
 """Runs of the project's own code on fake tensors, which have shapes and lifetimes but no numbers: what each phase
 allocates besides weights and optimizer."""
 
+import inspect
 from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any
@@ -159,14 +160,24 @@ def copied_bytes(fake: FakeModel, args: GRPOConfig, device: str) -> int:
 
 
 def generate_bytes(fake: FakeModel, args: GRPOConfig, prompt_length: int, groups: int) -> tuple[int, int]:
-    """The keys and values of `model.generate`, where each row has its own of the prompt; and what is taken besides:
-    a layer's keys and values once more when they grow, the logits, and what sampling makes of them."""
-    model, rows = causal_lm(fake.model), groups * args.num_generations
+    """The keys and values of `model.generate`, where each row has its own of the prompt; and the peak of what is taken
+    besides: by the pass over all rows' prompts, or by a later step: a layer's keys and values once more when they
+    grow, the logits, and what sampling makes of them."""
+    model, rows = causal_lm(fake.model).eval(), groups * args.num_generations
+    with fake.mode, torch.no_grad(), LiveBytes(fake.tensors()) as prefill, autocast(args):
+        ids = torch.ones(rows, prompt_length, dtype=torch.long)
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, **_last_logits(model))
     cache = rows * key_value_bytes(model, prompt_length + args.max_completion_length)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     with fake.mode, torch.no_grad(), LiveBytes() as tracker:
         TokenSampler(_sampling(args))(torch.empty(rows, vocabulary), torch.empty(rows))
-    return cache, cache // model.config.get_text_config().num_hidden_layers + tracker.peak
+    step = cache // model.config.get_text_config().num_hidden_layers + tracker.peak
+    return cache, max(step, prefill.peak - cache)
+
+
+def _last_logits(model: Any) -> dict[str, int]:
+    """As `generate` asks for them."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
 def _sampling(args: GRPOConfig) -> SamplingParams:

@@ -10,7 +10,7 @@ from psutil import virtual_memory
 
 from ..assembly import device_map
 from ..config import GRPOConfig, mapping
-from ..placement import DeviceMap, is_fsdp
+from ..placement import DeviceMap, check_map, is_fsdp
 from ..policy import causal_lm, is_packed
 from ..policy.loading import from_pretrained_options
 from ..policy.reference import reference_options
@@ -145,6 +145,8 @@ def plan_run(run: Run, memory: int | None = None) -> Plan:
         own["scoring"] = scoring_bytes(fake, args, run.prompt_length)
 
     for frozen in _frozen_models(run, reference):
+        if isinstance(frozen.where, dict):
+            check_map(frozen.model, frozen.where)
         for name, size in _split(weights(frozen.model, frozen.quantization), frozen.where).items():
             on(name)["frozen models"] += size
         items = on(_first(frozen.where))  # its passes are counted where they begin; they come one after the other
@@ -234,7 +236,10 @@ def _assumptions(run: Run, policy: Any) -> list[str]:
     sharded = args.deepspeed_plugin is not None or is_fsdp()
     said = {
         f"prompts of {ASSUMED_PROMPT} tokens: max_prompt_length is not set": args.max_prompt_length is None,
-        f"for optim={args.optim} the memory of AdamW": not is_known(args.optim),
+        f"for optim={getattr(args.optim, 'value', args.optim)} the memory of AdamW": not is_known(args.optim),
+        "the cache of transformers_cb as that of model.generate; it takes what is free": (
+            args.rollout_engine == "transformers_cb" and not args.use_vllm
+        ),
         "a whole policy on each rank, though DeepSpeed or FSDP may shard it": sharded,
         "padded rows: this model cannot be run on streams of groups": not is_packed(policy),
         f"weights as if they were not quantised by {unknown_quantization(policy.config)}": unknown_quantization(

@@ -4,16 +4,18 @@ What is known to fail is told by the configuration; everything else is tried onc
 own logits. So an architecture that nobody thought of is either right or padded.
 """
 
+from collections import Counter
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 
 from ..batch import Group, Prompt, RolloutBatch
 from ..placement import input_device, is_fsdp
-from .attention import use_group_attention
+from .attention import no_mask, use_group_attention
 from .head import score_completions
 from .logprobs import causal_lm, per_token_logps
 from .mode import evaluation_mode
@@ -44,6 +46,10 @@ def prepare(model: PreTrainedModel | PeftModel, device_type: str | None = None) 
     if trouble := _try(lm, "packed", expected):
         lm.set_attn_implementation(attention)
         return f"its tokens see each other in other ways than through attention ({trouble})"
+    if trouble := _of_rank_0(None if expected is None else _attends_twice(lm)):
+        lm.evaluation = "padded"
+        lm.set_attn_implementation(attention)
+        return trouble
     if (device_type or input_device(lm).type) == "cpu":
         use_short_norms(lm)
     skip_unread(lm)
@@ -55,20 +61,53 @@ def obstacle(model: PreTrainedModel | PeftModel) -> str | None:
     lm = causal_lm(model)
     config = lm.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    rope = dynamic_rope(config)
     adapters = getattr(model, "peft_config", {}).values()
     # private, but the only place where a model class says whether its attention goes through AttentionInterface
     exchangeable = type(lm)._can_set_attn_implementation()
     reasons = {
         "its attention cannot be exchanged": not exchangeable,
         f"it has layers of the kind {', '.join(sorted(kinds - {'full_attention'}))}": kinds != {"full_attention"},
-        "its attention has a sliding window": getattr(config, "sliding_window", None) is not None,
-        f"its positions ({rope} RoPE) depend on the longest row": rope in ("dynamic", "longrope"),
+        "its attention has a sliding window": bool(getattr(config, "sliding_window", None)),  # Qwen2-MoE: 0 for none
+        f"its positions ({rope} RoPE) depend on the longest row": rope is not None,
+        "its masks are learned": config.model_type == "doge",  # and constant at first, so that no trial tells
         "its values have another size than its keys": _value_size(config) != _key_size(config),
         "its adapter adds tokens to the prompt": any(adapter.is_prompt_learning for adapter in adapters),
         "attn_implementation='eager' was asked for": exchangeable and lm.config._attn_implementation == "eager",
     }
     return next((reason for reason, applies in reasons.items() if applies), None)
+
+
+def dynamic_rope(config: Any) -> str | None:
+    """The kind of a rotation that depends on the longest row beside a token's own; None: it does not."""
+    kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
+    return kind if kind in ("dynamic", "longrope") else None
+
+
+class _Counting:
+    """A layout of one causal row that counts how often each layer attends."""
+
+    def __init__(self):
+        self.calls: Counter[int] = Counter()
+
+    def attend(
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, *, scaling: float, dropout: float = 0.0
+    ) -> Tensor:
+        """See `Layout`."""
+        self.calls[getattr(module, "layer_idx", id(module))] += 1
+        out = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+        return out.transpose(1, 2)
+
+
+@torch.no_grad()
+def _attends_twice(lm: Any) -> str | None:
+    """Says so of a model whose layers do (DiffLlama)."""
+    ids, layout = torch.ones(1, 2, dtype=torch.long, device=input_device(lm)), _Counting()
+    with evaluation_mode(lm):
+        lm.base_model(input_ids=ids, attention_mask=no_mask(ids.device), use_cache=False, layout=layout)
+    if max(layout.calls.values(), default=0) <= 1:
+        return None
+    return "its layers attend more than once, and decoding keeps the keys of one attention per layer"
 
 
 def _key_size(config: Any) -> int | None:

@@ -27,6 +27,8 @@ FALLBACKS = {
     "qwen3_next": "layers of the kind linear_attention",
     "bloom": "attention cannot be exchanged",
     "deepseek_v3": "its values have another size than its keys",
+    "diffllama": "its layers attend more than once",  # found by trying
+    "doge": "its masks are learned",
     "bart": "other ways than through attention",  # no configuration says so: found by trying
 }
 OWN = {
@@ -55,6 +57,8 @@ def test_a_model_that_cannot_be_packed_is_padded(kind):
 def test_a_window_that_is_switched_off_is_none():
     assert prepare(tiny_model("mistral", sliding_window=None)) is None
     assert prepare(tiny_model("qwen2", sliding_window=4, use_sliding_window=False)) is None
+    moe = tiny_model("qwen2_moe", num_experts=4, moe_intermediate_size=16, shared_expert_intermediate_size=32)
+    assert moe.config.sliding_window == 0 and prepare(moe) is None
 
 
 @pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])

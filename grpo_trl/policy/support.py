@@ -102,9 +102,10 @@ class _Counting:
 @torch.no_grad()
 def _attends_twice(lm: Any) -> str | None:
     """Says so of a model whose layers do (DiffLlama)."""
-    ids, layout = torch.ones(1, 2, dtype=torch.long, device=input_device(lm)), _Counting()
+    ids, layout = torch.arange(2, device=input_device(lm))[None], _Counting()  # their positions too
     with evaluation_mode(lm):
-        lm.base_model(input_ids=ids, attention_mask=no_mask(ids.device), use_cache=False, layout=layout)
+        mask = no_mask(ids.device)
+        lm.base_model(input_ids=ids, position_ids=ids, attention_mask=mask, use_cache=False, layout=layout)
     if max(layout.calls.values(), default=0) <= 1:
         return None
     return "its layers attend more than once, and decoding keeps the keys of one attention per layer"

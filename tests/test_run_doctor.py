@@ -72,6 +72,7 @@ PROVOKED = {
         {"rewards/accuracy/mean": 0.1, "rewards/accuracy/std": 1e-9},  # a mean that was rounded
     ],
     "drowned rewards: accuracy": [{"rewards/accuracy/std": 50.0}],
+    "reward reads a part: accuracy": [{"rewards/accuracy/truncated": 0.25}],
     "ratio is not 1": [{"importance_ratio/first_step_gap": 0.1}, {"importance_ratio/first_step_gap": late(0, 0.1, 1)}],
     "sampler disagrees": [{"sampling/logp_gap": 0.5}],
     "KL runs away": [{"kl": late(0.02, 3.0)}],
@@ -101,6 +102,7 @@ NOT_PROVOKED = {
         {"rewards/accuracy/std": 1.0},
         {"rewards/format/std": 0.0, "rewards/format/mean": 1.0},  # constant: nothing to drown
     ],
+    "reward reads a part: accuracy": [{"rewards/accuracy/truncated": 0.04}],
     "ratio is not 1": [{"importance_ratio/first_step_gap": 0.005}, {"importance_ratio/first_step_gap": None}],
     "sampler disagrees": [{"sampling/logp_gap": 0.02}, {"sampling/logp_gap": None}],
     "KL runs away": [{"kl": 0.5}, {"kl": None}],

@@ -23,12 +23,12 @@ from ..config_types import default_of
 
 logger = logging.getLogger(__name__)
 
-PACKAGE = Path(__file__).resolve().parent.parent
 RECIPE_NAME = "recipe.yaml"
 SCRIPT_NAME = "train_script.py"
+REPEAT = "grpo-trl train --config recipe.yaml"
 
-# The command `grpo-trl train` runs no script of the user's; this one repeats the run from the recipe beside it.
-COMMAND_SCRIPT = '''"""This run was started by `grpo-trl train`; this file starts it again."""
+# Of a run by a recipe, which needs no script of the user's; it repeats the run from the recipe beside it.
+COMMAND_SCRIPT = '''"""This run was started from a recipe; this file starts it again."""
 
 import sys
 from pathlib import Path
@@ -116,7 +116,7 @@ class EpochExportCallback(TrainerCallback):
                 folder.name.removeprefix("_"),
             )
         (folder / RECIPE_NAME).write_text(recipe_yaml(self.trainer), encoding="utf-8")
-        script = train_script()
+        script = COMMAND_SCRIPT if self.trainer.recipe is not None else train_script()
         if script is not None:
             (folder / SCRIPT_NAME).write_text(script, encoding="utf-8")
         elif not self._said_no_script:
@@ -130,11 +130,8 @@ def inactive_adapters(model: Any) -> list[str]:
 
 
 def train_script() -> str | None:
-    """The text of the script that runs; for the command `grpo-trl` one that repeats the run from `recipe.yaml`; None
-    when there is neither (a notebook, `python -c`)."""
+    """The text of the script that runs; None when there is none (a notebook, `python -c`)."""
     path = Path(getattr(sys.modules["__main__"], "__file__", None) or "").absolute()
-    if path.stem == "grpo-trl" or path.is_relative_to(PACKAGE):
-        return COMMAND_SCRIPT
     return path.read_text(encoding="utf-8") if path.suffix == ".py" and path.is_file() else None
 
 
@@ -144,8 +141,8 @@ def recipe_yaml(trainer: Any) -> str:
 
     Reads `trainer.args` (a `GRPOConfig`) and `trainer.recipe`: the top-level keys of the run's own YAML that are no
     fields of it, such as model, data entries and rewards, or None. With None, these are named in comments
-    (`trainer.model`, `trainer.reward_names`) and have to be given again. Tokens are left out, and so are values that
-    YAML cannot hold (a comment names them).
+    (`trainer.model`, `trainer.reward_names`): a script's run is repeated by the script. Tokens are left out, and so
+    are values that YAML cannot hold (a comment names them).
     """
     args, recipe = trainer.args, trainer.recipe
     values, objective = args.to_dict(), args.objective
@@ -155,7 +152,7 @@ def recipe_yaml(trainer: Any) -> str:
     of_its_own = [name for name in GOVERNED if objective[name] != row[name]]
     source = _entries(recipe) if recipe is not None else _comments(_described(trainer))
     lines = [
-        "# A run as resolved; to repeat it: grpo-trl train --config recipe.yaml",
+        f"# A run as resolved; to repeat it: {'python ' + SCRIPT_NAME if recipe is None else REPEAT}",
         "# " + ", ".join(f"{name} {version(name)}" for name in ("transformers", "trl", "torch")),
         f"# ranks: {args.world_size}",
         *["", "# Model, data and rewards", *source],

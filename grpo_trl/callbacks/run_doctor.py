@@ -21,6 +21,7 @@ MIN_COMPLETIONS = 64
 ALWAYS_CLIPPED_LOGS = 10
 DEAD_SHARE = 0.8  # of the groups without gradient: then four fifths of the sampling are wasted
 DROWNED_BY = 20.0  # how many times the spread of all other rewards together
+CUT = 0.05  # of the rows of a reward model
 RATIO_GAP = 0.01  # nats per token; rounding in bf16 stays below, dropout of 0.1 is ten times as much
 SAMPLER_GAP = 0.05  # nats per token; bf16 stays below, a wrong position or mask is of order 1
 KL_LIMIT = 1.0  # nats per token
@@ -155,6 +156,13 @@ def _drowned_rewards(course: Course) -> list[Found]:
     if not others or spreads[largest] < DROWNED_BY * others:
         return []
     return [{"reward": largest, "spread": spreads[largest], "others": others}]
+
+
+def _cut_for_the_reward(course: Course) -> list[Found]:
+    shares = {name: course.recent(f"rewards/{name}/truncated") for name in course.reward_weights}
+    return [
+        {"reward": name, "share": fmean(values)} for name, values in shares.items() if values and fmean(values) > CUT
+    ]
 
 
 def _ratio_is_not_one(course: Course) -> list[Found]:
@@ -297,6 +305,14 @@ RULES = (
         "together {others:.3g}.",
         "Change reward_weights, or set multi_objective_aggregation: normalize_then_sum, which brings each reward to "
         "the same spread first.",
+    ),
+    Rule(
+        "reward reads a part",
+        _cut_for_the_reward,
+        "Reward model {reward!r} read {share:.0%} of the recent rows without their beginning: prompt and completion "
+        "are longer than what it takes.",
+        "Lower max_prompt_length and max_completion_length, so that both fit; or raise reward_max_length, if the "
+        "model was made for longer texts.",
     ),
     Rule(
         "ratio is not 1",

@@ -121,9 +121,9 @@ def reference_problems(model: Any, args: GRPOConfig, with_adapter: bool) -> list
 def gold_problems(rewards: list[Any], dataset: Any, remove_unused_columns: bool | None) -> list[str]:
     """Rewards that compare with a gold answer, where no row has one: they would say nothing about any completion."""
     reading = [reward if isinstance(reward, str) else reward.__name__ for reward in rewards if reads_gold(reward)]
-    if not reading or not isinstance(dataset, Dataset):  # rows of a list or a stream may differ
+    if not reading or not isinstance(dataset, Dataset) or not len(dataset):  # rows of a list or a stream may differ
         return []
-    columns = ["prompt"] if remove_unused_columns else dataset.column_names
+    columns = ["prompt"] if remove_unused_columns else list(dataset[0])  # of a transform, what it gives
     if {"answer", "solution"} & set(columns):
         return []
     return [

@@ -192,6 +192,14 @@ def test_weights_are_not_saved_beside_an_adapter(tmp_path):
     assert trainer(tmp_path / "out", peft=adapter(1)) and trainer(tmp_path / "other")
 
 
+def test_gold_answers_may_come_from_a_transform(tmp_path):
+    def add(batch):
+        return batch | {"answer": ["b"] * len(batch["prompt"])}
+
+    data = Dataset.from_dict({"prompt": ["a", "b"]}).with_transform(add)
+    trainer(tmp_path, rewards="exact_match", data=data, max_steps=1).train()
+
+
 def test_a_token_that_the_model_does_not_embed_is_named(tmp_path):
     run = trainer(tmp_path, model=tiny_model("qwen3", vocab_size=70))
     with pytest.raises(ValueError, match=r"The prompt '.*' has the token \d+, and the model embeds 70 tokens only"):

@@ -163,7 +163,8 @@ class CollectingTrainer(TrainerHooks):
         rewards = combine_rewards(rewards_per_func, self.reward_weights)
         name = dump.file_name(collection, self.accelerator.process_index)
         rollout = dump.Rollout(self.collected, batch, rewards, self.reward_names)
-        dump.write_rollout(Path(str(self.args.output_dir)) / dump.FOLDER / name, rollout, step=step)
+        path = Path(str(self.args.output_dir)) / dump.FOLDER / name
+        dump.write_rollout(path, rollout, step=step, ranks=self.accelerator.num_processes)
         return batch
 
     def _sample_and_score(self, prompts: list[Prompt]) -> tuple[list[Group], Tensor, Tensor, Tensor]:

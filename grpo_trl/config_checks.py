@@ -117,7 +117,7 @@ CHOICES = {
     "reward_call": ("batch", "group"),
     "reward_input_format": ("auto", "pair", "chat", "text"),
     "sampler_correction": tuple(SAMPLER_CORRECTIONS),
-    "cache_implementation": ALL_CACHE_IMPLEMENTATIONS,
+    "cache_implementation": (*ALL_CACHE_IMPLEMENTATIONS, "paged"),  # as transformers checks it
 }
 # Dict-valued fields that a word or a file's path may stand for; text in any other is a JSON object.
 DICT_OR_WORD = ("accelerator_config", "fsdp_config", "deepspeed", "ref_device", "reward_device")

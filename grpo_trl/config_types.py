@@ -20,6 +20,7 @@ ALSO: dict[str, tuple[type, ...]] = {
     "report_to": (tuple,),
     "debug": (NoneType,),
     "model_revision": (NoneType,),
+    "lora_alpha": (float,),
     "lora_target_modules": (str,),  # what TRL makes of a list of one
     "accelerator_config": (AcceleratorConfig,),  # what transformers makes of it
 }

@@ -26,7 +26,8 @@ def evaluate_sets(
     if datasets is None or (isinstance(datasets, dict) and not datasets):
         raise ValueError("evaluate() needs an eval_dataset; pass one here or to GRPOTrainer.")
     if isinstance(datasets, dict):
-        check_set_names(datasets)
+        check_set_names(datasets, trainer.args.log_completions)
+        datasets = {str(name): dataset for name, dataset in datasets.items()}
     named = datasets if isinstance(datasets, dict) else {"": datasets}
     metrics: dict[str, float] = {}
     for name, dataset in named.items():
@@ -46,15 +47,17 @@ def evaluate_sets(
     return metrics
 
 
-def check_set_names(names: Iterable[Any]) -> None:
-    """Raises ValueError unless each can stand in the names of metrics and files, and be told from the others there."""
-    files: dict[str, str] = {}
+def check_set_names(names: Iterable[Any], with_files: bool) -> None:
+    """Raises ValueError unless each can stand in the names of metrics, and in those of files of completions where
+    there are some, and be told from the others there."""
+    taken: dict[str, Any] = {}
     for name in names:
-        if not isinstance(name, str) or not name:
-            raise ValueError(f"eval_dataset: the name {name!r} of a set must be a text that is not empty.")
-        other = files.setdefault(name.replace("/", "_"), name)
+        text = str(name)
+        if not text:
+            raise ValueError("eval_dataset: the name of a set is empty; metrics are named after it.")
+        other = taken.setdefault(text.replace("/", "_") if with_files else text, name)
         if other != name:
-            raise ValueError(f"eval_dataset: {other!r} and {name!r} would have the same file of completions.")
+            raise ValueError(f"eval_dataset: {other!r} and {name!r} would have the same metrics or files; rename one.")
 
 
 def evaluate_prompts(trainer: Any, dataset: Any) -> tuple[dict[str, float], list[dict[str, Any]]]:

@@ -97,8 +97,8 @@ class Metrics:
         """Plain numbers: part of a checkpoint, so that a resumed run logs what an uninterrupted one would."""
         sums = {name: _total(pairs) for name, pairs in self._sums.items()}
         pick = {name: min if _is_min(name) else max for name in self._extremes}
-        extremes = {name: pick[name](float(value) for value in values) for name, values in self._extremes.items()}
-        return {"sums": sums, "extremes": {name: value for name, value in extremes.items() if math.isfinite(value)}}
+        finite = {name: [*filter(math.isfinite, map(float, values))] for name, values in self._extremes.items()}
+        return {"sums": sums, "extremes": {name: pick[name](values) for name, values in finite.items() if values}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` returned."""

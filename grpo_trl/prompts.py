@@ -109,14 +109,16 @@ def _row_kwargs(example: dict[str, Any]) -> dict[str, Any]:
 def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What a tokenizer puts before each text: a BOS, nothing, or other tokens (GLM's [gMASK]<sop>)."""
     bare, whole = (cast(list[int], tokenizer.encode("a", add_special_tokens=flag)) for flag in (False, True))
+    if not bare:  # of a vocabulary without letters: what is there is special
+        return [token for token in whole if token != tokenizer.eos_token_id]
     start = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
     return whole[:start]
 
 
 def _begun_once(ids: list[int], begin: list[int]) -> list[int]:
     start = 0
-    while begin and ids[start : start + len(begin)] == begin:
-        start += len(begin)
+    while start < len(ids) and ids[start] in begin:
+        start += 1
     return [*begin, *ids[start:]] if ids else []
 
 

@@ -221,7 +221,8 @@ class GRPOTrainer(CollectingTrainer):
         what the rewards see: with `remove_unused_columns` the prompt alone."""
         ids, prompt = encode_prompt(example, self.processing_class, **self.chat_options)
         if self.args.max_prompt_length is not None:
-            ids = truncate_prompt(ids, self.args.max_prompt_length, beginning(self.processing_class))
+            begin = beginning(self.processing_class) or [self.processing_class.bos_token_id]  # a template may write it
+            ids = truncate_prompt(ids, self.args.max_prompt_length, begin)
         if self._known_tokens is not None and max(ids) >= self._known_tokens:
             raise ValueError(
                 f"The prompt {prompt!r:.200} has the token {max(ids)}, and the model embeds {self._known_tokens} "
@@ -404,7 +405,7 @@ class GRPOTrainer(CollectingTrainer):
         """Adds the metrics of the steps since the last log, reduced over ranks, to transformers' own."""
         training = "loss" in logs or "train_loss" in logs  # the latter at the end, as in TRL
         if training:
-            logs |= self.metrics.reduce(gather_object) | {"num_tokens": self.num_tokens}
+            logs = logs | self.metrics.reduce(gather_object) | {"num_tokens": self.num_tokens}
             if self.is_deepspeed_enabled and self.loader.skips_update and "loss" in logs:
                 logs["grad_norm"] = 0.0  # the engine still has that of the update before
         super().log(logs, start_time)

@@ -75,13 +75,13 @@ def problems(
         )
     if is_zero3(args.deepspeed_plugin):
         found += zero3_problems(args.ref_device)
-    found += gold_problems(rewards, datasets["train_dataset"], args.remove_unused_columns)
+    found += gold_problems(rewards, list(datasets.values()), args.remove_unused_columns)
     if isinstance(datasets["train_dataset"], IterableDataset) and args.max_steps <= 0:
         found.append("train_dataset is a stream, whose length is not known; set max_steps.")
     found += _errors_of(
         partial(check_output_dir, args.output_dir),
         partial(check_services, args),
-        partial(check_set_names, sets),
+        partial(check_set_names, sets, args.log_completions),
         partial(check_path, model),
         partial(check_architecture, model, "model"),
         partial(check_architecture, args.ref_model_name_or_path, "ref_model_name_or_path"),
@@ -118,13 +118,16 @@ def reference_problems(model: Any, args: GRPOConfig, with_adapter: bool) -> list
     return found
 
 
-def gold_problems(rewards: list[Any], dataset: Any, remove_unused_columns: bool | None) -> list[str]:
-    """Rewards that compare with a gold answer, where no row has one: they would say nothing about any completion."""
+def gold_problems(rewards: list[Any], datasets: list[Any], remove_unused_columns: bool | None) -> list[str]:
+    """Rewards that compare with a gold answer, where no set has any: they would say nothing about any completion."""
     reading = [reward if isinstance(reward, str) else reward.__name__ for reward in rewards if reads_gold(reward)]
-    if not reading or not isinstance(dataset, Dataset) or not len(dataset):  # rows of a list or a stream may differ
+    known = all(isinstance(dataset, Dataset) and len(dataset) for dataset in datasets)  # rows of a list may differ
+    if not reading or not known:
         return []
-    columns = ["prompt"] if remove_unused_columns else list(dataset[0])  # of a transform, what it gives
-    if {"answer", "solution"} & set(columns):
+    # of a transform, what it gives
+    of_sets = [["prompt"] if remove_unused_columns else list(dataset[0]) for dataset in datasets]
+    columns = of_sets[0]
+    if {"answer", "solution"} & {column for each in of_sets for column in each}:
         return []
     return [
         f"{' and '.join(reading)}: train_dataset has neither a column 'answer' nor 'solution' to compare with; its "
@@ -166,7 +169,7 @@ def check_services(args: GRPOConfig) -> None:
             tracker()
     except (RuntimeError, ImportError) as error:
         raise ValueError(f"report_to={args.report_to!r}: {error}") from error
-    if args.push_to_hub and not (args.hub_token or get_token()):
+    if args.push_to_hub and args.process_index == 0 and not (args.hub_token or get_token()):
         raise ValueError("push_to_hub=True needs a token: run `hf auth login`, or set hub_token or HF_TOKEN.")
 
 

@@ -213,14 +213,16 @@ def test_the_order_of_the_records_does_not_matter():
 @pytest.mark.parametrize(
     ("sets", "message"),
     [
-        ({"": [], "b": []}, "the name '' of a set must be a text that is not empty"),
-        ({0: []}, "the name 0 of a set must be a text"),
-        ({"a/b": [], "a_b": []}, "'a/b' and 'a_b' would have the same file"),
+        ({"": [], "b": []}, "the name of a set is empty"),
+        ({1: [], "1": []}, "1 and '1' would have the same metrics or files"),
+        ({"a/b": [], "a_b": []}, "'a/b' and 'a_b' would have the same metrics or files"),
     ],
 )
 def test_names_of_sets_that_are_none(sets, message):
+    trainer = SimpleNamespace(args=SimpleNamespace(log_completions=True))
     with pytest.raises(ValueError, match=message):
-        evaluation.evaluate_sets(None, sets, "eval")
+        evaluation.evaluate_sets(trainer, sets, "eval")
+    evaluation.check_set_names({0: [], "a/b": [], "a_b": []}, with_files=False)
 
 
 # ---- Ranks ----

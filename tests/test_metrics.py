@@ -221,7 +221,9 @@ def test_an_update_that_is_not_finite_leaves_the_others_in_the_log():
     metrics.add("nothing_else", NAN)
     metrics.add_std("reward_std", torch.tensor([1.0, 3.0]))
     assert metrics.copy().state_dict()["sums"]["kl"] == (6.0, 4.0)
-    assert metrics.reduce(list) == {"kl": 1.5, "reward_std": pytest.approx(2**0.5)}
+    for values in ([NAN], [2.0], [NAN, 1.0]):
+        metrics.add_extreme("ratio/max", torch.tensor(values))
+    assert metrics.reduce(list) == {"kl": 1.5, "reward_std": pytest.approx(2**0.5), "ratio/max": 2.0}
 
 
 @pytest.mark.parametrize("name", ["step", "prompt", "completion", "advantage", "a"])

@@ -5,7 +5,9 @@ import logging
 
 import pytest
 from datasets import Dataset, IterableDataset
+from tokenizers import Tokenizer, models
 from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from grpo_trl.prompts import encode_prompt, epoch_order, limit_prompts, truncate_prompt
 from tests.tiny import BOS, IM_START, tiny_tokenizer
@@ -70,7 +72,7 @@ def test_templated_text_is_the_same_as_its_messages():
     assert len(tokenizer(text)["input_ids"]) == len(encode(text, tokenizer)[0]) + 1  # the trap: two BOS
 
 
-@pytest.mark.parametrize("prompt", ["Hi", "<|bos|><|endoftext|>Hi", [USER]])
+@pytest.mark.parametrize("prompt", ["Hi", "<|bos|>Hi", "<|bos|><|endoftext|>Hi", [USER]])
 def test_several_tokens_that_begin_each_text_stand_there_once(prompt):
     tokenizer = tiny_tokenizer()
     special = [(name, tokenizer.convert_tokens_to_ids(name)) for name in ("<|bos|>", "<|endoftext|>")]
@@ -79,6 +81,13 @@ def test_several_tokens_that_begin_each_text_stand_there_once(prompt):
     )
     ids, _ = encode(prompt, tokenizer)
     assert ids[:2] == [id_ for _, id_ in special] and set(ids[2:]).isdisjoint(ids[:2])
+
+
+def test_a_vocabulary_without_letters_has_its_bos():
+    letters = models.BPE({"<s>": 0, "C": 1, "N": 2}, [])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(letters), bos_token="<s>")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    assert encode("CN", tokenizer)[0] == [0, 1, 2]
 
 
 def test_tokenizer_without_bos_gets_none():

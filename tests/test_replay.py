@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from peft import LoraConfig
+from pyarrow import parquet
 
 from grpo_trl import GRPOTrainer
 from grpo_trl.callbacks import read_parquet
@@ -58,7 +59,10 @@ TWICE = {"num_iterations": 2, "gradient_accumulation_steps": 2, "steps_per_gener
 def test_a_rollout_of_another_number_of_ranks(tmp_path):
     recorded(tmp_path / "a", max_steps=1)
     (path,) = (tmp_path / "a" / "rollouts").iterdir()
-    path.with_name(dump.file_name(0, 1)).write_bytes(path.read_bytes())
+    path.with_name(dump.file_name(0, 1)).write_bytes(path.read_bytes())  # left by a former run: no matter
+    replayed(tmp_path / "b", tmp_path / "a", max_steps=1)
+    table = parquet.read_table(path)
+    parquet.write_table(table.replace_schema_metadata({dump.RANKS: "2"}), path)
     with pytest.raises(ValueError, match="collection 0 was written by 2 ranks, and this run has 1; replay it with as"):
         replayed(tmp_path / "b", tmp_path / "a", max_steps=1)
 

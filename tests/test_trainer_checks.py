@@ -11,7 +11,7 @@ from transformers import Trainer, TrainingArguments
 
 from grpo_trl import GRPOTrainer
 from grpo_trl.refused import UNCALLED
-from grpo_trl.rewards import exact_match
+from grpo_trl.rewards import AccuracyReward, exact_match
 from tests.test_trainer import adapter, config, dataset, logged, reward_vowels, trainer
 from tests.tiny import save, tiny_model, tiny_reward_model, tiny_tokenizer
 
@@ -61,7 +61,7 @@ def test_all_that_is_wrong_is_said_before_a_model_is_loaded(tmp_path):
             },
             r"reasoning_accuracy_reward: train_dataset has neither .*prompt \(remove_unused_columns=True\)",
         ),
-        ({"eval_dataset": {"": dataset()}, "eval_on_start": True}, "the name '' of a set must be a text"),
+        ({"eval_dataset": {"": dataset()}, "eval_on_start": True}, "the name of a set is empty"),
         ({"report_to": ["wandbb"]}, "wandbb is not supported, only .*wandb"),
         ({"report_to": ["azure_ml"]}, r"report_to=\['azure_ml'\]: .*pip install azureml-sdk"),
         ({"push_to_hub": True}, "push_to_hub=True needs a token: .*HF_TOKEN"),
@@ -190,6 +190,21 @@ def test_weights_are_not_saved_beside_an_adapter(tmp_path):
     with pytest.raises(ValueError, match=r"output_dir=.* holds an adapter, which would be loaded instead"):
         trainer(tmp_path / "out")
     assert trainer(tmp_path / "out", peft=adapter(1)) and trainer(tmp_path / "other")
+
+
+class OfAnotherColumn(AccuracyReward):
+    def __call__(self, /, completions, gold=None, **kwargs):
+        return super().__call__(completions, answer=gold)
+
+
+def test_gold_answers_may_be_elsewhere(tmp_path):
+    gold = Dataset.from_dict({"prompt": ["a"], "answer": ["b"]})
+    watched = {"rewards": ["accuracy", reward_vowels], "reward_weights": [0.0, 1.0]}
+    run = trainer(tmp_path, **watched, eval_dataset=gold, eval_on_start=True, max_steps=1)
+    run.train()
+    assert logged(run, "eval_rewards/accuracy/mean") == [0.0]
+    data = Dataset.from_dict({"prompt": ["a"], "gold": ["b"]})
+    trainer(tmp_path, rewards=OfAnotherColumn(), data=data)
 
 
 def test_gold_answers_may_come_from_a_transform(tmp_path):

@@ -23,12 +23,13 @@ from ..config_types import default_of
 
 logger = logging.getLogger(__name__)
 
+PACKAGE = Path(__file__).resolve().parent.parent
 RECIPE_NAME = "recipe.yaml"
 SCRIPT_NAME = "train_script.py"
 REPEAT = "grpo-trl train --config recipe.yaml"
 
-# Of a run by a recipe, which needs no script of the user's; it repeats the run from the recipe beside it.
-COMMAND_SCRIPT = '''"""This run was started from a recipe; this file starts it again."""
+# The command `grpo-trl train` runs no script of the user's; this one repeats the run from the recipe beside it.
+COMMAND_SCRIPT = '''"""This run was started by `grpo-trl train`; this file starts it again."""
 
 import sys
 from pathlib import Path
@@ -116,7 +117,7 @@ class EpochExportCallback(TrainerCallback):
                 folder.name.removeprefix("_"),
             )
         (folder / RECIPE_NAME).write_text(recipe_yaml(self.trainer), encoding="utf-8")
-        script = COMMAND_SCRIPT if self.trainer.recipe is not None else train_script()
+        script = train_script()
         if script is not None:
             (folder / SCRIPT_NAME).write_text(script, encoding="utf-8")
         elif not self._said_no_script:
@@ -130,8 +131,11 @@ def inactive_adapters(model: Any) -> list[str]:
 
 
 def train_script() -> str | None:
-    """The text of the script that runs; None when there is none (a notebook, `python -c`)."""
+    """The text of the script that runs; for the command `grpo-trl` one that repeats the run from `recipe.yaml`; None
+    when there is neither (a notebook, `python -c`)."""
     path = Path(getattr(sys.modules["__main__"], "__file__", None) or "").absolute()
+    if path.stem == "grpo-trl" or path.is_relative_to(PACKAGE):
+        return COMMAND_SCRIPT
     return path.read_text(encoding="utf-8") if path.suffix == ".py" and path.is_file() else None
 
 

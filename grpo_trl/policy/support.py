@@ -70,6 +70,7 @@ def obstacle(model: PreTrainedModel | PeftModel) -> str | None:
         f"it has layers of the kind {', '.join(sorted(kinds - {'full_attention'}))}": kinds != {"full_attention"},
         "its attention has a sliding window": bool(getattr(config, "sliding_window", None)),  # Qwen2-MoE: 0 for none
         f"its positions ({rope} RoPE) depend on the longest row": rope is not None,
+        "its layers attend more than once": config.model_type == "diffllama",  # for where a trial has no weights
         "its masks are learned": config.model_type == "doge",  # and constant at first, so that no trial tells
         "its values have another size than its keys": _value_size(config) != _key_size(config),
         "its adapter adds tokens to the prompt": any(adapter.is_prompt_learning for adapter in adapters),

@@ -12,9 +12,11 @@ SIGNAL_TIMEOUT = 3  # seconds; math-verify's own, per parse and per comparison
 
 # "3,5" is none but a list
 _NUMBER = re.compile(r"[$€£]?\s*[-+]?(?:\d+|\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+)?(?:\.\d+)?\s*[%$€£]?")
-_SIGN = re.compile(r"^([$€£]?)\s*([-+])\s*[$€£]?\s*(?=[\d.])")  # math-verify loses that of "- 5" and of "-$5"
-_THOUSANDS = re.compile(r"(?<![\d,])\d{1,3}(?:(?:,|\{,\})\d{3})+(?![\d,])")
-_FACTOR = re.compile(r"(?<=[\d)])\s*(?=\(\s*[\d.]+\s*\))")  # math-verify reads "2(26)" as 2 + 26
+_SIGN = re.compile(r"^([$€£]?)\s*([-+])\s*(?:[$€£]\s*)?(?=[\d.])")  # math-verify loses that of "- 5" and of "-$5"
+# no point, interval or set: "(3,125)"
+_THOUSANDS = re.compile(r"(?<![\d,(\[])(?<!\\\{)\d{1,3}(?:(?:,|\{,\})\d{3})+(?![\d,])")
+# math-verify reads "2(26)" as 2 + 26; but the 2 of "\log_2(8)" and "\sin^2(3)" is no factor
+_FACTOR = re.compile(r"(?<=[\d)])(?<![_^]\d)\s*(?=\(\s*[\d.]+\s*\))")
 _NUMBER_AS_TEXT = re.compile(r"\\(?:text(?:bf|it|rm)?|math(?:bf|it|rm)|mbox)\s*\{(\s*[-$]?\d[^{}]*)\}")
 _MACRO = re.compile(r"\\(?:text|mathrm|mbox|begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+")
 # letters between spaces and the marks of a text, or many: "xy" in "2xy + 3" is a product

@@ -11,7 +11,7 @@ from trl.trainer.utils import get_callable_name
 
 from .format import answer_format, think_format
 from .length import LengthPenalty, repetition, soft_overlong
-from .math import AccuracyReward, accuracy, exact_match, reasoning_accuracy
+from .math import AccuracyReward, ReasoningAccuracyReward, accuracy, exact_match, reasoning_accuracy
 from .trl_functions import adapt_trl_function
 
 RewardFunction = Callable[..., Any]
@@ -67,7 +67,8 @@ def resolve_reward(spec: str | RewardFunction, *, max_completion_length: int) ->
 
 def reads_gold(spec: str | RewardFunction) -> bool:
     """Whether it is one of ours that compares with the columns `answer` and `solution`."""
-    return spec is exact_match or isinstance(spec, AccuracyReward) or TRL_NAMES.get(str(spec), spec) in GOLD_READERS
+    ours = spec is exact_match or type(spec) in (AccuracyReward, ReasoningAccuracyReward)  # a subclass may read others
+    return ours or TRL_NAMES.get(str(spec), spec) in GOLD_READERS
 
 
 def reward_name(func: RewardFunction) -> str:

@@ -15,7 +15,7 @@ _BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|[{}]")
 _ANSWER_PHRASE = re.compile(r"answer(?:\s+is|\s*:)[\s:]*([^\n]+)", re.IGNORECASE)
 _TEXT_MACRO = re.compile(r"\\(?:text(?:bf|it|rm)?|math(?:bf|it|rm)|mbox)\s*\{([^{}]*)\}")
 _OPTION = re.compile(r"\(([a-z])\)")
-_INLINE = re.compile(r"\$+([^$]+)\$+|\\\(([^\\]+)\\\)")  # $x$, \(x\)
+_INLINE = re.compile(r"\${1,2}([^$]+)\${1,2}|\\\(([^\\]+)\\\)")  # $x$, \(x\)
 
 
 Messages = list[dict[str, Any]]

@@ -22,6 +22,7 @@ from ..batch import Group, Prompt, RolloutBatch, pad_rows
 from ..config import GRPOConfig
 
 FOLDER = "rollouts"
+RANKS = b"ranks"  # in the metadata of each file: a rank's is one of so many
 REWARD = "rewards/"  # columns of the reward functions: this and their name
 NAME = re.compile(r"rollout_(\d+)_rank_(\d+)\.parquet")
 # (B, T) fields of a `RolloutBatch` that are stored, and their columns
@@ -51,8 +52,9 @@ def file_name(collection: int, rank: int) -> str:
     return f"rollout_{collection:06d}_rank_{rank}.parquet"
 
 
-def write_rollout(path: Path, rollout: Rollout, *, step: int) -> None:
-    """Writes a rollout in one move, a row per completion; `step` is the number of optimizer steps made before."""
+def write_rollout(path: Path, rollout: Rollout, *, step: int, ranks: int = 1) -> None:
+    """Writes a rollout in one move, a row per completion; `step` is the number of optimizer steps made before, `ranks`
+    how many write a file of it."""
     groups, batch = rollout.groups, rollout.batch
     assert batch.advantages is not None
     rows = [(group, row) for group in groups for row in range(len(group))]
@@ -89,7 +91,7 @@ def write_rollout(path: Path, rollout: Rollout, *, step: int) -> None:
     columns["advantage"] = pa.array(batch.advantages.tolist(), pa.float32())
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"_{path.name}")  # `_*` is what a push to the Hub leaves out
-    parquet.write_table(pa.table(columns), temporary)
+    parquet.write_table(pa.table(columns).replace_schema_metadata({RANKS: str(ranks)}), temporary)
     os.replace(temporary, path)
 
 
@@ -127,8 +129,10 @@ def read_rollout(path: Path, *, num_generations: int, pad_token_id: int, mask_tr
 
 def check_ranks(folder: Path, collection: int, world_size: int) -> None:
     """Raises ValueError where a collection was written by another number of ranks: each would read a part of it."""
-    written = len(list(folder.glob(file_name(collection, 0).replace("rank_0", "rank_*"))))
-    if written not in (0, world_size):
+    path = folder / file_name(collection, 0)
+    metadata = (parquet.read_schema(path).metadata or {}) if path.is_file() else {}
+    written = int(metadata.get(RANKS, world_size))
+    if written != world_size:
         raise ValueError(
             f"{folder}: collection {collection} was written by {written} ranks, and this run has {world_size}; replay "
             "it with as many."

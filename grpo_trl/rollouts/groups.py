@@ -51,16 +51,19 @@ def check_finite(group: Group) -> Group:
     return group
 
 
+def _parsed(tokenizer: PreTrainedTokenizerBase, ids: list[int], prompt_ids: list[int], terminated: bool) -> Any:
+    message = parse_response(tokenizer, ids, prefix=prompt_ids)
+    if terminated and isinstance(message.get("content"), str):  # parsing takes off the tokenizer's own EOS alone
+        message["content"] = message["content"].removesuffix(str(tokenizer.decode(ids[-1:])))
+    return message
+
+
 def decode_completions(group: Group, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
     """What rewards and logs read: text, or an assistant message when the prompt is a conversation; as TRL, one that is
     parsed (into reasoning, content, tool calls) where the tokenizer says how."""
     is_text = isinstance(group.prompt.example["prompt"], str)
     if not is_text and getattr(tokenizer, "response_template", None):
-        eos = tokenizer.eos_token_id  # which parsing takes off by itself, and no other
-        bodies = [
-            ids[:-1] if terminated and ids[-1] != eos else ids
-            for ids, terminated in zip(group.completion_ids, group.terminated, strict=True)
-        ]
-        return [[parse_response(tokenizer, ids, prefix=group.prompt.ids)] for ids in bodies]
+        rows = zip(group.completion_ids, group.terminated, strict=True)
+        return [[_parsed(tokenizer, ids, group.prompt.ids, terminated)] for ids, terminated in rows]
     texts = tokenizer.batch_decode(group.completion_ids, skip_special_tokens=True)
     return texts if is_text else [[{"role": "assistant", "content": text}] for text in texts]

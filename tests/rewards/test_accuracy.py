@@ -144,6 +144,12 @@ def test_trl_gives_zero_or_raises_where_ours_is_right():
         ("52", "\\boxed{2(26)=52}", 1.0),
         ("52", "<answer>50 + 2(1) = 52</answer>", 1.0),
         ("28", "\\boxed{2(26)}", 0.0),
+        ("3", "\\boxed{\\log_2(8)}", 1.0),
+        ("\\sin^2(3)", "\\boxed{\\sin^2 3}", 1.0),
+        # points, intervals and sets are none of thousands
+        ("(3, 125)", "\\boxed{(a,b)=(3,125)}", 1.0),
+        ("\\{1, 100\\}", "\\boxed{S = \\{1,100\\}}", 1.0),
+        ("[0,360)", "\\boxed{\\theta = [0,360)}", 1.0),
         # signs before blanks and currencies count
         ("5", "\\boxed{- 5}", 0.0),
         ("5", "\\boxed{- $5}", 0.0),

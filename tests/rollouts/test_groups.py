@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from trl.chat_template_utils import qwen3_template
+from trl.chat_template_utils import llama3_template, qwen3_template
 
 from grpo_trl import GRPOTrainer
 from grpo_trl.batch import Group, Prompt
@@ -93,6 +93,11 @@ def test_messages_are_parsed_where_the_tokenizer_says_how():
     rows = [tokenizer("So 72.").input_ids, tokenizer("So 72.<|endoftext|>").input_ids]
     others = Group(group.prompt, rows, [False, True])  # a second EOS, which is none of the message either
     assert completion_texts(decode_completions(others, tokenizer)) == ["So 72."] * 2
+    tokenizer.response_template = llama3_template  # whose tool calls end with a token that need not be the EOS
+    call = '{"name": "weather", "parameters": {"city": "Rome"}}<|eot_id|>'
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|eot_id|>"]})
+    ((message,),) = decode_completions(Group(group.prompt, [tokenizer(call).input_ids], [True]), tokenizer)
+    assert message["tool_calls"][0]["function"]["arguments"] == {"city": "Rome"}
     group.prompt.example["prompt"] = "q"
     assert decode_completions(group, tokenizer) == texts
 

@@ -1,11 +1,14 @@
 """Dynamic sampling in real runs."""
 
+import math
+
 import pandas as pd
 import pytest
 import torch
 from transformers import TrainerCallback
 
 from grpo_trl import GRPOTrainer
+from grpo_trl.batch import Group, Prompt, RolloutBatch
 from tests.test_trainer import assert_same, dataset, logged, reward_vowels, trainer, weights
 
 EQUAL = {"question 0", "question 3"}  # prompts whose completions all get the same reward
@@ -133,6 +136,54 @@ def test_places_that_stay_empty_do_not_count_against_the_sampler(tmp_path):
     )  # fmt: skip
     run.train()
     assert logged(run, "dynamic_sampling/kept")[0] == 1 and run._sampling_is_exact
+
+
+def test_groups_that_straddle_optimizer_steps_fill_the_batch(tmp_path):
+    run = dynamic(
+        tmp_path, one_of_four, max_steps=2, per_device_train_batch_size=2, steps_per_generation=6,
+        gradient_accumulation_steps=3, dynamic_sampling_max_rounds=1,
+    )  # fmt: skip
+    run.train()
+    assert [len(batch) for batch in run.batches] == [12]  # three groups in two steps
+
+
+@pytest.fixture
+def scoring(tmp_path, monkeypatch):
+    """A trainer whose policy gives each token -2."""
+    run = dynamic(tmp_path)
+    monkeypatch.setattr(run, "_policy_logps", lambda batch: torch.full(batch.completion_ids.shape, -2.0))
+    return run
+
+
+def batch_of(*sampled, loss_masks=None):
+    """Groups of two completions that were sampled with the same log-probabilities."""
+    groups = [
+        Group(Prompt([5], {}, draw), [[7, 8], [9, 9]], [True, True], [list(row)] * 2, loss_masks=loss_masks)
+        for draw, row in enumerate(sampled)
+    ]
+    return RolloutBatch.from_groups(groups, pad_token_id=0)
+
+
+def test_tokens_of_carried_rows_that_were_not_sampled_get_the_policys(scoring):
+    scoring._sampling_is_exact = False
+    batch = batch_of((-1.0, math.nan), (-1.0, -1.0), loss_masks=[[1, 0], [1, 0]])
+    old = scoring._old_per_token_logps(batch, torch.tensor([True, True, False, False]))
+    assert old.tolist() == [[-1.0, -2.0]] * 2 + [[-2.0, -2.0]] * 2
+
+
+@pytest.mark.parametrize(
+    ("carried", "sampled", "exact"),
+    [
+        (False, (-2.0, -9.0), True),  # the last token is in no loss
+        (False, (-9.0, -2.0), False),
+        (True, (-2.0, -2.0), None),  # a former policy sampled all
+    ],
+)
+def test_the_sampler_is_compared_on_tokens_of_the_loss_that_this_policy_sampled(scoring, carried, sampled, exact):
+    scoring._sampling_is_exact = None
+    batch = batch_of(sampled, loss_masks=[[1, 0], [1, 0]])
+    scoring._old_per_token_logps(batch, torch.tensor([carried] * 2))
+    assert scoring._sampling_is_exact is exact
 
 
 def test_an_update_without_a_group_moves_nothing(tmp_path):

@@ -70,6 +70,14 @@ def fill(made, rank, wanted, step=0):
     return made.fill(wanted, step, rank.sampled_at(step), rank.gather, rank.world.world_size)
 
 
+def on_ranks(world_size, work):
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(world_size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
 def test_what_has_no_gradient_is_replaced():
     made, rank = sampler(), World("iwri").rank(0)
     chosen, cost = fill(made, rank, 4)
@@ -128,6 +136,13 @@ def test_rounds_follow_the_acceptance_rate():
     assert rank.rounds[0] == 16  # what the engine decodes at a time anyway
 
 
+def test_the_acceptance_rate_is_that_of_the_prompts():
+    made, rank = sampler(), World("iwww").rank(0)
+    for step in range(6):
+        fill(made, rank, 8, step)
+    assert made.accepted / made.drawn == pytest.approx(0.25)
+
+
 def run_ranks(fates, world_size, wanted, steps, batches):
     """What each optimizer step is made of, over all ranks: [batch][step] -> draws, and each rank's share."""
     world = World(fates, world_size)
@@ -140,11 +155,7 @@ def run_ranks(fates, world_size, wanted, steps, batches):
             parts = distribute(chosen, steps=steps, rank=number, world_size=world_size, gather=rank.gather)
             results[number].append((parts, asdict(cost)))
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(world_size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    on_ranks(world_size, work)
     # place p of a step is place p // ranks of rank p % ranks
     made_of = [
         [
@@ -158,7 +169,7 @@ def run_ranks(fates, world_size, wanted, steps, batches):
     return made_of, shares, [cost for _, cost in results[0]]
 
 
-@pytest.mark.parametrize("fates", ["iw", "i", "iiiiwwww", "iwrwiiiw", "wwww"])
+@pytest.mark.parametrize("fates", ["iw", "i", "iiiiwwww", "iiiwwwww", "iwrwiiiw", "wwww"])
 def test_steps_are_the_same_for_any_number_of_ranks(fates):
     """With "iw" and two ranks, one has all the luck."""
     one = run_ranks(fates, 1, wanted=8, steps=2, batches=3)
@@ -168,6 +179,18 @@ def test_steps_are_the_same_for_any_number_of_ranks(fates):
         full = 8 // 2 // world_size
         assert all(share == full for part in more[1] for share in part) or "i" not in fates
     assert all(len(step) == 4 for batch in one[0] for step in batch) or "i" not in fates
+
+
+def test_what_expired_is_counted_on_all_ranks():
+    world, expired = World("i", world_size=2), [None, None]
+
+    def work(number):
+        rank, made = world.rank(number), sampler()
+        made.surplus = [rank.scored(draw, step=0) for draw in ((), (2, 4))[number]]
+        expired[number] = fill(made, rank, 4, step=5)[1].expired
+
+    on_ranks(2, work)
+    assert expired == [2, 2]
 
 
 def test_a_batch_that_is_not_full_is_spread_over_its_steps():
@@ -180,10 +203,12 @@ def test_a_batch_that_is_not_full_is_spread_over_its_steps():
 def test_state_is_numbers_and_comes_back():
     made, rank = sampler(round_size=8), World("i").rank(0)
     fill(made, rank, 4)
+    made.surplus[0].group.loss_masks = [[1, 0], [1]]
     again = sampler(round_size=8)
     again.load_state_dict(json.loads(json.dumps(made.state_dict())))
     assert draws(again.surplus) == draws(made.surplus) == [4, 5, 6, 7]
     assert again.surplus[0].group.sampling_per_token_logps == made.surplus[0].group.sampling_per_token_logps
+    assert again.surplus[0].group.loss_masks == [[1, 0], [1]]
     assert (again.accepted, again.drawn) == (made.accepted, made.drawn)
     assert again.state_dict() == made.state_dict()
 

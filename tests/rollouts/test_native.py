@@ -133,6 +133,14 @@ def test_weights_are_the_live_ones(qwen3):
     assert_same(after, rollout(HFGenerateEngine(qwen3)))
 
 
+def test_a_pass_over_prompts_has_so_many_tokens(qwen3, monkeypatch):
+    expected, passes, layout = rollout(NativeEngine(prepared(qwen3))), [], engine.PromptLayout
+    monkeypatch.setattr(engine, "PREFILL_TOKENS", 6)
+    monkeypatch.setattr(engine, "PromptLayout", lambda *args: passes.append(args[-1]) or layout(*args))
+    assert_same(rollout(NativeEngine(qwen3)), expected)
+    assert passes == [[7], [1, 3], [11], [2], [7]]
+
+
 def test_each_prompt_is_run_once_and_rows_leave_at_once(qwen3):
     rows = []
     qwen3.model.layers[0].mlp.register_forward_hook(lambda module, args, output: rows.append(output.shape[:2]))

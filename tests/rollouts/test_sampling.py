@@ -5,7 +5,16 @@ import torch
 from scipy import stats
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from grpo_trl.rollouts.sampling import EVAL_STREAM, TRAIN_STREAM, SamplingParams, row_keys, sample, uniforms, warpers
+from grpo_trl.rollouts.sampling import (
+    EVAL_STREAM,
+    TRAIN_STREAM,
+    SamplingParams,
+    inverse_cdf,
+    row_keys,
+    sample,
+    uniforms,
+    warpers,
+)
 
 LARGEST_U = 1 - 2**-24  # `uniforms` has 24 bits
 LOGITS = torch.tensor([2.0, -1.0, 0.5, 0.5, -3.0, 1.0, 0.0, -0.5])
@@ -85,6 +94,11 @@ def test_seeds_and_streams_differ():
         assert (base != other).float().mean() > 0.999
         both = torch.stack([base.flatten(), other.flatten()])
         assert abs(torch.corrcoef(both)[0, 1]) < 5 / math.sqrt(base.numel())
+
+
+def test_seeds_for_an_engine_differ_by_draw_and_stream():
+    seeds = {params(stream=stream).seed_of(draw) for stream in (TRAIN_STREAM, EVAL_STREAM) for draw in (3, 4)}
+    assert len(seeds) == 4
 
 
 def test_u_is_below_one():
@@ -179,6 +193,21 @@ def test_u_is_the_position_in_the_cdf():
         assert sample(scores, torch.tensor([u]))[0].item() == token
 
 
+@pytest.mark.parametrize(
+    ("tokens", "probability", "u", "expected"),
+    [
+        ((130, 300), 0.5, 0.0, 130),  # of three blocks of 128, the first has no probability
+        ((130, 300), 0.5, 0.5, 300),
+        ((130, 140), 0.25, 0.4, 130),  # probabilities that do not sum to 1
+        ((130, 140), 0.25, LARGEST_U, 140),
+    ],
+)
+def test_u_is_the_position_in_blocks_too(tokens, probability, u, expected):
+    probs = torch.zeros(1, 384)
+    probs[0, list(tokens)] = probability
+    assert inverse_cdf(probs, torch.tensor([u])).item() == expected
+
+
 def test_greedy_takes_the_most_likely_token():
     scores = torch.stack([LOGITS, LOGITS.flip(0)])
     for u in (0.0, LARGEST_U):
@@ -194,6 +223,12 @@ def test_warpers_are_those_that_are_asked_for():
     assert [type(warper) for warper in chosen[1:]] == [TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper]
 
 
+def test_own_processors_come_before_the_repetition_penalty():
+    plus_one = lambda ids, scores: scores + 1  # noqa: E731
+    processors = params(repetition_penalty=2.0, logits_processors=(plus_one,)).history_processors
+    assert processors(torch.tensor([[0]]), torch.tensor([[3.0, 3.0]])).tolist() == [[2.0, 4.0]]
+
+
 @pytest.mark.parametrize(
     ("options", "truncates"),
     [
@@ -202,6 +237,7 @@ def test_warpers_are_those_that_are_asked_for():
         ({"min_p": 0.0}, False),
         ({"top_p": 0.95}, True),
         ({"top_k": 50}, True),
+        ({"top_k": 1}, True),
         ({"min_p": 0.05}, True),
         ({"repetition_penalty": 1.1}, True),
     ],

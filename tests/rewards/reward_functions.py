@@ -52,6 +52,17 @@ def raises_on_bad(prompts, completions, **kwargs):
     return [1.0] * len(prompts)
 
 
+class Quota(Exception):
+    """One that pickle writes and cannot read again."""
+
+    def __init__(self, used, limit):
+        super().__init__(f"{used} of {limit} requests")
+
+
+def raises_quota(prompts, **kwargs):
+    raise Quota(9, 8)
+
+
 def loops_for_ever(prompts, **kwargs):
     while True:
         pass
@@ -75,6 +86,23 @@ def logs(prompts, completions, trainer_state, log_extra=None, log_metric=None, *
     log_extra("upper", [completion.upper() for completion in completions])
     log_metric("step", trainer_state.global_step)
     return [0.5] * len(prompts)
+
+
+def meet(folder, name, other):
+    """Returns when `other` is in the folder too."""
+    open(os.path.join(folder, name), "w").close()
+    while not os.path.exists(os.path.join(folder, other)):
+        time.sleep(0.01)
+
+
+def meets_second(prompts, folder, **kwargs):
+    meet(folder[0], "first", "second")
+    return [1.0] * len(prompts)
+
+
+def meets_first(prompts, folder, **kwargs):
+    meet(folder[0], "second", "first")
+    return [2.0] * len(prompts)
 
 
 def logs_known(prompts, trainer_state, **kwargs):

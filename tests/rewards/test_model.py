@@ -172,6 +172,7 @@ def test_from_path(reward_model_dir):
     reward = RewardModel(reward_model_dir, device_map="cpu", dtype="float32")
     assert reward(PROMPTS, COMPLETIONS) == pytest.approx(deberta()(PROMPTS, COMPLETIONS), abs=1e-5)
     assert reward.__name__ == reward_model_dir.rsplit("/", 1)[-1]
+    assert RewardModel(f"{reward_model_dir}/", device_map="cpu").__name__ == reward.__name__
     half = RewardModel(reward_model_dir, device_map={"": "cpu"}, dtype="bfloat16")
     assert half.model.dtype == torch.bfloat16
     assert half(PROMPTS, COMPLETIONS) == pytest.approx(deberta()(PROMPTS, COMPLETIONS), abs=1.0)

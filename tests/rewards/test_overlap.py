@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -196,6 +197,33 @@ def test_sampling_waits_where_scoring_is_far_behind(make_scorer, monkeypatch):
     scorer.score(groups)
     assert max(behind) <= 2 and len(done) == 6
     assert scorer.wait_seconds > 0.04 and scorer.busy_seconds >= 0.12
+
+
+def test_the_time_that_sampling_waited_is_of_the_scoring(make_scorer, monkeypatch):
+    """By a clock that a call moves by 10, once somebody waits for it."""
+    now, waits, wait = [0], threading.Semaphore(0), scoring.wait
+    monkeypatch.setattr(scoring, "UNFINISHED", 1)
+    monkeypatch.setattr(scoring, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(scoring, "wait", lambda *args: waits.release() or wait(*args))
+
+    def slow(prompts, **kwargs):
+        waits.acquire(timeout=30)
+        now[0] += 10
+        return [0.0] * len(prompts)
+
+    scorer, groups = make_scorer(slow), groups_of(3)
+    score(scorer, groups[:2])
+    assert scorer.wait_seconds == 20  # for the first before the second could begin, then for that
+    score(scorer, groups[2:])
+    assert scorer.wait_seconds == 10
+
+
+def test_functions_in_processes_of_their_own_run_beside_each_other(make_scorer, tmp_path):
+    """Each returns when the other has begun."""
+    scorer = make_scorer(functions.meets_second, functions.meets_first, per_group=False, timeout=30)
+    groups = groups_of(1)
+    groups[0].prompt.example["folder"] = str(tmp_path)
+    assert scorer.score(groups).tolist() == [[1.0, 2.0]] * 4
 
 
 # ---- The overlap itself ----

@@ -453,6 +453,35 @@ def test_a_generator_is_read_in_its_process():
     call.close()
 
 
+@pytest.mark.parametrize(
+    ("func", "error", "text"),
+    [
+        (functions.raises_on_two, ArithmeticError, "only together"),
+        (functions.raises_quota, RuntimeError, "Quota: 9 of 8 requests"),
+        (functions.exits, RuntimeError, "SystemExit: 2"),
+    ],
+)
+def test_an_error_crosses_as_itself_if_it_can(func, error, text):
+    call = IsolatedFunction(func, name="func", timeout=30)
+    with pytest.raises(error, match=text):
+        call(prompts=[1, 2])
+    call.close()
+
+
+def test_a_fork_does_not_end_the_process():
+    call = IsolatedFunction(functions.process_id, name="process_id", timeout=30)
+    (first,) = call(prompts=[1])
+    fork = os.fork()
+    if not fork:
+        try:
+            call._finalizer()  # as at its exit
+        finally:
+            os._exit(0)
+    os.waitpid(fork, 0)
+    assert call(prompts=[1]) == [first]
+    call.close()
+
+
 def test_threads_share_a_process_one_call_at_a_time():
     call = IsolatedFunction(functions.tokens, name="tokens", timeout=30)
     results = {}

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from grpo_trl.memory import PolicySpec, Run, advice_lines, parse_size, plan_run,
 from grpo_trl.memory.dry_run import FakeModel, rollout_bytes, update_bytes
 from grpo_trl.memory.models import policy_of, quantized_bytes, reference_options
 from grpo_trl.memory.optimizer import optimizer_bytes
+from grpo_trl.memory.plan import DevicePlan, Plan, _split
 from grpo_trl.memory.tracker import LiveBytes
 from grpo_trl.policy import prepare
 from grpo_trl.rollouts import SamplingParams, make_engine
@@ -351,6 +353,18 @@ def test_phases_are_sums_of_their_parts(run):
         "update": resident + device.items["gradients"] + device.items["activations"],
     }
     assert device.peak == device.phases["update"] and device.strain < 1
+
+
+@pytest.mark.parametrize(("on_gpu", "fits"), [(100, True), (150, False)])
+def test_the_fullest_device_is_not_the_one_that_holds_most(on_gpu, fits):
+    gpu, cpu = DevicePlan(100, 100, Counter(parameters=on_gpu)), DevicePlan(1000, 1000, Counter(parameters=200))
+    plan = Plan({"cuda:0": gpu, "cpu": cpu}, [])
+    assert plan.fullest is gpu and plan.fits is fits
+
+
+def test_a_weight_is_where_the_longest_name_of_its_parts_is():
+    sizes = {"layers.1.weight": 1, "layers.10.weight": 10, "lm_head.weight": 100}
+    assert _split(sizes, {"layers.1": 0, "": "cpu", "lm_head": "disk"}) == {"cuda:0": 1, "cpu": 10}
 
 
 def test_changes_are_ranked_by_what_they_save(run):

@@ -1,5 +1,6 @@
 import copy
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ from grpo_trl import GRPOConfig
 from grpo_trl.assembly import _num_local_ranks
 from grpo_trl.placement import (
     EFFICIENT_LOADING,
+    check_map,
     freeze,
     input_device,
+    is_zero3,
     place,
     resolve_device_map,
     runs_on,
@@ -78,6 +81,7 @@ def test_table(device, policy, num_gpus, num_local_ranks, expected):
         (3, 2, 0, 2, 2),  # fewer spare than ranks: shared
         (3, 2, 1, 2, 2),
         (4, 3, 2, 3, 3),
+        (6, 4, 3, 5, 5),
     ],
 )
 def test_each_rank_has_its_share_of_the_spare_gpus(num_gpus, num_local_ranks, rank, reference, reward):
@@ -94,6 +98,11 @@ def test_a_device_that_another_rank_trains_on_is_refused(rank, device):
     with pytest.raises(ValueError, match=r"is the one that rank 1 .* trains on, and each of the 2 ranks .* from 2 on"):
         resolve_device_map(device, cuda(rank), num_gpus=4, num_local_ranks=2)
     assert resolve_device_map(device, cuda(0), num_gpus=4) is not None  # with one rank it is spare
+
+
+def test_a_device_that_another_rank_trains_on_is_refused_where_none_is_spare():
+    with pytest.raises(ValueError, match="'cuda:1' is the one that rank 1 "):
+        resolve_device_map("cuda:1", cuda(0), num_gpus=2, num_local_ranks=2)
 
 
 def test_a_rank_that_sees_its_own_gpu_only_may_name_it():
@@ -158,6 +167,12 @@ def test_a_map_that_does_not_fit_the_model(model_dir, qwen3, device_map, message
         load_reference_model(qwen3, model_dir, args, device_map)
 
 
+def test_a_part_is_not_another_whose_name_begins_alike():
+    layers = nn.Sequential(*(nn.Linear(1, 1) for _ in range(11)))
+    with pytest.raises(ValueError, match=r"no device for '10\.weight'"):
+        check_map(layers, {str(number): "cpu" for number in range(10)})
+
+
 def test_place_takes_an_accelerate_map(qwen3):
     ids = torch.tensor([[10, 11, 12]])
     expected = qwen3(ids).logits
@@ -203,6 +218,10 @@ def test_zero3_has_no_reference_on_a_device_of_its_own(ref_device):
     (problem,) = zero3_problems(ref_device)
     assert problem.startswith(f"ref_device={ref_device!r}: under ZeRO-3 the reference is sharded")
     assert zero3_problems("auto") == zero3_problems("same") == zero3_problems(None) == []
+
+
+def test_zero2_shards_no_model():
+    assert [is_zero3(SimpleNamespace(zero_stage=stage)) for stage in (2, 3)] == [False, True]
 
 
 def test_two_visible_gpus_do_not_double_the_batch(tmp_path):

@@ -33,6 +33,7 @@ def test_batches_by_hand():
     assert token_batches([(3,), (9,), (1,), (4,)], 1) == [[1], [3], [0], [2]]  # a row is never cut
     assert token_batches([(2, 2), (2, 2)], 8) == [[0, 1]]
     assert token_batches([(3, 1), (1, 3)], 8) == [[0], [1]]  # side by side they have 3 + 3 columns
+    assert token_batches([(6, 1), (1, 5), (3, 1)], 22) == [[0, 1], [2]]  # all three would have 6 + 5 columns too
     assert token_batches([], 8) == []
 
 
@@ -87,5 +88,6 @@ def test_other_errors_pass():
 
 def test_out_of_memory_is_told_by_its_words_too():
     assert is_out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 8 bytes"))
+    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
     assert is_out_of_memory(torch.OutOfMemoryError("any words"))
     assert not is_out_of_memory(RuntimeError("shapes differ"))

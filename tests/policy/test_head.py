@@ -48,7 +48,7 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 1.5])
 @pytest.mark.parametrize("name", MODELS)
 def test_chunks_are_the_whole(name, temperature, monkeypatch):
     monkeypatch.setattr(head, "CHUNK", 8)
@@ -65,6 +65,17 @@ def test_chunks_are_the_whole(name, temperature, monkeypatch):
         ours, gradients(model, hidden, full(model, hidden, labels, temperature)[0]), strict=True
     ):
         torch.testing.assert_close(gradient, of_full, rtol=1e-4, atol=1e-6)
+
+
+def test_weights_in_16_bit_are_scored_in_fp32():
+    model = tiny_model("qwen3").to(torch.bfloat16)
+    hidden, labels = hidden_and_labels(model)
+    hidden = hidden.detach().to(torch.bfloat16)
+    logps, entropies = score(model, hidden, labels, temperature=0.6, with_entropy=True)
+    expected, expected_entropies = full(model, hidden, labels, 0.6)
+    assert to_logits(model, hidden).dtype == logps.dtype == entropies.dtype == torch.float32
+    torch.testing.assert_close(logps.double(), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(entropies.double(), expected_entropies, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["tied", "untied", "scale", "divided"])

@@ -103,6 +103,12 @@ def test_what_is_left_of_a_torn_group_is_filled_up():
     assert [(s.start, s.stop) for s in pieces(batch, 14, packed=True)] == [(0, 1), (1, 2), (2, 5)]
 
 
+def test_pieces_are_as_full_as_they_may_be():
+    groups, rows = lengths_batch(*[(5, [5, 3])] * 4), lengths_batch((5, [5, 5, 5]))
+    assert [(s.start, s.stop) for s in pieces(groups, 24, packed=True)] == [(0, 4), (4, 8)]  # 12 tokens each
+    assert [(s.start, s.stop) for s in pieces(rows, 14, packed=True)] == [(0, 2), (2, 3)]  # 4+5+5
+
+
 def test_pieces_hold_their_tokens():
     generator = torch.Generator().manual_seed(0)
     draw = lambda low, high: int(torch.randint(low, high, (), generator=generator))  # noqa: E731

@@ -1,9 +1,11 @@
 import os
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator, cpu_offload
+from accelerate.utils import DistributedType
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from trl.trainer.utils import disable_dropout_in_model
@@ -87,7 +89,7 @@ def test_copy_of_the_starting_policy_is_frozen(config, qwen3, batch):
     start = logps(qwen3, batch)
     model = load_reference_model(qwen3, None, config(), CPU)
     reference = make(model, qwen3)
-    assert isinstance(reference, FrozenReference)
+    assert isinstance(reference, FrozenReference) and reference.own_device is None  # it shares the policy's
     assert model is not qwen3
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert not any(module.training for module in model.modules())
@@ -315,6 +317,16 @@ def test_padded_passes_are_sorted_by_length(qwen3, tokens, expected):
     assert Passes(2, TokenLimit("it")).cut(qwen3, batch, tokens) == expected
 
 
+@pytest.mark.parametrize(
+    ("kind", "own_model", "fixed"), [("FSDP", False, True), ("FSDP", True, False), ("MULTI_GPU", False, False)]
+)
+def test_passes_of_a_sharded_reference_are_never_cut_smaller(qwen3, kind, own_model, fixed):
+    state = SimpleNamespace(deepspeed_plugin=None)
+    ranks = SimpleNamespace(state=state, distributed_type=DistributedType[kind], device=CPU[""])
+    reference = make_reference(qwen3 if own_model else None, lambda: qwen3, ranks, rows_per_pass=2)
+    assert reference.passes.limit.fixed is fixed
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("tokens", [None, 8, 1])
 def test_passes_of_any_size_give_the_same_log_probabilities_in_the_same_order(qwen3, packed, tokens):
@@ -335,7 +347,7 @@ def test_the_revision_is_that_of_the_policys_repository(tmp_path, monkeypatch, q
     options = {"use_cpu": True, "beta": 0.1, "model_init_kwargs": {"revision": "v1", "dtype": "float32"}}
     for other in ({}, {"ref_model_name_or_path": "b"}, {"ref_model_name_or_path": "a"}):
         load_reference_model(qwen3, "a", GRPOConfig(str(tmp_path), **options, **other), {"": "cpu"})
-    own = {"ref_model_name_or_path": "b", "ref_model_init_kwargs": {"revision": "v2"}}
+    own = {"ref_model_name_or_path": "b", "ref_model_init_kwargs": {"revision": "v2", "dtype": "bfloat16"}}
     load_reference_model(qwen3, "a", GRPOConfig(str(tmp_path), **options, **own), {"": "cpu"})
     found = [(path, options.get("revision"), options["dtype"]) for path, options in asked]
-    assert found == [("a", "v1", "float32"), ("b", None, "float32"), ("a", "v1", "float32"), ("b", "v2", "float32")]
+    assert found == [("a", "v1", "float32"), ("b", None, "float32"), ("a", "v1", "float32"), ("b", "v2", "bfloat16")]

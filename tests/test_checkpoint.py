@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors import SafetensorError, safe_open
 
-from grpo_trl import checkpoint
+from grpo_trl import GRPOConfig, checkpoint
 from grpo_trl.batch import Group, Prompt, RolloutBatch
 from tests.tiny import tiny_model
 
@@ -168,6 +168,16 @@ def test_a_write_that_failed_leaves_no_state_that_loads(tmp_path):
     assert not any(name.endswith(".json") for name in files(tmp_path))
     with pytest.raises(FileNotFoundError):
         checkpoint.load(str(tmp_path), 0)
+
+
+@pytest.mark.parametrize(("name", "value"), [("num_iterations", 2), ("max_grad_norm", 0.5), ("learning_rate", 1e-3)])
+def test_a_setting_that_changed_is_named_with_what_becomes_of_it(tmp_path, name, value):
+    then, now = (
+        checkpoint.config_values(GRPOConfig(str(tmp_path), use_cpu=True, report_to="none", **options))
+        for options in ({}, {name: value})
+    )
+    (phrase,) = (text for text in checkpoint.changed_config(then, now) if text.startswith(f"{name}: "))
+    assert ("without effect" in phrase) == (name == "learning_rate")
 
 
 # ---- Reference ----

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from pathlib import Path
 
 import pytest
 
@@ -83,6 +84,7 @@ def test_rotation_counts_complete_ones_and_keeps_what_it_is_told(tmp_path):
     folder(tmp_path / "checkpoint-5")
     manifest.rotate(tmp_path, None, [])
     manifest.rotate(tmp_path, 0, [])
+    manifest.rotate(tmp_path, 5, [])  # more than there are
     assert len(list(tmp_path.iterdir())) == 5
     manifest.rotate(tmp_path, 2, [made[3], made[0]])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-4", "checkpoint-5"]
@@ -90,6 +92,13 @@ def test_rotation_counts_complete_ones_and_keeps_what_it_is_told(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-4", "checkpoint-5"]
     manifest.rotate(tmp_path, 1, [tmp_path / "checkpoint-5"])
     assert manifest.is_complete(made[3])  # the only complete one
+
+
+def test_what_rotation_keeps_may_be_named_from_the_current_folder(tmp_path, monkeypatch):
+    made = [complete(tmp_path / f"checkpoint-{step}") for step in (1, 2)]
+    monkeypatch.chdir(tmp_path)
+    manifest.rotate(tmp_path, 1, [Path("checkpoint-1")])
+    assert made[0].exists() and not made[1].exists()
 
 
 def test_a_checkpoint_that_is_written_anew_keeps_the_old_one_until_it_is_complete(tmp_path):

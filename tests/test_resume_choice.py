@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -82,13 +83,14 @@ def test_a_checkpoint_of_weights_alone_is_no_place_to_go_on(tmp_path):
         resumed(tmp_path, str(tmp_path / "checkpoint-2"))
 
 
-def test_a_run_killed_while_it_wrote_a_checkpoint_anew_has_the_old_one(output):
+@pytest.mark.parametrize("named", [False, True])
+def test_a_run_killed_while_it_wrote_a_checkpoint_anew_has_the_old_one(output, named):
     folder = output / "checkpoint-4"
     manifest.remove(output / "checkpoint-2")
     manifest.set_aside(folder)
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(b"half")
-    assert resumed(output).state.global_step == 6
+    assert resumed(output, str(folder) if named else True).state.global_step == 6
     assert not list(output.glob("_checkpoint-*"))
 
 
@@ -115,3 +117,13 @@ def test_a_limit_of_one_leaves_the_newest(tmp_path):
     assert [path.name for path in manifest.checkpoints(tmp_path)] == ["checkpoint-4"]
     arguments = torch.load(tmp_path / "checkpoint-4" / "training_args.bin", weights_only=False)
     assert arguments.save_total_limit == 1  # which transformers must not see while it saves
+
+
+def test_each_checkpoint_is_pushed(tmp_path, monkeypatch):
+    run, pushed = build(tmp_path, max_steps=4, **OPTIONS), []
+    run.args.push_to_hub = True
+    monkeypatch.setattr(run, "init_hf_repo", lambda **options: None)
+    monkeypatch.setattr(run, "_finish_current_push", lambda: None)
+    monkeypatch.setattr(run, "_push_from_checkpoint", lambda folder: pushed.append(Path(folder).name))
+    run.train()
+    assert pushed == ["checkpoint-2", "checkpoint-4"]

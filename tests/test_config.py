@@ -459,6 +459,7 @@ def test_on_policy(config, options, on_policy):
         ({"skip_hopeless_after": -1}, "skip_hopeless_after=-1 is out of range: expected at least 1 draw"),
         ({"beta": -0.1}, "beta=-0.1 is out of range"),
         ({"epsilon": 1.5}, "epsilon=1.5 is out of range"),
+        ({"adam_beta1": 1.0}, r"adam_beta1=1.0 is out of range: expected in \[0, 1\)"),
         ({"eval_temperature": -1.0}, "eval_temperature=-1.0 is out of range"),
         ({"epsilon_high": -0.1}, "epsilon_high=-0.1 is out of range"),
         ({"num_generations_eval": -1}, "num_generations_eval=-1 is out of range"),
@@ -501,6 +502,8 @@ def test_refusals(config, options, message):
         {"top_p": 1.0, "min_p": 0.0, "eval_temperature": 0.0},
         {"max_prompt_length": 1, "reward_max_length": None, "num_generations_eval": 1, "num_completions_to_print": 0},
         {"delta": 1.21, "ref_model_mixup_alpha": 0.0, "ref_model_sync_steps": 1},
+        {"surrogate": "cispo", "epsilon_high": 1.0},
+        {"sampler_correction": "token_truncate", "sampler_correction_min": 1.0, "sampler_correction_max": 1.0},
     ],
 )
 def test_edges_that_are_allowed(config, options):
@@ -602,9 +605,10 @@ def test_lists_may_be_tuples(config):
     assert config(reward_weights=(1.0, 2)).reward_weights == (1.0, 2)
 
 
-def test_optimizers_that_step_in_backward_take_micro_batches_whole(config):
-    with pytest.raises(ValueError, match="max_tokens_per_microbatch cannot be used with optim='lomo'"):
-        config(optim="lomo", max_tokens_per_microbatch=99)
+@pytest.mark.parametrize("optim", ["lomo", "galore_adamw_layerwise"])
+def test_optimizers_that_step_in_backward_take_micro_batches_whole(config, optim):
+    with pytest.raises(ValueError, match=f"max_tokens_per_microbatch cannot be used with optim='{optim}'"):
+        config(optim=optim, max_tokens_per_microbatch=99)
 
 
 def test_a_static_graph_of_ddp_has_one_backward_pass_per_update(config, monkeypatch):

@@ -70,6 +70,7 @@ PROVOKED = {
     "constant reward: accuracy": [
         {"rewards/accuracy/mean": 0.0, "rewards/accuracy/std": 0.0},
         {"rewards/accuracy/mean": 0.1, "rewards/accuracy/std": 1e-9},  # a mean that was rounded
+        {"rewards/accuracy/mean": -0.1, "rewards/accuracy/std": 1e-9},
     ],
     "drowned rewards: accuracy": [{"rewards/accuracy/std": 50.0}],
     "reward reads a part: accuracy": [{"rewards/accuracy/truncated": 0.25}],
@@ -77,7 +78,10 @@ PROVOKED = {
     "sampler disagrees": [{"sampling/logp_gap": 0.5}],
     "KL runs away": [{"kl": late(0.02, 3.0)}],
     "entropy collapses": [{"entropy": lambda share: 0.4 * (1 - share)}],
-    "no gradient": [{"grad_norm": 0.0}],
+    "no gradient": [
+        {"grad_norm": 0.0},
+        {"grad_norm": 0.0, "frac_reward_zero_std": late(0.3, 1.0, at=1.0)},  # most rollouts had groups to learn from
+    ],
     "always clipped": [{"grad_norm": 7.0}],
     "learning rate is 0": [{"learning_rate": 0.0}, {"learning_rate": late(1e-6, 0.0)}],
 }
@@ -87,10 +91,12 @@ NOT_PROVOKED = {
     "length runs away": [
         {"completions/mean_length": lambda share: 100 + 300 * share},  # growth alone: they still end
         {"completions/clipped_ratio": 0.7},  # truncated from the start: no growth
+        {"completions/clipped_ratio": 0.7, "completions/mean_length": lambda share: 100 + 300 * share},
     ],
     "length collapses": [{"completions/mean_length": lambda share: 100 - 60 * share}],
     "dead groups": [
         {"frac_reward_zero_std": 0.7},
+        {"frac_reward_zero_std": late(0.5, 0.95, at=1.0)},  # of one rollout
         {"frac_reward_zero_std": 1.0, **BOTH_CONSTANT},  # one cause, said of the rewards
         {"frac_reward_zero_std": 1.0, **NO_REWARD},  # none applied: scoring says so
     ],
@@ -105,7 +111,7 @@ NOT_PROVOKED = {
     "reward reads a part: accuracy": [{"rewards/accuracy/truncated": 0.04}],
     "ratio is not 1": [{"importance_ratio/first_step_gap": 0.005}, {"importance_ratio/first_step_gap": None}],
     "sampler disagrees": [{"sampling/logp_gap": 0.02}, {"sampling/logp_gap": None}],
-    "KL runs away": [{"kl": 0.5}, {"kl": None}],
+    "KL runs away": [{"kl": 0.5}, {"kl": late(0.1, 1.5, at=1.0)}, {"kl": None}],
     "entropy collapses": [{"entropy": 0.05}, {"entropy": lambda share: 0.4 - 0.25 * share}],
     "no gradient": [{"grad_norm": late(0.0, 0.1)}, {"grad_norm": 0.0, "frac_reward_zero_std": 1.0}],
     "always clipped": [{"grad_norm": late(7.0, 0.9, at=0.9)}],
@@ -163,7 +169,8 @@ def test_logs_without_a_rollout_do_not_hide_the_others(args):
 def test_what_the_configuration_explains_is_not_said(args):
     assert found(history(**{"rewards/accuracy/std": 50.0}), args(variant="gdpo")) == []
     dynamic = args(dynamic_sampling=True)
-    for carried, names in ((2.0, []), (0.0, ["ratio is not 1"])):
+    drift = ["ratio is not 1"]
+    for carried, names in ((2.0, []), (0.0, drift), (late(0.0, 2.0), []), (late(2.0, 0.0), drift)):
         drifted = history(**{"importance_ratio/first_step_gap": 0.1, "dynamic_sampling/carried": carried})
         assert found(drifted, dynamic) == names
     for carried, names in ((2.0, []), (0.0, ["sampler disagrees"])):
@@ -171,6 +178,18 @@ def test_what_the_configuration_explains_is_not_said(args):
     masked = args(mask_truncated_completions=True)
     assert found(history(grad_norm=0.0, **TRUNCATED), masked) == ["EOS never appears"]
     assert found(history(grad_norm=7.0), args(max_grad_norm=0.0)) == []
+
+
+def test_a_reward_of_negative_weight_drowns_others_too(args):
+    rows = history(**{"rewards/format/std": 50.0})
+    assert found(rows, args(), {"accuracy": 1.0, "format": -1.0}) == ["drowned rewards: format"]
+
+
+def test_what_evaluations_log_is_not_of_the_run(args):
+    rows = history(kl=None)
+    for row in rows[1::2]:
+        row["kl"] = 3.0
+    assert found(rows, args()) == []
 
 
 def test_a_sentence_has_the_numbers_and_the_remedy(args):

@@ -131,7 +131,7 @@ class RewardScorer:
         if not groups:
             raise ValueError("There are no groups to score; give at least one.")
         self._refuse_within_itself()
-        began, self._is_scoring = time.perf_counter(), True
+        began, before, self._is_scoring = time.perf_counter(), self._held_up, True
         try:
             self._finish(groups, trainer_state)
         except BaseException:
@@ -147,7 +147,7 @@ class RewardScorer:
         rewards_per_func = in_order(calls, groups, len(self.names))
         self._warn_if_all_none(rewards_per_func, groups)
         self.busy_seconds = sum(call.seconds for call in calls)
-        self.wait_seconds, self._held_up = self._held_up + time.perf_counter() - began, 0.0
+        self.wait_seconds, self._held_up = before + time.perf_counter() - began, 0.0
         return rewards_per_func
 
     def forget(self) -> None:

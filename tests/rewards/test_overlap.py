@@ -216,6 +216,8 @@ def test_the_time_that_sampling_waited_is_of_the_scoring(make_scorer, monkeypatc
     assert scorer.wait_seconds == 20  # for the first before the second could begin, then for that
     score(scorer, groups[2:])
     assert scorer.wait_seconds == 10
+    scorer.score(groups[:2])  # which `start` was not given: the wait within counts once
+    assert scorer.wait_seconds == 20
 
 
 def test_functions_in_processes_of_their_own_run_beside_each_other(make_scorer, tmp_path):

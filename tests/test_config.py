@@ -84,6 +84,7 @@ def test_correction_for_vllm_by_trls_names(config):
         ({"use_vllm": True, "rollout_engine": "native"}, "use_vllm=True and rollout_engine='native' contradict"),
         ({"vllm_mode": "elsewhere"}, "vllm_mode='elsewhere'"),
         ({"vllm_server_port": 0}, r"vllm_server_port=0 is out of range: expected in \[1, 65535\]"),
+        ({"vllm_group_port": 65536}, r"vllm_group_port=65536 is out of range: expected in \[1, 65535\]"),
         ({"vllm_gpu_memory_utilization": 0.0}, r"vllm_gpu_memory_utilization=0.0 is out of range"),
         ({"vllm_importance_sampling_mode": "tis"}, "sampler_correction='tis'"),
         (
@@ -99,6 +100,10 @@ def test_correction_for_vllm_by_trls_names(config):
         ),
         ({"cache_implementation": "static"}, "vLLM has its own cache"),
         ({"generation_kwargs": {"n": 2}}, "generation_kwargs n is set by the trainer where vLLM samples; use num_gen"),
+        (
+            {"generation_kwargs": {"seed": 2}},
+            "generation_kwargs seed is set by the trainer where vLLM samples; use seed",
+        ),
     ],
 )
 def test_options_of_vllm_that_are_refused(config, options, message):
@@ -112,6 +117,7 @@ def test_generation_kwargs_of_vllm(config):
     )
     assert args.top_k == 5
     assert args.generation_kwargs == {"presence_penalty": 0.1, "structured_outputs": {"regex": "[0-9]+"}}
+    config(use_vllm=True, generation_kwargs=args.generation_kwargs, vllm_structured_outputs_regex="[0-9]+")  # agrees
 
 
 def test_an_unknown_option_is_a_type_error(config):
@@ -282,6 +288,7 @@ def test_bf16_is_off_where_it_was_not_asked_for(config):
         ({"loss_type": "grpo"}, {"token_weighting": "sequence", "scale_rewards": "batch_relative"}),
         ({"variant": "deepseekmath", "loss_type": "dapo"}, {"token_weighting": "token", "beta": 0.04}),
         ({"loss_type": "dr_grpo"}, {"token_weighting": "max_length"}),
+        ({"loss_type": "cispo"}, {"surrogate": "cispo", "epsilon_high": 5.0}),
         # ... and loses to the explicit field
         ({"loss_type": "dr_grpo", "token_weighting": "token"}, {"token_weighting": "token"}),
         (
@@ -402,6 +409,39 @@ def test_on_policy(config, options, on_policy):
     assert config(**options).on_policy is on_policy
 
 
+def test_what_follows_from_the_size_of_a_rollout(config):
+    args = config(gradient_accumulation_steps=2, steps_per_generation=6, num_iterations=5)
+    assert args.completions_per_rank == 48
+    assert args.optimizer_steps_per_rollout == args.dynamic_sampling_max_age == 15
+
+
+@pytest.fixture
+def two_ranks(monkeypatch):
+    """The time-outs that a rank out of two sets, in seconds."""
+    timeouts = []
+    monkeypatch.setattr(GRPOConfig, "world_size", 2)
+    monkeypatch.setattr("grpo_trl.config._set_pg_timeout", lambda timeout: timeouts.append(timeout.total_seconds()))
+    return timeouts
+
+
+@pytest.mark.parametrize("options", [{"generation_batch_size": 32}, {"steps_per_generation": 2}])
+def test_the_rollout_of_two_ranks(config, two_ranks, options):
+    args = config(**options)
+    assert (args.steps_per_generation, args.generation_batch_size, args.completions_per_rank) == (2, 32, 16)
+    with pytest.raises(ValueError, match="must be a multiple of per_device_train_batch_size x ranks = 8 x 2; use 32"):
+        config(generation_batch_size=24)
+
+
+def test_ranks_on_the_cpu_wait_for_each_other_as_long_as_they_are_told(config, two_ranks):
+    config(ddp_timeout=99)
+    assert two_ranks == [99]
+
+
+def test_a_second_gpu_that_is_seen_is_not_used(config, monkeypatch):
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    assert config().n_gpu == 1 and config().train_batch_size == 8
+
+
 # ---- Refusals: each says what was got, what was expected and what to do ----
 
 
@@ -487,6 +527,20 @@ def test_on_policy(config, options, on_policy):
             {"sync_ref_model": True, "beta": 0.0},
             "sync_ref_model and ref_model_name_or_path need the reference, but beta=0",
         ),
+        (
+            {"ref_model_name_or_path": "elsewhere", "beta": 0.0},
+            "sync_ref_model and ref_model_name_or_path need the reference, but beta=0",
+        ),
+        ({"cuda_graphs": True}, "cuda_graphs=True needs a CUDA device, and this run is on cpu"),
+        ({"loss_type": "cispo", "epsilon_high": 0.9}, "bounds the ratio itself by epsilon_high, and 0.9 would shrink"),
+        (
+            {"top_entropy_quantile": 0.2, "max_tokens_per_microbatch": 99},
+            "top_entropy_quantile picks tokens from a whole micro-batch",
+        ),
+        (
+            {"loss_type": "vespo", "sampler_correction": "sequence_truncate"},
+            "sampler_correction='sequence_truncate' gives each token that of its sequence",
+        ),
     ],
 )
 def test_refusals(config, options, message):
@@ -502,7 +556,7 @@ def test_refusals(config, options, message):
         {"top_p": 1.0, "min_p": 0.0, "eval_temperature": 0.0},
         {"max_prompt_length": 1, "reward_max_length": None, "num_generations_eval": 1, "num_completions_to_print": 0},
         {"delta": 1.21, "ref_model_mixup_alpha": 0.0, "ref_model_sync_steps": 1},
-        {"surrogate": "cispo", "epsilon_high": 1.0},
+        {"surrogate": "cispo", "epsilon_high": 1.0, "cuda_graphs": False},
         {"sampler_correction": "token_truncate", "sampler_correction_min": 1.0, "sampler_correction_max": 1.0},
     ],
 )
@@ -535,6 +589,7 @@ OWN_LOSS = {"liger_kernel_config": {"fused_linear_cross_entropy": True}}
         (True, {}, "use_liger_kernel=True puts Triton kernels into the layers, and this run is on the CPU"),
         (True, OWN_LOSS, "fused_linear_cross_entropy replaces the model's forward"),
         (True, ON_CPU, "use_liger_kernel=True replaces the rotation of all models"),
+        (True, {"reward_device": {"model": 0, "score": "cpu"}}, "use_liger_kernel=True replaces the rotation of all"),
     ],
 )
 def test_liger_kernels_where_they_cannot_work_are_refused(config, monkeypatch, installed, options, message):
@@ -559,9 +614,18 @@ def test_a_rank_that_was_started_alone_is_refused(config, monkeypatch):
 # ---- Evaluation ----
 
 
+@pytest.mark.parametrize(
+    ("options", "evaluates"), [({}, False), ({"eval_on_start": True}, True), ({"eval_strategy": "epoch"}, True)]
+)
+def test_what_asks_for_evaluation(config, options, evaluates):
+    assert config(**options).evaluates is evaluates
+
+
 def test_best_model_is_that_of_the_highest_reward(config):
     every_step = {"eval_strategy": "steps", "eval_steps": 5, "save_strategy": "steps", "save_steps": 5}
     args = config(load_best_model_at_end=True, **every_step)
+    assert (args.metric_for_best_model, args.greater_is_better) == ("reward", True)
+    args = config(save_strategy="best", eval_strategy="epoch")
     assert (args.metric_for_best_model, args.greater_is_better) == ("reward", True)
     chosen = {"metric_for_best_model": "eval_kl", "greater_is_better": False}
     args = config(load_best_model_at_end=True, **every_step, **chosen)
@@ -590,7 +654,10 @@ def test_checkpointing_that_a_rollout_under_zero3_would_lose_is_refused(config, 
     monkeypatch.setattr(config_checks, "is_zero3", lambda plugin: True)
     with pytest.raises(ValueError, match="every_n_layers and offload cannot be used with ZeRO-3"):
         config(**options)
+    with pytest.raises(ValueError, match="every_n_layers and offload cannot be used with ZeRO-3"):
+        config(gradient_checkpointing_kwargs={"offload": True})
     config(gradient_checkpointing_kwargs={"use_reentrant": False})
+    config(gradient_checkpointing_kwargs={"offload": True}, use_vllm=True)  # TRL does not turn it off there
 
 
 def test_ratios_of_sequences_averaged_per_token_are_warned_of(config, caplog):
@@ -611,11 +678,22 @@ def test_optimizers_that_step_in_backward_take_micro_batches_whole(config, optim
         config(optim=optim, max_tokens_per_microbatch=99)
 
 
-def test_a_static_graph_of_ddp_has_one_backward_pass_per_update(config, monkeypatch):
-    options = {"ddp_static_graph": True, "gradient_accumulation_steps": 2}
-    assert config(**options).ddp_static_graph  # one rank has no DDP
-    monkeypatch.setattr(GRPOConfig, "world_size", 2)
-    monkeypatch.setattr("grpo_trl.config._set_pg_timeout", lambda timeout: None)
+SEVERAL_PASSES = [{"gradient_accumulation_steps": 2}, {"max_tokens_per_microbatch": 99}]
+
+
+@pytest.mark.parametrize("options", SEVERAL_PASSES)
+def test_one_rank_has_no_graph_of_ddp(config, options):
+    assert config(ddp_static_graph=True, **options).ddp_static_graph
+
+
+@pytest.mark.parametrize("options", SEVERAL_PASSES)
+def test_a_static_graph_of_ddp_has_one_backward_pass_per_update(config, two_ranks, options):
     with pytest.raises(ValueError, match="ddp_static_graph=True lets DDP do one backward pass per update only"):
-        config(**options)
+        config(ddp_static_graph=True, **options)
     assert config(ddp_static_graph=True).ddp_static_graph
+
+
+def test_pieces_under_fsdp_are_refused(config, monkeypatch):
+    monkeypatch.setattr(config_checks, "is_fsdp", lambda: True)
+    with pytest.raises(ValueError, match="max_tokens_per_microbatch cannot be used with FSDP"):
+        config(max_tokens_per_microbatch=99)

@@ -59,6 +59,8 @@ def config(tmp_path):
         ({"accelerator_config": "no.json"}, "accelerator_config='no.json' cannot be used: [Errno 2] No such file"),
         ({"accelerator_config": {"warp": 1}}, "accelerator_config={'warp': 1} cannot be used: "),
         ({"optim_args": "momentum"}, "optim_args='momentum' cannot be read; expected key=value,key=value."),
+        ({"optim_args": "a=b=c"}, "optim_args='a=b=c' cannot be read; expected key=value,key=value."),
+        ({"accelerator_config": "nowhere"}, "accelerator_config='nowhere' cannot be used: [Errno 2] No such file"),
         ({"optim": "galore_adamw"}, "optim='galore_adamw'"),
         (
             {"lr_scheduler_kwargs": {"warp": 1}},

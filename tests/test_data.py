@@ -126,6 +126,8 @@ def test_glob_folder_and_compressed_files(tmp_path):
     (folder / "notes.txt").write_text("not data")
     assert load_datasets([entry(folder)])["level"][:] == [0, 1, 2, 3, 4, 5]
     assert load_datasets([entry(tmp_path / "*" / "?.jsonl")])["level"][:] == [0, 1, 2, 3, 4, 5]
+    (folder / "[c].csv").write_text("question,answer\nQ,1\n")
+    assert load_datasets([entry(folder / "[c].csv", "csv")])["answer"][:] == ["1"]
     with gzip.open(tmp_path / "rows.jsonl.gz", "wt") as file:
         file.write(json.dumps(ROWS[3]) + "\n")
     assert load_datasets([entry(tmp_path / "rows.jsonl.gz")])["level"][:] == [3]
@@ -180,6 +182,12 @@ def test_files_with_a_byte_order_mark(tmp_path, form):
     path = write(form, tmp_path / "rows")
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     assert load_datasets([entry(path, form)])["answer"][:] == [row["answer"] for row in ROWS]
+
+
+def test_lines_that_are_blank_in_a_file_of_windows(tmp_path):
+    text = "\r\n".join(["", *(json.dumps(row) for row in ROWS), " ", ""])
+    (tmp_path / "rows.jsonl").write_bytes(text.encode())
+    assert load_datasets([entry(tmp_path / "rows.jsonl")])["answer"][:] == [row["answer"] for row in ROWS]
 
 
 def test_json_text_stays_text_in_every_file(tmp_path):
@@ -238,9 +246,9 @@ def test_entries_follow_each_other_and_columns_are_unified(tmp_path):
     assert rows["tags"][:] == [None, ["x"], None]
 
 
-def test_columns_that_cannot_be_unified(tmp_path):
+@pytest.mark.parametrize("when", [datetime.datetime(2024, 1, 1), [datetime.datetime(2024, 1, 1)]], ids=["one", "list"])
+def test_columns_that_cannot_be_unified(tmp_path, when):
     a = jsonl(tmp_path / "a.jsonl", [{"question": "Q", "answer": "1", "when": "today"}])
-    when = datetime.datetime(2024, 1, 1)
     Dataset.from_list([{"question": "Q", "answer": "1", "when": when}]).to_parquet(str(tmp_path / "b.parquet"))
     with pytest.raises(ValueError, match=r"Column 'when' has different types .*string.*timestamp"):
         load_datasets([entry(a), entry(tmp_path / "b.parquet", "parquet")])
@@ -281,6 +289,12 @@ def test_all_problems_of_entries_in_one_error():
         "entries without weight: 1",
     ):
         assert problem in str(error.value)
+
+
+@pytest.mark.parametrize("weight", [True, -1, float("inf"), float("nan"), "1"])
+def test_what_is_no_weight(weight):
+    with pytest.raises(ValueError, match="entry 1: weight must be a number above 0, got"):
+        parse_entries([entry("a.jsonl", weight=weight)])
 
 
 @pytest.mark.parametrize("entries", [[], {"path": "x"}, "x.jsonl", None])
@@ -369,6 +383,13 @@ def test_bad_values_are_named_with_file_row_and_column(tmp_path, row, message):
     assert f"{tmp_path / 'b.jsonl'}, row 2, {message}" in str(error.value)
 
 
+def test_the_first_row_of_a_second_file_is_named_as_that(tmp_path):
+    jsonl(tmp_path / "a.jsonl", ROWS)
+    jsonl(tmp_path / "b.jsonl", [{"question": None, "answer": "1"}])
+    with pytest.raises(ValueError, match=r"b\.jsonl, row 1, column 'question'"):
+        load_datasets([entry(tmp_path)])
+
+
 def test_bad_values_in_other_forms(tmp_path):
     (tmp_path / "a.csv").write_text("question,answer\na,1\nb\n")  # a row that ends early
     with pytest.raises(ValueError, match=r"a\.csv, row 2, column 'answer': missing or null"):
@@ -398,6 +419,9 @@ def test_dataset_objects_that_are_accepted():
         Dataset.from_list(rows[1:]),
         Dataset.from_list(rows[1:]).with_format("torch"),
         Dataset.from_dict({"x": ["a"]}).with_transform(lambda batch: {"prompt": batch["x"]}),
+        Dataset.from_dict({"prompt": [1, 2]}).with_transform(
+            lambda batch: {"prompt": list(map(str, batch["prompt"]))}
+        ),
         IterableDataset.from_generator(lambda: iter(rows)),
         Dataset.from_list(rows[:1]).to_iterable_dataset(),
         rows,
@@ -424,6 +448,7 @@ def test_dataset_objects_that_are_accepted():
             "row 1, column 'prompt': .*content is of type list, expected text; join the text of its parts",
         ),
         (["a"], TypeError, "rows must be dicts with a 'prompt', got str"),
+        ([{"prompt": "a"}, "b"], TypeError, "row 2: expected a dict with a 'prompt', got str"),
         (DatasetDict({"train": Dataset.from_dict({"prompt": ["a"]})}), TypeError, r"dictionary of datasets \(train\)"),
         ((row for row in [{"prompt": "a"}]), TypeError, "got generator"),
         ("data.jsonl", TypeError, "got str"),

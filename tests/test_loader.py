@@ -320,6 +320,27 @@ def test_weights_by_hand():
         torch.testing.assert_close(batch.token_weights, batch.loss_mask / 23)
 
 
+def test_the_entropy_bonus_is_a_mean_over_tokens_whatever_the_loss_is():
+    options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "entropy_coef": 0.1}
+    made, _ = loader(2, token_weighting="sequence", **options)
+    for batch in epochs(made):
+        torch.testing.assert_close(batch.mean_weights, batch.loss_mask / 23)
+        assert not torch.equal(batch.mean_weights, batch.token_weights)
+
+
+@pytest.mark.parametrize(("tokens_elsewhere", "skips"), [(0, True), (3, False)])
+def test_an_update_is_skipped_where_nothing_counts_on_any_rank(tokens_elsewhere, skips):
+    class Nothing(Rollouts):
+        def collect(self, take):
+            batch = super().collect(take(2))
+            batch.loss_mask.zero_()
+            return batch
+
+    made, _ = loader(rollouts=Nothing(), dynamic_sampling=True, all_reduce=lambda value: value + tokens_elsewhere)
+    next(iter(made))
+    assert made.skips_update is skips
+
+
 # ---- Epochs ----
 
 
@@ -527,6 +548,9 @@ def test_state_is_plain_numbers_and_tensors():
         ({"num_generations": 2}, "num_generations: 4 then, 2 now"),
         ({"num_iterations": 3}, "num_iterations: 2 then, 3 now"),
         ({"seed": 6}, "seed: 5 then, 6 now"),
+        ({"data_seed": 6}, "data_seed: None then, 6 now"),
+        ({"shuffle_dataset": False}, "shuffle_dataset: True then, False now"),
+        ({"dynamic_sampling": True}, "dynamic_sampling: False then, True now"),
         ({"data": 11}, "prompts: 10 then, 11 now"),
         ({"world_size": 2}, "1 then, 2 now"),
     ],

@@ -76,6 +76,7 @@ def test_the_newest_is_the_one_written_last(tmp_path):
     folder(tmp_path / "checkpoint-9")  # incomplete
     complete(tmp_path / "checkpoint-2")  # of a run that went back
     folder(tmp_path / "checkpoint-x")
+    complete(tmp_path / "checkpoint-2.bak")
     assert [path.name for path in manifest.checkpoints(tmp_path)] == ["checkpoint-4", "checkpoint-9", "checkpoint-2"]
 
 
@@ -99,6 +100,19 @@ def test_what_rotation_keeps_may_be_named_from_the_current_folder(tmp_path, monk
     monkeypatch.chdir(tmp_path)
     manifest.rotate(tmp_path, 1, [Path("checkpoint-1")])
     assert made[0].exists() and not made[1].exists()
+
+
+def test_a_run_that_dies_while_it_deletes_a_checkpoint_leaves_none(tmp_path, monkeypatch):
+    def die(path, **options):
+        if path.exists():
+            raise KeyboardInterrupt
+
+    made = complete(tmp_path / "checkpoint-1")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(manifest.shutil, "rmtree", die)
+        manifest.remove(made)
+    manifest.recover(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_checkpoint_that_is_written_anew_keeps_the_old_one_until_it_is_complete(tmp_path):

@@ -120,7 +120,9 @@ def test_system_prompt_makes_text_a_conversation(tokenizer):
 
 def test_system_prompt_leaves_a_systems_own_message(tokenizer):
     own = [{"role": "system", "content": "Own."}, USER]
-    assert encode(own, tokenizer, system_prompt="Be brief.")[1] == own
+    later = [USER, {"role": "system", "content": "Own."}, USER]
+    for messages in (own, later):
+        assert encode(messages, tokenizer, system_prompt="Be brief.")[1] == messages
     assert encode([USER], tokenizer, system_prompt="Be brief.")[1][0]["content"] == "Be brief."
 
 

@@ -157,6 +157,66 @@ def test_old_log_probabilities_are_taken_with_dropout_off(tmp_path):
         assert to_exact < 1e-4 and to_noisy > 0.01  # dropout is on in the update
 
 
+def with_dynamic_rope():
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 64}
+    return tiny_model("qwen3", rope_parameters=rope)
+
+
+class Drifting(GRPOTrainer):
+    """Says of its samples that they were likelier than they are."""
+
+    drift = 0.0
+
+    def sample(self, prompts):
+        groups = super().sample(prompts)
+        for group in groups:
+            rows = group.sampling_per_token_logps
+            group.sampling_per_token_logps = [[logp + self.drift for logp in row] for row in rows]
+        return groups
+
+
+class OwnRollout(GRPOTrainer):
+    def rollout(self, prompts):
+        return super().rollout(prompts)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"temperature": 0.6}, None),  # the first rollout says
+        ({"top_k": 5}, False),
+        ({"sampler_correction": "token_truncate"}, False),
+        ({"bf16": True}, False),
+        ({"model": lambda: tiny_model("qwen3").bfloat16()}, False),
+        ({"model": with_dynamic_rope}, False),
+        ({"cls": OwnRollout}, False),
+    ],
+    ids=str,
+)
+def test_which_samplers_may_stand_for_the_old_policy(tmp_path, options, expected):
+    options = {"model": lambda: None} | options
+    run = trainer(tmp_path, **options | {"model": options["model"]()}, num_iterations=2)
+    assert run._sampling_is_exact is expected
+
+
+@pytest.mark.parametrize(("drift", "far_elsewhere"), [(0.0, 0), (0.01, 0), (-0.01, 0), (0.0, 1)])
+def test_the_first_rollout_of_all_ranks_says_whether_the_sampler_does(tmp_path, monkeypatch, drift, far_elsewhere):
+    run = trainer(tmp_path, cls=Drifting, num_iterations=2)
+    run.drift = drift
+    counts = {(2, torch.long): torch.tensor([0, far_elsewhere])}  # of another rank: none of its own, tokens too far
+    monkeypatch.setattr(run, "all_reduce", lambda x: x + counts.get((x.numel(), x.dtype), 0))
+    batch = next(iter(run.get_train_dataloader()))
+    assert run._sampling_is_exact is (not drift and not far_elsewhere)
+    gap = (batch.sampling_per_token_logps - batch.old_per_token_logps)[batch.completion_mask.bool()]
+    torch.testing.assert_close(gap, torch.full_like(gap, drift), atol=1e-4, rtol=0)
+
+
+def test_a_rollout_of_which_nothing_counts_does_not_say_whether_it_does(tmp_path):
+    run = trainer(tmp_path, num_iterations=2, max_completion_length=1, mask_truncated_completions=True, seed=1)
+    batch = next(iter(run.get_train_dataloader()))
+    assert not batch.loss_mask.any() and run._sampling_is_exact is None
+
+
 # ---- Sampling ----
 
 

@@ -125,12 +125,23 @@ def test_informative_groups():
     assert informative_groups(torch.tensor(5 * [0.1] + [0.2], dtype=torch.float64), 3).tolist() == [False, True]
 
 
+def test_a_tolerance_is_a_share_of_the_largest_reward_by_size():
+    penalties = torch.tensor([-10.0, -8.0, -9.0, -0.5, 0.0, NAN])
+    assert informative_groups(penalties, 3, tolerance=0.25).tolist() == [False, True]
+
+
 def test_a_right_answer_under_a_penalty_passes():
     right, half, wrong, long, unknown = 1.0, 0.5, 0.0, -1.0, NAN
     rewards = torch.tensor([[right, 0], [right, long], [half, long], [wrong, 0], [unknown, long], [unknown, unknown]])
     verdicts = [passed(rewards, torch.tensor(weights), threshold=1.0) for weights in ([1.0, 1.0], [2.0, 0.5])]
     assert [verdict[:5].tolist() for verdict in verdicts] == [[1, 1, 0, 0, 0], [1, 1, 1, 0, 0]]
     assert all(verdict[5].isnan() for verdict in verdicts)
+
+
+def test_what_is_a_penalty_is_seen_after_the_weights():
+    right_but_long, penalty_twice_negative = [1.0, 5.0], [0.0, -5.0]
+    verdicts = passed(torch.tensor([right_but_long, penalty_twice_negative]), torch.tensor([1.0, -0.1]), threshold=0.5)
+    assert verdicts.tolist() == [1, 1]
 
 
 def test_rewards_at_the_threshold_pass():

@@ -6,7 +6,12 @@ import pytest
 import torch
 
 from grpo_trl.algorithm import KL_ESTIMATORS, SURROGATES, VARIANTS, policy_loss
-from grpo_trl.algorithm.loss import IMPORTANCE_SAMPLING_LEVELS, MAX_LOG_RATIO, sampler_correction_ratio
+from grpo_trl.algorithm.loss import (
+    IMPORTANCE_SAMPLING_LEVELS,
+    MAX_LOG_RATIO,
+    off_policy_mask,
+    sampler_correction_ratio,
+)
 
 LEVELS = IMPORTANCE_SAMPLING_LEVELS
 
@@ -24,6 +29,15 @@ def test_corrections_for_the_sampler_by_hand(correction, expected):
     ratios, mask = torch.tensor([[0.25, 1.2, 12.0], [0.1, 0.5, 1.0]]), torch.tensor([[1, 1, 1], [1, 1, 0]]).bool()
     found = sampler_correction_ratio(ratios.log(), mask, correction, 0.5, 3.0)
     torch.testing.assert_close(found, torch.tensor(expected))
+
+
+def test_completions_that_drifted_by_hand():
+    """By more than the threshold, per token of their own; only those with negative advantage."""
+    mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [1, 0, 0, 0]]).bool()
+    gap, advantages = torch.tensor([[0.25] * 4, [0.5, 0, 0, 0], [0.5, 0, 0, 0]]), torch.tensor([-1.0, -1.0, 1.0])
+    kept = off_policy_mask(gap, advantages[:, None].expand(3, 4), mask, 0.25)
+    assert kept.flatten().tolist() == [True, False, True]
+    assert off_policy_mask(0 * gap, -torch.ones(3, 4), mask, 0.0).all()  # on-policy
 
 
 def assert_close(actual, expected, tolerance=1e-6):
@@ -119,6 +133,34 @@ def test_advantages_per_row_equal_the_same_per_token(level):
     per_token = loss_of_ratios(ratios, [[1.0] * 3, [-2.0] * 3], importance_sampling_level=level)
     assert_close(per_row[0], per_token[0], 0)
     assert_close(per_row[1], per_token[1], 0)
+
+
+def test_completions_that_drifted_are_counted_as_completions():
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0], [0, 0, 0]])
+    ratios = [[0.5] * 3, [1.0] * 3, [0.5] * 3]
+    loss, _, metrics = loss_of_ratios(ratios, [-1.0, -1.0, -1.0], loss_mask=mask, off_policy_mask_threshold=0.1)
+    assert_close(loss, 1.0)
+    assert [float(value) for value in metrics["off_policy_masked"]] == [1, 2]
+
+
+def test_what_the_sampler_did_not_say_is_no_difference():
+    sampled = torch.tensor([[math.nan, -2.0]]).double()  # the old ones are -1.5
+    options = {"sampling_per_token_logps": sampled, "sampler_correction": "token_truncate"}
+    loss, _, _ = loss_of_ratios([[1.0, 1.0]], [-1.0], **options)
+    assert_close(loss, 1 + math.exp(0.5))
+
+
+def test_the_smallest_and_largest_correction_are_of_tokens_that_count():
+    mask, sampled = torch.tensor([[1, 1, 0]]), -1.5 - torch.tensor([[2.0, 3.0, 5.0]]).double().log()
+    options = {"sampling_per_token_logps": sampled, "sampler_correction": "token_truncate"}
+    _, _, metrics = loss_of_ratios([[1.0] * 3], [1.0], loss_mask=mask, **options)
+    found = [metrics[f"sampling/importance_sampling_ratio/{name}"].item() for name in ("min", "max")]
+    assert found == pytest.approx([2, 3]) and mean_of(metrics, "sampling/importance_sampling_ratio/mean") == 2.5
+
+
+def test_cispo_counts_tokens_above_its_bound_where_the_advantage_is_positive():
+    _, _, metrics = loss_of_ratios([[6.0, 1.0]] * 2, [1.0, -1.0], surrogate="cispo", epsilon_high=5.0)
+    assert mean_of(metrics, "cispo_clip_ratio") == 1 / 4
 
 
 # --- the ratio -------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """A loss or a gradient that is not finite: the update is skipped, counted, and bounded."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -100,6 +101,34 @@ def test_too_many_in_a_row_end_the_run_and_name_the_checkpoint(tmp_path, save_st
         run.train()
     assert run.state.global_step == 12  # 2 did not count: 3 was good
     assert_same(kept.after[3][0], weights(run))
+
+
+def test_another_run_of_the_same_trainer_counts_anew(tmp_path):
+    run = trainer(tmp_path, cls=Spoilt, max_steps=12, num_iterations=1)
+    run.spoilt = dict.fromkeys(range(1, 12), "nan")
+    for _ in range(2):
+        with pytest.raises(FloatingPointError, match=r"up to update 10\."):
+            run.train()
+
+
+def test_what_is_not_finite_on_another_rank_is_skipped_on_this_one(tmp_path, monkeypatch):
+    run = trainer(tmp_path, max_steps=1, num_iterations=1)
+    before = weights(run)
+    # the verdict is the one fp32 number that is summed over ranks
+    monkeypatch.setattr(run, "all_reduce", lambda x: x + 1 if x.dtype == torch.float32 and not x.ndim else x)
+    run.train()
+    assert_same(before, weights(run))
+    assert logged(run, nonfinite.METRIC) == [1.0]
+
+
+@pytest.mark.parametrize(("deepspeed", "fp16"), [(True, False), (False, True)])
+def test_what_others_skip_by_themselves_is_not_judged_and_no_loss_is_kept(deepspeed, fp16):
+    updates = nonfinite.NonFiniteUpdates(
+        SimpleNamespace(is_deepspeed_enabled=deepspeed, args=SimpleNamespace(fp16=fp16))
+    )
+    updates.add_loss(torch.tensor(float("nan")))
+    updates.judge(float("nan"))
+    assert not updates.active and not updates._losses
 
 
 def test_after_a_resume_the_checkpoint_that_was_resumed_is_named(tmp_path):

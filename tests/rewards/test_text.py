@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from grpo_trl.rewards import answer_format, exact_match, final_answer, think_format
-from grpo_trl.rewards.text import gold_answers, normalize_text, stated_answer
+from grpo_trl.rewards.text import (
+    as_messages,
+    completion_texts,
+    gold_answers,
+    normalize_text,
+    reasoned_texts,
+    stated_answer,
+)
 
 
 @pytest.mark.parametrize("mark", ["$", "\\(", "$a", "\\(a"])
@@ -23,6 +30,33 @@ def test_gold_answers_of_columns_that_hold_no_text():
     assert gold_answers(1, [[{"role": "assistant", "content": "72"}]]) == ["72"]
     with pytest.raises(ValueError, match=r"got the list \['72', 'seventy-two'\]; give one answer"):
         gold_answers(1, [["72", "seventy-two"]])
+    assert gold_answers(3, [" ", None, "1"], ["2", "3", "4"]) == ["2", "3", "1"]
+
+
+def test_messages_without_a_role_and_parts_that_are_no_text():
+    parts = [{"type": "thinking", "text": "hm"}, {"type": "text", "text": "72"}]
+    assert completion_texts([[{"content": "72"}], [{"role": "assistant", "content": parts}]]) == ["72", "72"]
+
+
+def test_all_messages_of_a_completion_are_kept():
+    turns = [{"role": "assistant", "content": "2 + 2"}, {"role": "tool", "content": "4"}]
+    assert as_messages(["72", turns]) == [[{"role": "assistant", "content": "72"}], turns]
+
+
+def test_reasoning_that_was_parsed_is_put_back_into_its_tags():
+    thought, ended = {"role": "assistant", "reasoning_content": "Why"}, "<think>\nWhy\n</think>\n\n"
+    messages = {
+        ended + "72": thought | {"content": "72"},
+        ended + "73": {"role": "assistant", "thinking": "Why", "content": "73"},
+        ended: thought | {"content": None, "tool_calls": [{"function": {"name": "add"}}]},
+        "<think>\nWhy\n": thought | {"content": ""},  # cut off
+    }
+    assert reasoned_texts([[message] for message in messages.values()]) == list(messages)
+
+
+def test_the_last_statement_of_an_answer_counts():
+    assert stated_answer("The answer is 71\nNo. The answer: 72") == "72"
+    assert stated_answer("\\boxed{72}, the answer is 71") == "72"
 
 
 @pytest.mark.parametrize(

@@ -133,6 +133,16 @@ class StopAfterOne(TrainerCallback):
         control.should_training_stop = True
 
 
+class ResumedBefore(TrainerCallback):
+    """Makes of a run one that had trained for a million seconds before it was resumed."""
+
+    def __init__(self, run):
+        self.run = run
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.run._earlier_seconds = 1e6
+
+
 def test_another_number_of_steps(tmp_path):
     """A run that was planned shorter goes on as the longer one."""
     options = {"num_iterations": 2, "logging_steps": 1, "save_strategy": "steps", "save_steps": 3,
@@ -172,6 +182,25 @@ def test_a_resume_is_as_long_as_both_parts(tmp_path):
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
     (runtime,) = logged(resumed, "train_runtime")
     assert runtime > saved > 0
+
+
+def test_a_run_that_was_resumed_and_is_saved_again_says_all_its_seconds(tmp_path):
+    run = build(tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
+    run.add_callback(ResumedBefore(run))
+    run.train()
+    state = json.loads((tmp_path / "checkpoint-1" / "rollout_state_0.json").read_text())
+    assert state["seconds"] > 1e6 < logged(run, "train_runtime")[0]
+
+
+def test_a_resumed_run_is_not_evaluated_at_its_start(tmp_path):
+    options = {"eval_dataset": dataset(2), "eval_on_start": True, "save_strategy": "steps", "save_steps": 3}
+    straight = build(tmp_path, max_steps=4, **options)
+    straight.train()
+    expected = outcome(straight)
+    assert [log["step"] for log in straight.state.log_history if "eval_reward" in log] == [0]
+    resumed = build(tmp_path, max_steps=4, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert not differences(expected, outcome(resumed))
 
 
 # ---- What changed ----

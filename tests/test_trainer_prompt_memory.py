@@ -55,6 +55,12 @@ def test_the_memory_of_a_run_is_exported(tmp_path):
     assert not logged(made, "prompt_memory/skipped_ratio")  # nothing can be skipped
 
 
+def test_what_passes_is_said_by_the_threshold(tmp_path):
+    made = run(tmp_path, max_steps=1, shuffle_dataset=False, eval_pass_threshold=1.001)
+    made.train()
+    assert made.prompt_memory.table()["pass_rate"] == [0.0, 0.25]  # 1 and a little more than 1
+
+
 def test_solved_and_hopeless_prompts_are_no_longer_drawn(tmp_path):
     made = run(tmp_path, skip_solved_after=1, skip_hopeless_after=2, shuffle_dataset=False)
     made.train()

@@ -357,6 +357,19 @@ def test_a_column_that_some_calls_leave_out_is_none_there(make_scorer):
     assert extra == [("seen", value) for value in (None, None, "b", "d", None, None)]
 
 
+def test_a_column_of_one_function_is_not_filled_up_by_another(make_scorer):
+    def tells(completions, log_extra, **kwargs):
+        log_extra("text", completions)
+        return [0.0] * len(completions)
+
+    def silent(completions, **kwargs):
+        return [0.0] * len(completions)
+
+    logs = []
+    make_scorer(tells, silent).score([group("a", "b")], log_extra=lambda *column: logs.append(column))
+    assert logs == [("text", ["a", "b"])]
+
+
 def test_a_timeout_kills_and_names_and_the_next_call_works(make_scorer):
     scorer = make_scorer(functions.sleeps_on_slow, timeout=1)
     assert scorer.score([group("a")]).tolist() == [[1.0]]

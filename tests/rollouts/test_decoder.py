@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
 
 from grpo_trl.batch import Prompt
@@ -52,6 +53,17 @@ def test_a_model_that_only_looks_like_llama_is_noticed(caplog):
         ours, groups = run(model)
     assert ours.runner.decoder is None and "own forward" in caplog.text
     assert_same(groups, rollout(HFGenerateEngine(model)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rounding_is_told_from_another_model(dtype):
+    """In weights of 16 bit, and under an autocast to it."""
+    other = tiny_model("granite", residual_multiplier=0.5, embedding_multiplier=2.0)
+    for model, short in ((other, False), (build("qwen3"), True)):
+        ours = NativeEngine(prepared(model.to(dtype)))
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+            rollout(ours)
+        assert (ours.runner.decoder is not None) is short
 
 
 def test_a_model_that_turns_a_part_of_a_head_is_run_by_its_own_layers():
@@ -107,6 +119,16 @@ def test_hooks_are_called(qwen3):
     assert ours.runner.decoder is not None and len(seen) == 12
 
 
+@pytest.mark.parametrize("hook", ["before", "of accelerate"])
+def test_hooks_of_other_kinds_leave_the_model_to_its_own_layers(qwen3, hook):
+    layer = qwen3.model.layers[0].mlp.up_proj
+    if hook == "before":
+        layer.register_forward_pre_hook(lambda *_: None)
+    else:
+        add_hook_to_module(layer, ModelHook())
+    assert run(qwen3)[0].runner.decoder is None
+
+
 def test_the_first_step_leaves_behind_what_any_other_does(qwen3):
     """A run that was resumed compares again: that must not change a bit."""
     ours, _ = run(qwen3)
@@ -130,6 +152,17 @@ def test_products_for_any_number_of_rows(rows, bias):
         for ours, part in zip(product.each(x), expected, strict=True):
             torch.testing.assert_close(ours, part)
     assert product.packed is not None
+
+
+def test_a_layer_that_is_a_linear_one_and_more_is_called():
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    layer, x = Doubled(12, 7), torch.randn(3, 12)
+    product = decoder._Product(layer)
+    product.pack()
+    torch.testing.assert_close(product(x), layer(x))
 
 
 def packed_parts(ours):

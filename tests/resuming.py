@@ -28,6 +28,7 @@ def outcome(run) -> dict[str, Any]:
         "log": history(run.state.log_history),
         "steps": run.state.global_step,
         "num_tokens": run.num_tokens,
+        "prompts": run.prompt_memory.table(),
     }
 
 

@@ -212,6 +212,18 @@ def test_a_collect_of_ones_own_without_groups_is_told_what_to_set(tmp_path):
         trainer(tmp_path, cls=Own, log_rollouts=True).train()
 
 
+def test_groups_that_a_collect_of_ones_own_did_not_score_have_unknown_rewards(tmp_path):
+    class Own(GRPOTrainer):
+        def collect(self, prompts):
+            batch = super().collect(prompts)
+            self.collected[0].rewards_per_func = None
+            return batch
+
+    trainer(tmp_path, cls=Own, log_rollouts=True, max_steps=1).train()
+    (path,) = (tmp_path / "rollouts").iterdir()
+    assert pd.read_parquet(path)["rewards/reward_vowels"].isna().tolist() == [True] * 4 + [False] * 4
+
+
 def test_the_example_of_the_documentation(tmp_path, monkeypatch):
     recorded(tmp_path / "run", max_steps=2, num_iterations=1)
     monkeypatch.chdir(tmp_path)

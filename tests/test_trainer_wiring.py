@@ -211,6 +211,18 @@ def test_the_first_rollout_of_all_ranks_says_whether_the_sampler_does(tmp_path, 
     torch.testing.assert_close(gap, torch.full_like(gap, drift), atol=1e-4, rtol=0)
 
 
+def test_a_correction_for_a_sampler_that_says_no_log_probabilities_is_refused(tmp_path):
+    class Silent(GRPOTrainer):
+        def sample(self, prompts):
+            groups = super().sample(prompts)
+            for group in groups:
+                group.sampling_per_token_logps = None
+            return groups
+
+    with pytest.raises(ValueError, match=r"sampler_correction='token_mask' compares with .* the rollout gave none"):
+        trainer(tmp_path, cls=Silent, sampler_correction="token_mask", max_steps=1).train()
+
+
 def test_a_rollout_of_which_nothing_counts_does_not_say_whether_it_does(tmp_path):
     run = trainer(tmp_path, num_iterations=2, max_completion_length=1, mask_truncated_completions=True, seed=1)
     batch = next(iter(run.get_train_dataloader()))

@@ -191,7 +191,6 @@ class OwnRollout(GRPOTrainer):
         ({"model": with_dynamic_rope}, False),
         ({"cls": OwnRollout}, False),
     ],
-    ids=str,
 )
 def test_which_samplers_may_stand_for_the_old_policy(tmp_path, options, expected):
     options = {"model": lambda: None} | options

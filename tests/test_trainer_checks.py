@@ -212,7 +212,9 @@ def test_gold_answers_may_come_from_a_transform(tmp_path):
         return batch | {"answer": ["b"] * len(batch["prompt"])}
 
     data = Dataset.from_dict({"prompt": ["a", "b"]}).with_transform(add)
-    trainer(tmp_path, rewards="exact_match", data=data, max_steps=1).train()
+    run = trainer(tmp_path, rewards="exact_match", data=data, max_steps=1)
+    run.train()
+    assert logged(run, "rewards/exact_match/mean") == [0.0]  # not None
 
 
 def test_a_token_that_the_model_does_not_embed_is_named(tmp_path):

@@ -13,4 +13,5 @@ from pathlib import Path
 from grpo_trl.cli import train
 
 if __name__ == "__main__":
-    train(sys.argv[1:] or ["--config", str(Path(__file__).with_name("recipe.yaml"))])
+    beside = Path(__file__).with_name("recipe.yaml")
+    train(sys.argv[1:] or (["--config", str(beside)] if beside.is_file() else []))

@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from dataclasses import fields
@@ -574,3 +575,16 @@ def test_every_default_that_differs_from_trl_is_in_the_table(document):
     differing = [f.name for f in own_fields() if f.name in theirs and f.default != theirs[f.name]]
     assert "num_generations" in differing
     assert [name for name in differing if f"`{name}`" not in table] == []
+
+
+def test_the_script_without_arguments_repeats_the_run_beside_which_it_lies(tmp_path, monkeypatch):
+    script, recipe, started = tmp_path / "train_script.py", tmp_path / "recipe.yaml", []
+    script.write_text((ROOT / "recipes" / "grpo.py").read_text())
+    monkeypatch.setattr(cli, "train", started.append)
+    monkeypatch.setattr(sys, "argv", [str(script)])
+    runpy.run_path(str(script), run_name="__main__")  # says what is missing, as the command does
+    recipe.touch()
+    runpy.run_path(str(script), run_name="__main__")
+    monkeypatch.setattr(sys, "argv", [str(script), "--config", "another.yaml"])
+    runpy.run_path(str(script), run_name="__main__")
+    assert started == [[], ["--config", str(recipe)], ["--config", "another.yaml"]]

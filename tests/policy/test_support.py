@@ -27,7 +27,7 @@ FALLBACKS = {
     "qwen3_next": "layers of the kind linear_attention",
     "bloom": "attention cannot be exchanged",
     "deepseek_v3": "its values have another size than its keys",
-    "diffllama": "its layers attend more than once",  # found by trying
+    "diffllama": "its layers attend more than once",
     "doge": "its masks are learned",
     "bart": "other ways than through attention",  # no configuration says so: found by trying
 }
@@ -52,6 +52,13 @@ def test_a_model_that_cannot_be_packed_is_padded(kind):
     torch.testing.assert_close(logps_of(model), logps_of(plain), rtol=1e-5, atol=1e-5)
     ids = torch.arange(10, 30)[None]
     assert torch.equal(model(ids, use_cache=False).logits, plain(ids, use_cache=False).logits)
+
+
+def test_layers_that_attend_more_than_once_are_found_by_trying(monkeypatch):
+    monkeypatch.setattr("grpo_trl.policy.support.obstacle", lambda model: None)
+    model = tiny_model("diffllama")
+    assert "attend more than once, and decoding keeps the keys of one" in prepare(model)
+    assert model.evaluation == "padded" and model.config._attn_implementation == "sdpa"
 
 
 def test_a_window_that_is_switched_off_is_none():

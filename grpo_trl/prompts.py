@@ -115,6 +115,12 @@ def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return whole[:start]
 
 
+def ending(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What a tokenizer puts after each text: an EOS (T5), or nothing."""
+    bare, whole = (cast(list[int], tokenizer.encode("a", add_special_tokens=flag)) for flag in (False, True))
+    return whole[len(beginning(tokenizer)) + len(bare) :]
+
+
 def _begun_once(ids: list[int], begin: list[int]) -> list[int]:
     start = 0
     while start < len(ids) and ids[start] in begin:

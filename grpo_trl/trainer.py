@@ -49,10 +49,11 @@ from .nonfinite import NonFiniteUpdates
 from .policy import (
     Reference,
     evaluation_mode,
+    is_encoder_decoder,
     make_reference,
     per_token_logps,
 )
-from .prompts import beginning, encode_prompt, truncate_prompt
+from .prompts import beginning, encode_prompt, ending, truncate_prompt
 from .refused import raise_all, uncalled
 from .rollouts import check_finite, make_replica, weights_for_generation
 from .trainer_checks import named_datasets, problems, prompt_problems
@@ -146,6 +147,8 @@ class GRPOTrainer(CollectingTrainer):
         self.reward_names = self.scorer.names
         self.reward_weights = torch.tensor(args.reward_weights or [1.0] * len(self.reward_names))
 
+        # what an encoder reads ends as its tokenizer ends texts
+        self._ending = ending(processing_class) if is_encoder_decoder(policy) else []
         self._known_tokens: int | None = getattr(policy.get_input_embeddings(), "num_embeddings", None)
         policy.config.get_text_config().pad_token_id = processing_class.pad_token_id
         policy.generation_config.pad_token_id = processing_class.pad_token_id
@@ -223,6 +226,8 @@ class GRPOTrainer(CollectingTrainer):
         if self.args.max_prompt_length is not None:
             begin = beginning(self.processing_class) or [self.processing_class.bos_token_id]  # a template may write it
             ids = truncate_prompt(ids, self.args.max_prompt_length, begin)
+        if self._ending and ids[-len(self._ending) :] != self._ending:
+            ids = [*ids, *self._ending]
         if self._known_tokens is not None and max(ids) >= self._known_tokens:
             raise ValueError(
                 f"The prompt {prompt!r:.200} has the token {max(ids)}, and the model embeds {self._known_tokens} "

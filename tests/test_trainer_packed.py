@@ -3,7 +3,6 @@
 import pytest
 import torch
 from torch.optim import SGD
-from transformers import T5Config, T5ForConditionalGeneration
 
 import grpo_trl.collection
 from grpo_trl import GRPOTrainer
@@ -11,7 +10,7 @@ from grpo_trl.policy import causal_lm
 from grpo_trl.rollouts.hf_generate import HFGenerateEngine
 from grpo_trl.rollouts.native import NativeEngine
 from tests.test_trainer import logged, reward_vowels, trainer, weights
-from tests.tiny import VOCAB_SIZE, tiny_model
+from tests.tiny import tiny_model
 
 
 class Recording(GRPOTrainer):
@@ -163,12 +162,6 @@ def test_a_model_with_a_sliding_window_is_trained_padded_and_said_so(tmp_path, c
     result.train()
     assert isinstance(result.engine, HFGenerateEngine)
     assert logged(result, "sampling/logp_gap")[0] < 1e-4
-
-
-def test_an_encoder_decoder_is_refused(tmp_path):
-    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4, "vocab_size": VOCAB_SIZE}
-    with pytest.raises(ValueError, match=r"is an encoder-decoder, but .* decoder-only"):
-        trainer(tmp_path, T5ForConditionalGeneration(T5Config(**sizes)))
 
 
 def test_generating_between_steps_does_not_disturb_them(tmp_path):

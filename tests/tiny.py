@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -91,6 +92,12 @@ def tiny_model(kind: str = "qwen3", vocab_size: int = VOCAB_SIZE, seed: int = 0,
     return model
 
 
+def tiny_encoder_decoder(kind: str = "t5", seed: int = 0, **config) -> PreTrainedModel:
+    """A `t5` or `bart` of two layers on each side, built as `tiny_model` is. Completions begin after the pad token."""
+    sizes = {"d_model": 32, "vocab_size": VOCAB_SIZE, "decoder_start_token_id": PAD, "eos_token_id": ENDOFTEXT}
+    return _build(AutoModelForSeq2SeqLM, kind, seed, **(sizes | config))
+
+
 def tiny_reward_model(
     kind: str = "deberta-v2", vocab_size: int = VOCAB_SIZE, seed: int = 0, **config
 ) -> PreTrainedModel:
@@ -121,6 +128,17 @@ SIZES = {
 }
 GATED_DECODER = {"intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 8}
 SIZES_OF_KIND = {
+    "t5": {"d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0},
+    "bart": {
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "encoder_ffn_dim": 64,
+        "decoder_ffn_dim": 64,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "init_std": 0.2,
+        "dropout": 0.0,
+    },
     "gpt2": {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0},
     "gemma2": GATED_DECODER | {"sliding_window": 16, "query_pre_attn_scalar": 8},
     "gemma3_text": GATED_DECODER | {"sliding_window": 16, "query_pre_attn_scalar": 8},

@@ -98,6 +98,10 @@ def reward_model_of(path: str, args: GRPOConfig) -> Any:
 def _from_config(auto_class: Any, path: str, options: dict[str, Any], **changes: Any) -> Any:
     trust = {"trust_remote_code": options.get("trust_remote_code", False)}
     config = AutoConfig.from_pretrained(path, revision=options.get("revision") or "main", **trust, **changes)
+    if config.is_encoder_decoder and auto_class is AutoModelForCausalLM:
+        raise ValueError(
+            f"{path} is an encoder-decoder, which is not planned. `grpo-trl check` runs it on a few rows."
+        )
     dtype = options.get("dtype", "float32")
     if dtype in ("auto", None):
         dtype = getattr(config, "dtype", None) or torch.float32

@@ -1,8 +1,8 @@
-"""How a causal language model is loaded and evaluated on what was sampled."""
+"""How a language model is loaded and evaluated on what was sampled."""
 
 from .by_group import ScoredByGroup
 from .loading import load_policy
-from .logprobs import causal_lm, is_packed, per_token_logps
+from .logprobs import causal_lm, is_encoder_decoder, is_packed, per_token_logps
 from .mode import disable_dropout, evaluation_mode
 from .packing import pieces
 from .reference import (
@@ -26,6 +26,7 @@ __all__ = [
     "disable_dropout",
     "evaluation_mode",
     "freeze_adapter",
+    "is_encoder_decoder",
     "is_packed",
     "load_policy",
     "load_reference_model",

@@ -4,7 +4,15 @@ import os
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, PeftType, get_peft_model
+from peft import (
+    AutoPeftModelForCausalLM,
+    AutoPeftModelForSeq2SeqLM,
+    PeftConfig,
+    PeftModel,
+    PeftType,
+    TaskType,
+    get_peft_model,
+)
 from transformers import PreTrainedModel
 from transformers.utils import logging
 from trl.trainer.utils import create_model_from_path
@@ -29,8 +37,8 @@ def load_policy(
 
     Raises:
         TypeError: what was passed as `peft_config` is none.
-        ValueError: a quantisation config twice; prompt tuning; an encoder-decoder; `peft_config` together with a
-            model that already has an adapter; a model with nothing to train.
+        ValueError: a quantisation config twice; prompt tuning; `peft_config` together with a model that already has
+            an adapter; a model with nothing to train.
     """
     if peft_config is not None and not isinstance(peft_config, PeftConfig):
         raise TypeError(
@@ -49,11 +57,6 @@ def load_policy(
         logger.warning(
             f"{' and '.join(given)} without effect: the model was passed as an instance, which is taken as it is. "
             "Pass its path to have it loaded with them."
-        )
-    if model.config.is_encoder_decoder:
-        raise ValueError(
-            f"{type(model).__name__} is an encoder-decoder, but a completion continues its prompt here: use a "
-            "decoder-only model (AutoModelForCausalLM)."
         )
     _check_kind_of_adapter(peft_config or getattr(model, "active_peft_config", None))
     if peft_config is not None:
@@ -95,7 +98,9 @@ def _from_path(path: str, args: GRPOConfig, quantization_config: Any) -> PreTrai
         options["quantization_config"] = quantization_config
     if os.path.isfile(os.path.join(path, "adapter_config.json")):
         options.setdefault("dtype", torch.float32)  # as TRL's function below
-        return AutoPeftModelForCausalLM.from_pretrained(path, is_trainable=True, **options)
+        of_encoder = PeftConfig.from_pretrained(path).task_type == TaskType.SEQ_2_SEQ_LM
+        auto_class = AutoPeftModelForSeq2SeqLM if of_encoder else AutoPeftModelForCausalLM
+        return auto_class.from_pretrained(path, is_trainable=True, **options)
     return create_model_from_path(path, None, **options)
 
 

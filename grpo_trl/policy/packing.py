@@ -1,7 +1,7 @@
 """From rows of a `RolloutBatch` to the tokens that a model is run on, and back to (B, T).
 
-`pack` puts each prompt into the stream once, followed by its completions; `pad` repeats it. Both say which positions
-are scored and with which label, so that one code evaluates both.
+`pack` puts each prompt into the stream once, followed by its completions; `pad` repeats it; `encode` gives it to an
+encoder. All say which positions are scored and with which label, so that one code evaluates them.
 """
 
 from dataclasses import dataclass
@@ -17,10 +17,11 @@ from .attention import GroupLayout, no_mask
 
 @dataclass
 class Stream:
-    """What a causal LM is called with, and which of its positions predict a completion token.
+    """What a language model is called with, and which of its positions predict a completion token.
 
-    `scored` are the M places, in the flattened (rows x columns) of `inputs["input_ids"]`, whose next token is a token
-    of a completion, in the order of `completion_mask`: row by row; `labels` (M,) are those tokens.
+    `scored` are the M places, in the flattened (rows x columns) of `inputs["input_ids"]` (of an encoder-decoder:
+    `decoder_input_ids`), whose next token is a token of a completion, in the order of `completion_mask`: row by row;
+    `labels` (M,) are those tokens.
     """
 
     inputs: dict[str, Any]
@@ -121,3 +122,20 @@ def pad(batch: RolloutBatch) -> Stream:
     row, column = completion_mask.nonzero(as_tuple=True)
     scored = row * ids.shape[1] + batch.prompt_ids.shape[1] - 1 + column
     return Stream(inputs, scored, batch.completion_ids[completion_mask], completion_mask)
+
+
+def encode(batch: RolloutBatch, decoder_start_token_id: int) -> Stream:
+    """For an encoder-decoder: each row's prompt to be encoded, its completion to be decoded after the start token."""
+    mask = batch.completion_mask.bool()
+    start = batch.completion_ids.new_full((len(batch), 1), decoder_start_token_id)
+    inputs = encoder_inputs(batch) | {"decoder_input_ids": torch.cat([start, batch.completion_ids], dim=1)[:, :-1]}
+    return Stream(inputs, mask.flatten().nonzero()[:, 0], batch.completion_ids[mask], mask)
+
+
+def encoder_inputs(batch: RolloutBatch) -> dict[str, Tensor]:
+    """The prompts padded on the right: an encoder counts its positions (BART) from the first column."""
+    order = batch.prompt_mask.argsort(dim=1, descending=True, stable=True)
+    return {
+        "input_ids": batch.prompt_ids.gather(1, order),
+        "attention_mask": batch.prompt_mask.gather(1, order),
+    }

@@ -17,14 +17,14 @@ from ..batch import Group, Prompt, RolloutBatch
 from ..placement import input_device, is_fsdp
 from .attention import no_mask, use_group_attention
 from .head import score_completions
-from .logprobs import causal_lm, per_token_logps
+from .logprobs import causal_lm, is_encoder_decoder, per_token_logps
 from .mode import evaluation_mode
 from .norms import use_short_norms
 from .unread import skip_unread
 
 
 def prepare(model: PreTrainedModel | PeftModel, device_type: str | None = None) -> str | None:
-    """Makes `per_token_logps` run a causal LM on streams of groups. Returns None, or why the model cannot be.
+    """Makes `per_token_logps` run a language model on streams of groups. Returns None, or why the model cannot be.
 
     Then it is padded; and where its head does more than a known product, evaluated by the logits of all positions.
     Changes the model's attention function and forward, which do what they did when called without `layout` and
@@ -35,6 +35,8 @@ def prepare(model: PreTrainedModel | PeftModel, device_type: str | None = None) 
     if getattr(lm, "evaluation", None) == "packed":
         return None
     lm.evaluation = "logits"
+    if is_encoder_decoder(lm):
+        return "it is an encoder-decoder, whose prompts and completions are read by different layers"
     expected = _trial(lm)
     score_completions(lm)
     if trouble := _try(lm, "padded", expected):

@@ -9,7 +9,7 @@ from transformers.utils import logging
 
 from ..batch import Group, Prompt
 from ..config import GRPOConfig
-from ..policy.logprobs import is_packed
+from ..policy.logprobs import is_encoder_decoder, is_packed
 from .hf_generate import HFGenerateEngine
 from .native import NativeEngine
 from .sampling import SamplingParams
@@ -57,9 +57,14 @@ def make_engine(name: str, model: PreTrainedModel, *, sharded: bool = False, **o
     weights stay `sharded` during rollouts.
 
     Raises:
-        ValueError: no such engine.
+        ValueError: no such engine, or one that cannot run the model.
     """
     check_engine(name)
+    if name in ("vllm", "transformers_cb") and is_encoder_decoder(model):
+        raise ValueError(
+            f"rollout_engine={name!r} goes on from prompts, and {type(model).__name__} is an encoder-decoder; use "
+            "rollout_engine='native' or 'hf_generate', which sample from it by model.generate."
+        )
     if name == "native" and sharded:
         logger.warning(
             "Completions are sampled by model.generate, which gathers the weights at every token: "

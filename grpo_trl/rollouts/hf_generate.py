@@ -14,8 +14,9 @@ from transformers import (
 )
 
 from ..batch import Group, Prompt, RolloutBatch
-from ..policy.logprobs import causal_lm
+from ..policy.logprobs import causal_lm, decoder_start, is_encoder_decoder
 from ..policy.mode import evaluation_mode
+from ..policy.packing import encoder_inputs
 from .groups import whole_groups
 from .sampling import SamplingParams, TokenSampler, group_keys, uniforms
 
@@ -61,19 +62,24 @@ class HFGenerateEngine:
             [Group(prompt, [[] for _ in range(num_generations)], [False] * num_generations) for prompt in prompts],
             pad_token_id=sampling.pad_token_id,
         ).to(self.model.device)
-        keys = group_keys(sampling, [prompt.draw for prompt in prompts])
-        sampler = _Sampler(sampling, keys.to(self.model.device), rows.prompt_mask)
+        keys = group_keys(sampling, [prompt.draw for prompt in prompts]).to(self.model.device)
+        inputs = {"input_ids": rows.prompt_ids, "attention_mask": rows.prompt_mask}
+        config = self._generation_config(sampling)
+        before = rows.prompt_mask  # of the tokens that `generate` goes on from
+        if is_encoder_decoder(self.model):
+            inputs, before = encoder_inputs(rows), torch.ones_like(rows.prompt_mask[:, :1])
+            config.decoder_start_token_id = decoder_start(self.model)
+        sampler = _Sampler(sampling, keys, before)
         with evaluation_mode(self.model), _own_generation_config_aside(self.model), torch.no_grad():
             output = self.model.generate(
-                input_ids=rows.prompt_ids,
-                attention_mask=rows.prompt_mask,
-                generation_config=self._generation_config(sampling),
+                **inputs,
+                generation_config=config,
                 logits_processor=LogitsProcessorList([sampler]),
                 # by itself `generate` would keep step with the other ranks wherever an engine shards, also where the
                 # weights were gathered for the rollout
                 synced_gpus=is_sharded(self.model),
             )
-        ids = output[:, rows.prompt_ids.shape[1] :].cpu()
+        ids = output[:, before.shape[1] :].cpu()
         logps = torch.stack(sampler.per_token_logps, dim=1).cpu()
         lengths, terminated = completion_lengths(ids, sampling.eos_token_ids)
         rows_of = [range(i * num_generations, (i + 1) * num_generations) for i in range(len(prompts))]
@@ -136,11 +142,9 @@ def check_positions(config: Any, prompt_length: int, completion_length: int) -> 
     """Raises a ValueError when a model with a table of positions (GPT-2, OPT) has too few; rotary ones have no end."""
     text_config = config.get_text_config()
     positions = getattr(text_config, "max_position_embeddings", None)
-    if (
-        positions is None
-        or getattr(text_config, "rope_parameters", None)
-        or prompt_length + completion_length <= positions
-    ):
+    lengths = (prompt_length, completion_length)
+    needed = max(lengths) if config.is_encoder_decoder else sum(lengths)
+    if positions is None or getattr(text_config, "rope_parameters", None) or needed <= positions:
         return
     raise ValueError(
         f"A prompt of {prompt_length} tokens and max_completion_length={completion_length} need more than the "

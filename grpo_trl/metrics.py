@@ -12,6 +12,14 @@ from .algorithm import informative_groups
 from .batch import Group
 
 Value = Tensor | float | int
+OF_TRANSFORMERS = (
+    "loss",
+    "grad_norm",
+    "learning_rate",
+    "epoch",
+    "step",
+    "num_tokens",
+)  # beside which metrics are logged
 
 
 class Metrics:
@@ -24,19 +32,24 @@ class Metrics:
     def __init__(self):
         self._sums: dict[str, list[tuple[Value, ...]]] = {}  # (sum, count), with the sum of squares for a deviation
         self._extremes: dict[str, list[Value]] = {}  # minima by `_is_min`, else maxima
+        self._of_rewards: set[str] = set()  # names that reward functions chose
 
     def add(self, name: str, total: Value, count: Value = 1) -> None:
         """Adds to a mean. Nothing is counted when `count` is 0."""
-        self._sums.setdefault(name, []).append((total, count))
+        self._rows(name).append((total, count))
 
     def add_number(self, name: str, value: Any) -> None:
-        """Adds what a reward function logs to a mean; NaN is left out, as in TRL."""
+        """Adds what a reward function logs to a mean; NaN is left out, as in TRL. Raises TypeError for what is no
+        number, ValueError for a name that the trainer logs under (here, or when it next does)."""
         try:
             number = float(value)
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"log_metric({name!r}, {value!r}): expected one number.") from error
+        self._of_rewards.add(name)
+        if name in OF_TRANSFORMERS:
+            self._refuse(name)
         if not math.isnan(number):
-            self.add(name, number)
+            self._sums.setdefault(name, []).append((number, 1))
 
     def add_all(self, values: Mapping[str, tuple[Value, Value] | Tensor]) -> None:
         """Adds several: (sum, count) pairs to means, tensors to extremes."""
@@ -55,12 +68,22 @@ class Metrics:
         """Adds each finite value to a sample standard deviation (n - 1)."""
         valid = values.isfinite()
         values = torch.where(valid, values, 0).double()
-        self._sums.setdefault(name, []).append((values.sum(), valid.sum(), values.square().sum()))
+        self._rows(name).append((values.sum(), valid.sum(), values.square().sum()))
 
     def add_extreme(self, name: str, values: Tensor) -> None:
         """Adds to a minimum (`min` in the last part of the name) or a maximum; infinite values do not count."""
+        if name in self._of_rewards:
+            self._refuse(name)
         if values.numel():
             self._extremes.setdefault(name, []).append(values.min() if _is_min(name) else values.max())
+
+    def _rows(self, name: str) -> list[tuple[Value, ...]]:
+        if name in self._of_rewards:
+            self._refuse(name)
+        return self._sums.setdefault(name, [])
+
+    def _refuse(self, name: str) -> None:
+        raise ValueError(f"log_metric({name!r}, ...): the trainer logs a metric of this name; call yours otherwise.")
 
     def reduce(self, gather_object: Callable[[list], list]) -> dict[str, float]:
         """Means and extremes over everything added on every rank since the last call, then empties itself.

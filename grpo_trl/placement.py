@@ -118,8 +118,10 @@ def refuse_empty(model: Any, what: str) -> None:
     Raises:
         ValueError: it was loaded outside `whole_models` and is without numbers (zeros before transformers 5.23).
     """
+    if not is_fsdp():
+        return
     weight = model.get_input_embeddings().weight  # an adapter's weights may be there
-    if is_fsdp() and (weight.is_meta or not weight.any()):
+    if weight.is_meta or not weight.any():
         raise ValueError(
             f"{what} has no weights on this rank: with fsdp_cpu_ram_efficient_loading, transformers loads them on the "
             "first rank of a machine only. Pass the model's path instead of the model, or set "

@@ -138,7 +138,7 @@ def test_each_function_has_its_own_numbers_and_the_first_is_judged():
 
 
 def test_the_weight_of_a_function_does_not_move_what_passes():
-    for weight in (0.0, 0.25, 4.0):
+    for weight in (0.25, 4.0):
         result = summary(record(0, 1.0, 0.0), weights=[weight])
         assert result["avg@2"] == 0.5
         assert result["reward"] == weight / 2

@@ -238,6 +238,16 @@ def test_numbers_that_rewards_log(tmp_path):
         trainer(tmp_path / "b", rewards=wrong, max_steps=1).train()
 
 
+@pytest.mark.parametrize("name", ["loss", "reward", "reward_std", "completions/max_length"])
+def test_a_metric_under_a_name_of_the_trainer_is_refused(tmp_path, name):
+    def reward(completions, log_metric, **columns):
+        log_metric(name, 1.0)
+        return [0.0] * len(completions)
+
+    with pytest.raises(ValueError, match=rf"log_metric\('{name}', ...\): the trainer logs a metric of this name"):
+        trainer(tmp_path, rewards=reward, max_steps=1).train()
+
+
 # ---- Models ----
 
 

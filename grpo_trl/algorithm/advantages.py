@@ -12,11 +12,12 @@ EPSILON = 1e-4  # added to the standard deviation, as in TRL
 def combine_rewards(rewards_per_func: Tensor, weights: Tensor) -> Tensor:
     """Weighted sum over reward functions. (B, F), (F,) -> (B,).
 
-    NaN means "not applicable" and is left out of the sum; a row where no function applies stays NaN.
+    NaN means "not applicable" and is left out of the sum; a row where no function with a weight applies stays NaN.
     """
     # in fp64: summed in fp32, .1 + .2 + .4 and .4 + .2 + .1 differ, and the difference would be taken for a signal
     total = (rewards_per_func.double() * weights.double()).nansum(1).to(rewards_per_func.dtype)
-    return torch.where(rewards_per_func.isnan().all(1), torch.nan, total)
+    applies = ~rewards_per_func.isnan() & (weights != 0)
+    return torch.where(applies.any(1), total, torch.nan)
 
 
 def passed(rewards_per_func: Tensor, weights: Tensor, threshold: float) -> Tensor:
@@ -26,7 +27,7 @@ def passed(rewards_per_func: Tensor, weights: Tensor, threshold: float) -> Tenso
     Negative ones are left out of the sum: they are penalties (DAPO's for length, arXiv 2503.14476, section 3.4, say),
     under which a right answer is still right.
     """
-    credit = combine_rewards((rewards_per_func * weights).clamp(min=0), torch.ones_like(weights))
+    credit = combine_rewards((rewards_per_func * weights).clamp(min=0), (weights != 0).to(weights.dtype))
     return torch.where(credit.isnan(), torch.nan, (credit >= threshold).to(credit.dtype))
 
 

@@ -44,8 +44,7 @@ class Call:
         """
         start = time.perf_counter()
         try:
-            with torch.no_grad():
-                output = _output(self.func, self._arguments())
+            output = _output(self.func, self._arguments())
         except RewardTimeoutError as error:
             raise RewardTimeoutError(describe_timeout(error, self.rows)) from error
         except Exception as error:
@@ -80,7 +79,7 @@ class Call:
 
     def _arguments(self) -> dict[str, Any]:
         def log_extra(column: str, values: list[Any]) -> None:
-            self.logs.append(("log_extra", (column, values)))
+            self.logs.append(("log_extra", (column, list(values))))  # as it is now: some fill one list again and again
 
         def log_metric(name: str, value: float) -> None:
             self.logs.append(("log_metric", (name, value)))
@@ -103,18 +102,32 @@ def in_order(calls: Sequence[Call], groups: Sequence[Group], count: int) -> Tens
 
 
 def replay(calls: Sequence[Call], **log: Callable[..., None] | None) -> None:
-    """Hands on what the functions logged. A column that only some calls of a function gave is None in the others."""
-    columns: dict[int, dict[str, None]] = {}
+    """Hands on what the functions logged. A column that only some calls of a function gave is None in the others; one
+    that another function gave too is numbered ("f_2")."""
+    given = dict.fromkeys((call.index, column) for call in calls for column in call.columns)
+    columns = sorted(given, key=lambda key: key[0])
+    shown = dict(zip(columns, unique([column for _, column in columns]), strict=True))
     for call in calls:
-        columns.setdefault(call.index, {}).update(dict.fromkeys(call.columns))
-    for call in calls:
-        missing = [column for column in columns[call.index] if column not in call.columns]
+        missing = [column for index, column in columns if index == call.index and column not in call.columns]
         nothing = [("log_extra", (column, [None] * len(call.rewards))) for column in missing]
-        for key, args in [*call.logs, *nothing]:
+        for key, (name, value) in [*call.logs, *nothing]:
             if (function := log[key]) is not None:
-                function(*args)
+                function(shown[call.index, name] if key == "log_extra" else name, value)
 
 
+def unique(names: Sequence[str]) -> list[str]:
+    """Numbers names that occur again ("f", "f_2"), or their metrics would be one."""
+    seen: dict[str, int] = {}
+    for position, name in enumerate(names):
+        numbered, number = name, 1
+        while numbered in seen:
+            number += 1
+            numbered = f"{name}_{number}"
+        seen[numbered] = position
+    return list(seen)
+
+
+@torch.no_grad()
 def _output(func: Callable[..., Any], arguments: dict[str, Any]) -> Any:
     """What the function returns. `sys.exit` in it is an error like others: it would end the run without a word."""
     try:

@@ -79,7 +79,7 @@ class IsolatedFunction:
         """Process id of the child, None while there is none."""
         return self._process.pid if self._process else None
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         recorded = {key: kwargs.pop(key) for key in RECORDED if callable(kwargs.get(key))}
         request = pickle.dumps((args, kwargs, tuple(recorded)))
         with self._lock:
@@ -104,7 +104,8 @@ class IsolatedFunction:
     def _start(self) -> None:
         ours, theirs = socket.socketpair()
         path = [entry for entry in sys.path if isinstance(entry, str)]  # as the import system reads it
-        command = [sys.executable, "-c", _BOOT, str(theirs.fileno()), json.dumps(path)]
+        # -u: what the function prints is there when it returns, and does not end with the process
+        command = [sys.executable, "-u", "-c", _BOOT, str(theirs.fileno()), json.dumps(path)]
         with theirs:
             # a session of its own: Ctrl-C in a terminal reaches the trainer only, and what the function starts
             # (code under test, say) is killed with it

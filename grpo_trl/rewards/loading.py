@@ -44,6 +44,12 @@ def check_rewards(specs: Sequence[RewardSpec], processing_classes: Any, args: GR
     ]
     if functions:
         RewardScorer(functions, timeout=args.reward_timeout)  # its processes start at the first call
+    for given in processing_classes if isinstance(processing_classes, Sequence) else [processing_classes]:
+        if not isinstance(given, PreTrainedTokenizerBase | None):
+            raise ValueError(
+                f"reward_processing_classes has a {type(given).__name__}; expected tokenizers (of a processor: its "
+                "`tokenizer`), None for functions."
+            )
     if isinstance(processing_classes, Sequence) and len(processing_classes) != len(specs):
         raise ValueError(
             f"reward_processing_classes has {len(processing_classes)} entries for {len(specs)} rewards; give one each "
@@ -61,6 +67,8 @@ def check_weights(weights: Sequence[float] | None, count: int) -> None:
     # a weight of NaN would make of every reward one that does not apply, and so leave the function out without a word
     if wrong := [weight for weight in weights if not (isinstance(weight, Real) and math.isfinite(weight))]:
         raise ValueError(f"reward_weights has {wrong}; expected finite numbers (0: the reward is logged only).")
+    if not any(weights):
+        raise ValueError("reward_weights are all 0: no completion would have a reward.")
 
 
 def load_rewards(

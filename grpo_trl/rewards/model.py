@@ -96,7 +96,7 @@ class RewardModel:
         self.num_truncated = 0
 
     def __call__(
-        self, prompts: list[Any], completions: list[Any], log_metric: Any = None, **kwargs: Any
+        self, /, prompts: list[Any], completions: list[Any], log_metric: Any = None, **kwargs: Any
     ) -> list[float]:
         """One score per row, in the order of the rows."""
         encodings = [self._encode(*row) for row in zip(prompts, completions, strict=True)]
@@ -231,6 +231,10 @@ def _with_pad_token(tokenizer: Any, path: str) -> Any:
 
 def _longest_input(model: Any, tokenizer: Any) -> int:
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _UNLIMITED
+    tables = (table for name, table in model.named_modules() if name.endswith("position_embeddings"))
+    padding = next((table.padding_idx for table in tables if isinstance(table, nn.Embedding)), None)
+    if padding is not None:  # RoBERTa, whose positions begin after that of the padding
+        positions -= padding + 1
     return min(tokenizer.model_max_length, positions, _UNLIMITED)
 
 

@@ -5,6 +5,7 @@ import math
 import numbers
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence, Set
+from decimal import Decimal
 from typing import Any, cast
 
 import torch
@@ -76,7 +77,7 @@ def _to_float(value: Any, row: int, name: str) -> float:
         return math.nan
     if hasattr(value, "item") and math.prod(getattr(value, "shape", (0,))) == 1:  # of numpy or torch
         value = value.item()
-    if not isinstance(value, numbers.Real):
+    if not isinstance(value, numbers.Real | Decimal):
         problem = f"({type(value).__name__}) for row {row}; expected a number"
     elif not abs(cast(float, value)) <= torch.finfo(torch.float32).max:  # NaN compares False
         problem = f"for row {row}; expected a finite number within fp32"

@@ -16,7 +16,7 @@ from trl.trainer.utils import is_async_callable, start_event_loop_in_daemon
 from ..batch import Group
 from ..placement import input_device
 from ..worker import GRACE, Worker
-from .calls import Call, in_order, replay
+from .calls import Call, in_order, replay, unique
 from .event_loop import end_event_loop
 from .isolation import IsolatedFunction, RewardTimeoutError, in_words
 from .math import AccuracyReward
@@ -72,7 +72,7 @@ class RewardScorer:
         if timeout is not None and not timeout > 0:
             raise ValueError(f"timeout={timeout} must be a positive number of seconds, or None for no limit.")
         self.reward_funcs = list(reward_funcs)
-        self.names = _unique(names or [reward_name(func) for func in reward_funcs])
+        self.names = unique(names or [reward_name(func) for func in reward_funcs])
         for func, name in zip(self.reward_funcs, self.names, strict=True):
             if isinstance(func, RewardModel):
                 func.__name__ = name  # what its own metrics are called: two models of one name would share them
@@ -264,7 +264,8 @@ class RewardScorer:
             return None
         if isinstance(func, RewardModel):
             return self.worker_on(input_device(func.model))
-        return self._worker_of(id(func), f"reward {self.names[index]}")
+        # one thread for the methods of one object too
+        return self._worker_of(id(getattr(func, "__self__", func)), f"reward {self.names[index]}")
 
     def _worker_of(self, key: Hashable, name: str, device: torch.device | None = None) -> Worker:
         if key not in self._workers:
@@ -336,7 +337,7 @@ def _rows_per_call(func: RewardFunction, per_group: bool) -> float:
     """Completions of a call at most; a group is never split."""
     if isinstance(func, RewardModel):
         return func.batch_size
-    return 1 if per_group or getattr(func, "by_row", False) else math.inf
+    return 1 if per_group or getattr(func, "by_row", False) is True else math.inf
 
 
 def _has_own_process(call: Any) -> TypeGuard[IsolatedFunction | AccuracyReward]:
@@ -347,15 +348,3 @@ def _has_own_process(call: Any) -> TypeGuard[IsolatedFunction | AccuracyReward]:
 def _stays_in_process(func: RewardFunction) -> bool:
     """Models, and rewards that bring a process of their own."""
     return isinstance(func, nn.Module) or getattr(func, "in_process", False)
-
-
-def _unique(names: Sequence[str]) -> list[str]:
-    """Numbers names that occur again ("f", "f_2"), or their metrics would be one."""
-    seen: dict[str, int] = {}
-    for position, name in enumerate(names):
-        unique, number = name, 1
-        while unique in seen:
-            number += 1
-            unique = f"{name}_{number}"
-        seen[unique] = position
-    return list(seen)

@@ -21,7 +21,9 @@ def adapt_trl_function(func: Callable[..., Any]) -> Callable[..., Any]:
     inner: Any = func
     while isinstance(inner, partial):
         inner = inner.func
-    if not (getattr(inner, "__module__", None) or "").startswith("trl.rewards"):
+    # not by `__module__`, which functools.wraps copies to a user's wrapper
+    defined_in = getattr(inner, "__globals__", {}).get("__name__") or type(inner).__module__
+    if not defined_in.startswith("trl.rewards"):
         return func
     name = get_callable_name(inner)
     if name.startswith("get_"):
@@ -40,5 +42,5 @@ class OnMessages:
         self.func = func
         self.__name__ = get_callable_name(func)
 
-    def __call__(self, completions: list[Any], **kwargs: Any) -> Any:
+    def __call__(self, /, completions: list[Any], **kwargs: Any) -> Any:
         return self.func(completions=as_messages(completions), **kwargs)

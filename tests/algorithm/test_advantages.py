@@ -17,6 +17,16 @@ def assert_close(actual, expected, tolerance=1e-6):
     torch.testing.assert_close(actual, torch.as_tensor(expected), atol=tolerance, rtol=0)
 
 
+def test_a_function_without_weight_gives_no_reward():
+    rewards, weights = torch.tensor([[NAN, 3.0], [1.0, 3.0], [2.0, NAN]]), torch.tensor([1.0, 0.0])
+    expected = torch.tensor([NAN, 1.0, 2.0])
+    torch.testing.assert_close(combine_rewards(rewards, weights), expected, equal_nan=True)
+    verdicts = torch.tensor([NAN, 0.0, 1.0])
+    torch.testing.assert_close(passed(rewards, weights, 1.5), verdicts, equal_nan=True)
+    decoupled = AGGREGATIONS["normalize_then_sum"](rewards, weights, 3)
+    assert decoupled.isnan().tolist() == [True, False, False]
+
+
 def test_none_is_reward_minus_group_mean():
     assert_close(group_advantages(torch.tensor([1.0, 0, 0, 0]), 4, "none"), [0.75, -0.25, -0.25, -0.25])
 

@@ -18,6 +18,11 @@ def generator(completion_ids, **kwargs):
         yield float(len(ids))
 
 
+def prints(completions, **kwargs):
+    print("scored", len(completions))
+    return [0.0] * len(completions)
+
+
 def process_id(prompts, **kwargs):
     return [float(os.getpid())] * len(prompts)
 

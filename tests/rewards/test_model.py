@@ -133,6 +133,19 @@ def test_chat_template_kwargs_reach_the_template():
     assert reward.tokenizer.decode(ids).endswith("b<|im_end|>\n<|im_start|>assistant\n")
 
 
+def test_positions_that_begin_after_the_padding():
+    model = tiny.tiny_reward_model("roberta", intermediate_size=64, max_position_embeddings=20)
+    tokenizer = tiny.tiny_tokenizer(chat=False, pair=True)
+    tokenizer.model_max_length = 10**30
+    reward = RewardModel(model, tokenizer)
+    assert reward.max_length == 20 - 1 - tiny.PAD  # positions 1 to 19: that of the padding is 0
+    assert len(reward(["0123456789" * 3], ["abcde"])) == 1
+
+
+def test_a_column_named_self():
+    assert len(deberta()(prompts=["a"], completions=["b"], self=[1])) == 1
+
+
 # bytes: [CLS] + 10 + [SEP] + 5 + [SEP] = 18 tokens
 @pytest.mark.parametrize(
     ("max_length", "question", "answer"),

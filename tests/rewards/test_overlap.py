@@ -114,6 +114,25 @@ def test_logs_come_in_the_order_of_the_groups(make_scorer):
     assert metrics == [1, 2, 3]
 
 
+def test_methods_of_one_object_are_not_called_at_the_same_time(make_scorer):
+    class Judge:
+        inside = most = 0
+
+        def helpful(self, completions, **kwargs):
+            self.inside += 1
+            self.most = max(self.most, self.inside)
+            time.sleep(0.02)
+            self.inside -= 1
+            return [0.0] * len(completions)
+
+        def harmless(self, completions, **kwargs):
+            return self.helpful(completions)
+
+    judge = Judge()
+    score(make_scorer(judge.helpful, judge.harmless, per_group=True), groups_of(4))
+    assert judge.most == 1
+
+
 def test_what_was_started_and_is_not_asked_for_is_left_out(make_scorer):
     groups = groups_of(3)
     scorer = make_scorer(functions.tokens)

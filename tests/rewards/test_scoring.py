@@ -370,6 +370,57 @@ def test_a_column_of_one_function_is_not_filled_up_by_another(make_scorer):
     assert logs == [("text", ["a", "b"])]
 
 
+def test_columns_of_one_name_are_numbered(make_scorer):
+    def tells(completions, log_extra, **kwargs):
+        log_extra("text", completions)
+        return [0.0] * len(completions)
+
+    def shouts(completions, log_extra, **kwargs):
+        log_extra("text", [text.upper() for text in completions])
+        return [0.0] * len(completions)
+
+    logs = []
+    make_scorer(tells, shouts).score([group("a", "b")], log_extra=lambda *column: logs.append(column))
+    assert logs == [("text", ["a", "b"]), ("text_2", ["A", "B"])]
+
+
+@pytest.mark.parametrize("per_group", [False, True])
+def test_a_column_is_what_it_was_when_it_was_logged(make_scorer, per_group):
+    seen, logs = [], []
+
+    def fills_one_list(completions, log_extra, **kwargs):
+        seen[:] = completions
+        log_extra("seen", seen)
+        seen.append("later")
+        return [0.0] * len(completions)
+
+    scorer = make_scorer(fills_one_list, per_group=per_group)
+    scorer.score([group("a"), group("b")], log_extra=lambda column, values: logs.extend(values))
+    assert logs == ["a", "b"]
+
+
+def test_functions_run_without_gradients_also_row_by_row(make_scorer):
+    def fails_in_all(completions, **kwargs):
+        assert not torch.is_grad_enabled()
+        with torch.enable_grad():
+            assert (torch.ones(1, requires_grad=True) * 2).requires_grad
+        return [1 / (text != "b") for text in completions]
+
+    with pytest.raises(RuntimeError, match="'fails_in_all' failed on row 1: ZeroDivisionError"):
+        make_scorer(fails_in_all).score([group("a", "b")])
+
+
+def test_a_column_named_self_crosses_the_process(make_scorer):
+    row = group("a")
+    row.prompt.example["self"] = 1
+    assert make_scorer(functions.tokens, timeout=30).score([row]).shape == (1, 1)
+
+
+def test_what_a_function_in_its_own_process_prints_is_there(make_scorer, capfd):
+    make_scorer(functions.prints, timeout=30).score([group("a")])
+    assert capfd.readouterr().out == "scored 1\n"
+
+
 def test_a_timeout_kills_and_names_and_the_next_call_works(make_scorer):
     scorer = make_scorer(functions.sleeps_on_slow, timeout=1)
     assert scorer.score([group("a")]).tolist() == [[1.0]]

@@ -103,6 +103,16 @@ def test_weights_that_are_no_finite_number_are_refused(tmp_path, weight):
         check_rewards(["length", "repetition"], None, args)
     args.reward_weights = [1.0, 0]
     check_rewards(["length", "repetition"], None, args)
+    args.reward_weights = [0.0, 0]
+    with pytest.raises(ValueError, match="all 0: no completion would have a reward"):
+        check_rewards(["length", "repetition"], None, args)
+
+
+@pytest.mark.parametrize("wrap", [lambda given: given, lambda given: [given]])
+def test_what_is_no_tokenizer_is_refused(tmp_path, wrap):
+    args = GRPOConfig(str(tmp_path), use_cpu=True, report_to="none")
+    with pytest.raises(ValueError, match="reward_processing_classes has a object; expected tokenizers"):
+        check_rewards(["length"], wrap(object()), args)
 
 
 def test_checking_a_reward_does_not_close_it(tmp_path):

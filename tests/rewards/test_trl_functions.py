@@ -48,6 +48,21 @@ def test_as_they_are(reward, expected):
     assert adapted(completions=TEXTS, **rows) == expected
 
 
+def test_a_wrapper_of_ones_own_gets_what_the_dataset_has():
+    @functools.wraps(accuracy_reward)
+    def of_text(completions, **kwargs):
+        return accuracy_reward([[{"role": "assistant", "content": text}] for text in completions], **kwargs)
+
+    assert of_text.__module__.startswith("trl.rewards")
+    assert resolve_reward(of_text, max_completion_length=100) is of_text
+    assert RewardScorer([of_text]).score([group(False)])[:, 0].tolist() == [1, 0, 1]
+
+
+def test_a_column_of_any_name():
+    adapted = resolve_reward(accuracy_reward, max_completion_length=100)
+    assert adapted(completions=TEXTS, solution=["72"] * 3, self=[1, 2, 3]) == [1, 0, 1]
+
+
 @pytest.mark.parametrize(
     ("name", "remedy"),
     [

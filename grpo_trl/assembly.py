@@ -29,7 +29,15 @@ from .callbacks import (
 from .config import GRPOConfig, mapping
 from .config_checks import steps_in_backward
 from .placement import DeviceMap, is_zero3, resolve_device_map
-from .policy import causal_lm, disable_dropout, freeze_adapter, load_policy, load_reference_model, prepare
+from .policy import (
+    causal_lm,
+    disable_dropout,
+    freeze_adapter,
+    load_policy,
+    load_reference_model,
+    needs_frozen_adapter,
+    prepare,
+)
 from .prompt_memory import PromptMemory
 from .prompts import encode_prompt, limit_prompts
 from .rewards import RewardScorer, load_rewards
@@ -183,13 +191,15 @@ def load_models(
 ) -> tuple[Any, Any, str | None]:
     """The policy; a reference model of its own, or None; and the name of the frozen adapter that serves as reference.
 
-    Without KL term there is neither. With an adapter that starts from scratch the reference is the policy without it.
+    Without KL term there is neither. With an adapter that begins as nothing the reference is the policy without it.
     """
     torch.manual_seed(args.seed)  # adapters are initialised at random
     policy = load_policy(model, args, quantization_config=quantization_config, peft_config=peft_config)
     adapter = None
-    if isinstance(policy, PeftModel) and peft_config is None and args.beta and not args.ref_model_name_or_path:
-        adapter = freeze_adapter(policy)
+    if isinstance(policy, PeftModel):
+        config = policy.peft_config[str(policy.active_adapter)]
+        if needs_frozen_adapter(args, config, is_new=peft_config is not None):
+            adapter = freeze_adapter(policy)
     path = model if isinstance(model, str) else None
     reference_model = load_reference_model(policy, path, args, device_map(args, "ref_device"))
     if args.disable_dropout:

@@ -7,12 +7,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+from peft import PeftConfig
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 from transformers.utils import logging
 
 from . import manifest
 from .config import GRPOConfig
+from .jsonable import with_text_keys
+from .manifest import ResumeError
 from .placement import input_device
 from .policy import whole_parameters
 
@@ -35,22 +38,32 @@ NOT_COMPUTED = (
     *("eval_max_completion_length", "log_completions", "num_completions_to_print", "log_unique_prompts"),
     *("log_rollouts", "save_epochs", "plot_metrics", "save_on_signal"),
 )
+# Settings of adapters (PEFT) for which other weights are trained; and those that change nothing in a resumed run
+SHAPES_OF_ADAPTER = (
+    *("adapter.r", "adapter.rank_pattern", "adapter.target_modules", "adapter.target_parameters"),
+    *("adapter.exclude_modules", "adapter.layers_to_transform", "adapter.modules_to_save", "adapter.use_dora"),
+    *("adapter.trainable_token_indices", "adapter.layer_replication", "adapter.bias", "adapter.lora_bias"),
+)
+NOT_OF_ADAPTER = (
+    *("peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version"),
+    *("auto_mapping", "runtime_config", "init_lora_weights", "init_weights", "ensure_weight_tying"),
+)
 
 
 # ---- Which folder ----
 
 
 def checked(folder: Path) -> Path:
-    """A checkpoint that was named. Raises ValueError with every file of it that is missing or corrupt."""
+    """A checkpoint that was named. Raises ResumeError with every file of it that is missing or corrupt."""
     manifest.recover(folder.parent)
     found = _obstacles(folder)
     if found and not (folder / manifest.NAME).exists() and (folder / "trainer_state.json").exists():
-        raise ValueError(
+        raise ResumeError(
             f"Cannot resume from {folder}: it was written by another trainer (TRL's, say), or its writing was "
             f"interrupted. Start from its weights, model={str(folder)!r}, without resume_from_checkpoint."
         )
     if found:
-        raise ValueError(
+        raise ResumeError(
             f"Cannot resume from {folder}: {'; '.join(found)}. Name another checkpoint, or use "
             "resume_from_checkpoint=True, which takes the newest complete one."
         )
@@ -61,7 +74,7 @@ def newest(output_dir: Path) -> Path:
     """The newest complete checkpoint. Those passed over are named in a warning.
 
     Raises:
-        ValueError: there is none.
+        ResumeError: there is none.
     """
     manifest.recover(output_dir)
     passed_over = []
@@ -72,27 +85,27 @@ def newest(output_dir: Path) -> Path:
                 logger.warning("Resuming from %s. Passed over: %s.", folder, "; ".join(passed_over))
             return folder
         passed_over.append(f"{folder.name} ({', '.join(found)})")
-    raise ValueError(
+    raise ResumeError(
         f"resume_from_checkpoint=True, but {output_dir} has no complete checkpoint"
         f"{': ' + '; '.join(passed_over) if passed_over else ''}. Leave resume_from_checkpoint out to start anew."
     )
 
 
 def check_resumable(resume: str | bool, output_dir: Path) -> None:
-    """Raises ValueError where there is nothing to resume from, before models are loaded; files are read later."""
+    """Raises ResumeError where there is nothing to resume from, before models are loaded; files are read later."""
     if resume is True and not manifest.checkpoints(output_dir):
-        raise ValueError(
+        raise ResumeError(
             f"resume_from_checkpoint=True, but {output_dir} has no checkpoint. Leave it out to start anew."
         )
     if resume is not True and not Path(str(resume)).is_dir():
-        raise ValueError(f"resume_from_checkpoint={str(resume)!r}: no such folder (current directory: {Path.cwd()}).")
+        raise ResumeError(f"resume_from_checkpoint={str(resume)!r}: no such folder (current directory: {Path.cwd()}).")
 
 
 def _obstacles(folder: Path) -> list[str]:
     """Why a run cannot be resumed from a folder."""
     found = manifest.problems(folder)
     if not found and not manifest.holds(folder, _files(folder, 0)[0].name):
-        found = ["it holds weights only (save_only_model); start from them instead (model=)"]
+        found = ["it holds weights only (save_only_model); start from them instead (model_name_or_path, or model=)"]
     return found
 
 
@@ -104,6 +117,29 @@ def config_values(args: GRPOConfig) -> dict[str, Any]:
     values = args.to_dict()
     names = sorted({*COMPUTED, *GRPOConfig.__annotations__}.difference(NOT_COMPUTED))
     return json.loads(json.dumps({name: values[name] for name in names if name in values}, default=str))
+
+
+def adapter_values(config: PeftConfig) -> dict[str, Any]:
+    """The settings of an adapter, as JSON holds them."""
+    values = {
+        f"adapter.{name}": sorted(value) if isinstance(value, set) else value
+        for name, value in config.to_dict().items()
+        if name not in NOT_OF_ADAPTER
+    }
+    return json.loads(json.dumps(with_text_keys(values), default=str))
+
+
+def check_fits(folder: str, now: dict[str, Any]) -> None:
+    """Raises ResumeError where a run with the settings `now` trains other weights, or steps otherwise, than the one
+    that wrote the checkpoint."""
+    then = load_numbers(folder, 0)["config"]
+    for name in ("model_type", "adapter", *SHAPES_OF_ADAPTER, "optim"):
+        if name in then and name in now and then[name] != now[name]:
+            raise ResumeError(
+                f"Cannot resume from {folder}: {name} was {then[name]} then and is {now[name]} now, for which its "
+                "weights and optimizer's state are not made. Start from its weights instead (model_name_or_path; in "
+                "Python model=)."
+            )
 
 
 def changed_config(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -147,7 +183,8 @@ def load_numbers(folder: str, rank: int) -> dict[str, Any]:
     if not numbers.exists():
         raise FileNotFoundError(
             f"{numbers} is missing, so this run cannot be resumed from {folder}: the checkpoint was written by "
-            "another trainer, with save_only_model=True, or with fewer ranks. Start from its weights instead (model=)."
+            "another trainer, with save_only_model=True, or with fewer ranks. Start from its weights instead "
+            "(model_name_or_path; in Python model=)."
         )
     return json.loads(numbers.read_text())
 

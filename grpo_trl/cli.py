@@ -26,6 +26,7 @@ from .checkpoint import check_resumable
 from .config import GRPOConfig, mapping
 from .config_types import type_problems
 from .data import load_datasets, parse_entries
+from .manifest import ResumeError
 from .refused import raise_all, refuse
 from .trainer_checks import check_path
 
@@ -260,7 +261,11 @@ def train(argv: Sequence[str]) -> None:
         if args.resume_from_checkpoint:
             check_resumable(args.resume_from_checkpoint, Path(str(args.output_dir)))
         trainer = make_trainer(script_args, args, model_args)
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    except ResumeError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from error
     trainer.save_model(args.output_dir)
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)

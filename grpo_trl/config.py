@@ -151,7 +151,8 @@ class GRPOConfig(VLLMArguments):
         "cache_implementation is set."
     )
     max_concurrent_rows: int | None = about(
-        "Completions that are decoded at a time. Default: native: what fits into half of the free memory; else all."
+        "Completions that are decoded at a time. Default: native: what fits into half of the free memory; a vLLM "
+        "server: 64 groups; else all."
     )
     cuda_graphs: bool | None = about(
         "Native engine on CUDA: capture decoding steps as graphs; keys and values stay allocated between rollouts. "
@@ -166,8 +167,9 @@ class GRPOConfig(VLLMArguments):
     reward_weights: list[float] | None = about("One weight per reward function. Default: 1 each.")
     reward_call: str = about("batch: one call per collected batch (as TRL); group: one per group.", "batch")
     reward_overlap: bool = about(
-        "Score finished groups while others are still sampled: with reward models, accuracy and (without "
-        "dynamic_sampling) a reference on a device of its own, and with reward_call='group' all functions.",
+        "Score finished groups while others are still sampled: with reward models, accuracy, reasoning_accuracy, "
+        "functions with by_row and (without dynamic_sampling) a reference on a device of its own, and with "
+        "reward_call='group' all functions but those of trl.rewards.",
         True,
     )
     reward_timeout: float | None = about(
@@ -232,7 +234,7 @@ class GRPOConfig(VLLMArguments):
         "Weigh by policy / sampler probabilities: token_truncate, token_mask, sequence_truncate or sequence_mask."
     )
     sampler_correction_min: float | None = about("Lower bound of these weights.")
-    sampler_correction_max: float | None = about("Upper bound of these weights.", 3.0)
+    sampler_correction_max: float | None = about("Upper bound of these weights. null: none.", 3.0)
 
     # Evaluation
     num_generations_eval: int | None = about("Completions per evaluation prompt. Default: num_generations.")

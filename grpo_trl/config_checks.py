@@ -19,16 +19,19 @@ from .placement import is_fsdp, is_zero3
 
 
 class Range(NamedTuple):
-    """Numbers from `low` to `high`, `low` itself left out if `above` and `high` if `below`; `hint` says what to do
-    instead."""
+    """Numbers from `low` to `high`, `low` itself left out if `above` and `high` if `below`, and None if `or_none`;
+    `hint` says what to do instead."""
 
     low: float
     high: float = math.inf
     above: bool = False
     hint: str = ""
     below: bool = False
+    or_none: bool = False
 
     def __contains__(self, value: Any) -> bool:
+        if value is None:
+            return self.or_none
         return (self.low < value if self.above else self.low <= value) and (
             value < self.high if self.below else value <= self.high
         )
@@ -76,7 +79,7 @@ RANGES = {
     "dynamic_sampling_tolerance": Range(0, 1),
     "off_policy_mask_threshold": Range(0, hint=" nats per token"),
     "sampler_correction_min": Range(0),
-    "sampler_correction_max": Range(0, above=True),
+    "sampler_correction_max": Range(0, above=True, or_none=True),
     "ref_model_mixup_alpha": Range(0, 1),
     "ref_model_sync_steps": Range(1),
     "reward_timeout": Range(0, above=True, hint=" seconds"),
@@ -131,7 +134,7 @@ def value_problems(args: Any, allowed: Mapping[str, Range | Collection[str]]) ->
     return [
         f"{name}={value!r} {_expected(allowed[name])}."
         for name, value in values.items()
-        if not (name in optional if value is None else value in allowed[name])
+        if not ((value is None and name in optional) or value in allowed[name])
     ]
 
 
@@ -326,6 +329,13 @@ def _of_the_objective(args: Any) -> Rows:
             f"surrogate vespo weighs a sequence by the ratios of its tokens, and sampler_correction="
             f"{args.sampler_correction!r} gives each token that of its sequence; use token_truncate or token_mask "
             "(with vLLM: vllm_importance_sampling_mode).",
+        ),
+        (
+            (args.sampler_correction or "").endswith("truncate")
+            and args.sampler_correction_min is None
+            and args.sampler_correction_max is None,
+            f"sampler_correction={args.sampler_correction!r} truncates weights to bounds, and there is none; set "
+            "sampler_correction_max or sampler_correction_min.",
         ),
         (
             (args.sampler_correction_min or 0) > (args.sampler_correction_max or math.inf),

@@ -22,6 +22,7 @@ from .algorithm import token_weights
 from .batch import Prompt, RolloutBatch
 from .config import GRPOConfig
 from .fingerprint import data_fingerprint
+from .manifest import ResumeError
 from .prompt_memory import PromptMemory
 from .prompts import epoch_order
 
@@ -258,16 +259,16 @@ class RolloutLoader:
             self._buffer = (state["collection"], RolloutBatch(**state["buffer"]).to(self.args.device))
 
     def check_layout(self, then: dict[str, Any]) -> None:
-        """Raises ValueError for a state that was taken with other batch sizes, ranks, seed or data, so that its
+        """Raises ResumeError for a state that was taken with other batch sizes, ranks, seed or data, so that its
         position means something else here."""
         now = self._layout()
         changed = [f"{name}: {then[name]} then, {now[name]} now" for name in now if then[name] != now[name]]
         reasons = "".join(f"{reason} " for name, reason in REASONS.items() if then[name] != now[name])
         if changed:
-            raise ValueError(
+            raise ResumeError(
                 "This run cannot continue from the checkpoint, because the position in its data means something else "
                 f"now: {'; '.join(changed)}. {reasons}Restore these values, or start a new run from its weights "
-                "(model=)."
+                "(model_name_or_path; in Python model=)."
             )
 
     def _layout(self) -> dict[str, Any]:

@@ -18,6 +18,10 @@ NAME = "manifest.json"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")  # what transformers calls the folder of a step
 
 
+class ResumeError(ValueError):
+    """A run cannot go on from a checkpoint; the message says why, and what to do."""
+
+
 def write(folder: Path) -> None:
     """Makes a checkpoint complete: flushes its files to the disk, then writes their sizes and hashes.
 

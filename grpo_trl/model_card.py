@@ -141,8 +141,16 @@ def _known(values: Mapping[str, Any]) -> dict[str, Any]:
 def _usage(hub_model_id: str | None, is_adapter: bool) -> str:
     if hub_model_id is None:
         return ""
-    what = " (loads the base model and this adapter)" if is_adapter else ""
-    code = f'from transformers import pipeline\n\ngenerate = pipeline("text-generation", model="{hub_model_id}")'
+    if is_adapter:  # by PEFT: transformers reads some adapters (DoRA) otherwise
+        what = " (loads the base model and this adapter)"
+        code = f"""from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+
+model = AutoPeftModelForCausalLM.from_pretrained("{hub_model_id}")
+tokenizer = AutoTokenizer.from_pretrained("{hub_model_id}")"""
+    else:
+        what = ""
+        code = f'from transformers import pipeline\n\ngenerate = pipeline("text-generation", model="{hub_model_id}")'
     return f"Use it{what}:\n\n```python\n{code}\n```"
 
 

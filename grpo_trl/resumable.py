@@ -19,6 +19,7 @@ from .callbacks import PROMPT_MEMORY_NAME, read_parquet, write_parquet
 from .config import GRPOConfig
 from .jsonable import with_text_keys
 from .loader import RolloutLoader
+from .manifest import ResumeError
 from .metrics import Metrics
 from .policy import FrozenReference, Reference, causal_lm
 from .prompt_memory import PromptMemory
@@ -61,8 +62,8 @@ class ResumableTrainer(Trainer):
             resume_from_checkpoint: a folder, or True: the newest complete checkpoint in `output_dir`.
 
         Raises:
-            ValueError: there is no complete checkpoint; a file of the one that was named is missing or corrupt; or it
-                is of a run with another layout of its data.
+            ResumeError (a ValueError): there is no complete checkpoint; a file of the one that was named is missing or
+                corrupt; or it is of a run with other weights, or another layout of its data.
             SystemExit: SIGTERM or Ctrl-C came (`save_on_signal`), and a checkpoint was saved. Code 128 + signal.
                 Of Ctrl-C it is a KeyboardInterrupt too.
         """
@@ -137,12 +138,14 @@ class ResumableTrainer(Trainer):
         """What changes the run where it is another at a resume."""
         model: Any = self.accelerator.unwrap_model(self.model)
         adapter = model.active_peft_config if isinstance(model, PeftModel) else None
+        settings = {} if adapter is None else checkpoint.adapter_values(adapter)
         return checkpoint.config_values(self.args) | {
             "model": get_config_model_id(causal_lm(model).config),
             "model_type": causal_lm(model).config.model_type,
             "dtype": str(model.dtype),
             "adapter": None if adapter is None else str(getattr(adapter.peft_type, "value", adapter.peft_type)),
             "reward functions": self.reward_names,
+            **settings,
         }
 
     # ---- Resuming ----
@@ -157,11 +160,12 @@ class ResumableTrainer(Trainer):
                     if resume is True
                     else checkpoint.checked(Path(str(resume)))
                 )
+                checkpoint.check_fits(outcome[0], self._settings())
             except ValueError as error:
                 outcome[1] = str(error)
         broadcast_object_list(outcome)
         if outcome[1] is not None:
-            raise ValueError(outcome[1])
+            raise ResumeError(outcome[1])
         return outcome[0]
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -178,12 +182,6 @@ class ResumableTrainer(Trainer):
         layout, config = broadcast_object_list(then)
         self.loader.check_layout(layout)
         now = self._settings()
-        for name in ("model_type", "adapter", "optim"):
-            if config.get(name, now[name]) != now[name]:
-                raise ValueError(
-                    f"Cannot resume from {folder}: {name} was {config[name]} then and is {now[name]} now, for which "
-                    "its weights and optimizer's state are not made. Start from its weights instead (model=)."
-                )
         changed = checkpoint.changed_config(config, now)
         if changed and self.is_world_process_zero():
             logger.warning(
@@ -194,7 +192,7 @@ class ResumableTrainer(Trainer):
             )
         state = self._resumed = checkpoint.load(folder, self.accelerator.process_index)
         if self.args.beta and state["loader"]["buffer"] and "ref_per_token_logps" not in state["loader"]["buffer"]:
-            raise ValueError(
+            raise ResumeError(
                 f"beta={self.args.beta} needs log-probabilities of a reference, which the rollout that {folder} is in "
                 "the middle of does not have (beta was 0 then). Resume with beta=0, from a checkpoint at the end of a "
                 "rollout, or start from the weights (model_name_or_path)."

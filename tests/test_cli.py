@@ -17,6 +17,7 @@ from trl.trainer.model_config import ModelConfig
 from grpo_trl import cli
 from grpo_trl.algorithm import VARIANTS
 from grpo_trl.config import GOVERNED, GRPOConfig
+from grpo_trl.manifest import ResumeError
 from grpo_trl.refused import REFUSED, UNUSED
 from grpo_trl.rewards.registry import REWARDS, TRL_NAMES
 
@@ -417,6 +418,16 @@ def test_a_run_is_resumed_saved_and_ended(recorded, tmp_path, monkeypatch, given
         ("save_model", (str(tmp_path / "out"),), {}),
         ("end", (), {}),
     ]
+
+
+def test_a_refused_resume_ends_with_code_2_and_the_message_alone(recorded, monkeypatch, capsys):
+    def refuses(self, **options):
+        raise ResumeError("Cannot resume from here: because.")
+
+    monkeypatch.setattr(Recorder, "train", refuses, raising=False)
+    with pytest.raises(SystemExit) as end:
+        recorded()
+    assert end.value.code == 2 and capsys.readouterr().err.endswith("Cannot resume from here: because.\n")
 
 
 def test_a_run_is_pushed_with_the_name_of_its_data(recorded, write, tmp_path, monkeypatch):

@@ -73,6 +73,7 @@ def test_correction_for_vllm_by_trls_names(config):
     )  # fmt: skip
     correction = args.sampler_correction, args.sampler_correction_min, args.sampler_correction_max
     assert correction == ("token_truncate", 0.5, 2.0)
+    assert config(use_vllm=True, vllm_importance_sampling_clip_max=None).sampler_correction_max is None
     assert config(use_vllm=True, vllm_importance_sampling_correction=False).sampler_correction is None
     assert config(use_vllm=True, sampler_correction="token_mask").sampler_correction == "token_mask"
     assert config().sampler_correction is None  # our own engines need none
@@ -97,6 +98,10 @@ def test_correction_for_vllm_by_trls_names(config):
         (
             {"vllm_structured_outputs_regex": "a", "generation_kwargs": {"structured_outputs": {"regex": "b"}}},
             "generation_kwargs structured_outputs=.* and vllm_structured_outputs_regex='a' say different things",
+        ),
+        (
+            {"vllm_importance_sampling_mode": "token_truncate", "vllm_importance_sampling_clip_max": None},
+            "sampler_correction='token_truncate' truncates weights to bounds, and there is none",
         ),
         ({"cache_implementation": "static"}, "vLLM has its own cache"),
         ({"generation_kwargs": {"n": 2}}, "generation_kwargs n is set by the trainer where vLLM samples; use num_gen"),
@@ -558,6 +563,8 @@ def test_refusals(config, options, message):
         {"delta": 1.21, "ref_model_mixup_alpha": 0.0, "ref_model_sync_steps": 1},
         {"surrogate": "cispo", "epsilon_high": 1.0, "cuda_graphs": False},
         {"sampler_correction": "token_truncate", "sampler_correction_min": 1.0, "sampler_correction_max": 1.0},
+        {"sampler_correction": "token_truncate", "sampler_correction_min": 1.0, "sampler_correction_max": None},
+        {"sampler_correction": "sequence_mask", "sampler_correction_max": None},
     ],
 )
 def test_edges_that_are_allowed(config, options):

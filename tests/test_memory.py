@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 import yaml
-from peft import LoraConfig, get_peft_model
+from peft import BOFTConfig, LoraConfig, PrefixTuningConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DebertaV2ForSequenceClassification
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
@@ -156,6 +156,13 @@ def test_a_policy_that_was_quantised_before(run, model_dir, tmp_path, monkeypatc
     with pytest.raises(ValueError, match="quantised weights cannot be trained on the CPU"):
         planned(quant_method="bitsandbytes", load_in_4bit=True)
     assert any("quantised by gptq" in text for text in planned(quant_method="gptq", bits=4).assumptions)
+
+
+@pytest.mark.parametrize("config", [BOFTConfig, PrefixTuningConfig])
+def test_adapters_that_do_not_run_without_numbers_are_named(run, config):
+    options = {"num_virtual_tokens": 2} if config is PrefixTuningConfig else {"target_modules": ["q_proj"]}
+    with pytest.raises(ValueError, match=r"cannot be planned: its code does not run without numbers"):
+        plan_run(run(config(task_type="CAUSAL_LM", **options)), 2**30)
 
 
 def test_a_policy_that_does_not_run_without_numbers_is_named(run, monkeypatch):

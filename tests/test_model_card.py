@@ -119,6 +119,7 @@ def test_adapter_is_a_peft_model(tmp_path, qwen3):
     card = card_of(tmp_path, model, hub_model_id="me/adapter")
     assert card.data.library_name == "peft"
     assert "loads the base model and this adapter" in card.text
+    assert 'AutoPeftModelForCausalLM.from_pretrained("me/adapter")' in card.text and "pipeline(" not in card.text
 
 
 def test_only_the_main_process_writes(tmp_path, qwen3, monkeypatch):

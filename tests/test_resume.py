@@ -24,7 +24,7 @@ class ReferenceBesideSampling(GRPOTrainer):
 
 
 def lora(**options):
-    return LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **options)
+    return LoraConfig(**{"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"} | options)
 
 
 def stream():
@@ -279,6 +279,26 @@ def test_another_model_type_adapter_or_optimizer_is_refused_and_other_rewards_ar
             build(tmp_path, num_iterations=2, **options).train(resume_from_checkpoint=folder)
     build(tmp_path, num_iterations=2, rewards=some_equal).train(resume_from_checkpoint=folder)
     assert "reward functions: ['reward_vowels'] then, ['some_equal'] now" in caplog.text
+
+
+def test_an_adapter_of_another_shape_is_refused_and_other_settings_of_it_are_named(tmp_path, caplog):
+    folder = cut(tmp_path, peft=lora())
+    for options, name in (
+        ({"r": 2}, "adapter.r was 4 then and is 2 now"),
+        (
+            {"target_modules": ["v_proj"]},
+            r"adapter.target_modules was \['q_proj', 'v_proj'\] then and is \['v_proj'\] now",
+        ),
+        ({"use_dora": True}, "adapter.use_dora was False then and is True now"),
+    ):
+        with pytest.raises(ValueError, match=f"Cannot resume from .*{name}"):
+            build(tmp_path, num_iterations=2, peft=lora(**options)).train(resume_from_checkpoint=folder)
+    caplog.clear()
+    build(tmp_path, num_iterations=2, peft=lora(lora_alpha=64, init_lora_weights="gaussian")).train(
+        resume_from_checkpoint=folder
+    )
+    (message,) = [record.getMessage() for record in caplog.records if "other settings" in record.getMessage()]
+    assert "adapter.lora_alpha: 8 then, 64 now." in message and "init" not in message
 
 
 def test_a_penalty_that_begins_within_a_rollout_is_refused(tmp_path):

@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from ..config import GRPOConfig, mapping
-from ..policy import causal_lm, disable_dropout, freeze_adapter, load_policy, needs_reference_model, prepare
+from ..policy import (
+    causal_lm,
+    disable_dropout,
+    freeze_adapter,
+    load_policy,
+    needs_frozen_adapter,
+    needs_reference_model,
+    prepare,
+)
 from ..policy.loading import from_pretrained_options
 from ..policy.reference import reference_options
 from ..rewards.model import base_model
@@ -51,9 +59,10 @@ def policy_of(spec: PolicySpec, args: GRPOConfig) -> Any:
             # what is known of quantised weights by their names; their layers stay plain, and are counted by `weights`
             model.is_loaded_in_4bit, model.is_loaded_in_8bit = quantization.load_in_4bit, quantization.load_in_8bit
         policy = load_policy(model, taken, peft_config=peft_config)
-        if trained and args.beta and not args.ref_model_name_or_path:
-            assert isinstance(policy, PeftModel)
-            freeze_adapter(policy)
+        if isinstance(policy, PeftModel):
+            config = policy.peft_config[str(policy.active_adapter)]
+            if needs_frozen_adapter(args, config, is_new=not trained):
+                freeze_adapter(policy)
     if args.disable_dropout:
         disable_dropout(policy)
     prepare(policy, args.device.type)

@@ -1,5 +1,6 @@
 """The memory that a run will take, by device and phase, before anything is loaded."""
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -126,7 +127,9 @@ def plan_run(run: Run, memory: int | None = None) -> Plan:
             devices[name] = DevicePlan(*(_free_and_total(name) if memory is None else (memory, memory)))
         return devices[name].items
 
-    policy, own = policy_of(run.policy, args), on(device)
+    with _named(run.policy.path):
+        policy = policy_of(run.policy, args)
+    own = on(device)
     trained = [p for p in unique_parameters(policy).values() if p.requires_grad]
     quantization = run.policy.quantization_config or quantization_of(from_pretrained_options(args), policy.config)
     own["parameters"] = sum(weights(policy, quantization).values())
@@ -134,13 +137,8 @@ def plan_run(run: Run, memory: int | None = None) -> Plan:
     own["optimizer"] = optimizer_bytes(args.optim, trained)
     fake = FakeModel(policy)
     reference = reference_of(policy, run.policy, args)
-    try:
+    with _named(f"{type(policy).__name__} ({policy.name_or_path})"):
         update = update_bytes(fake, args, run.prompt_length) + _dequantized(policy, quantization)
-    except RuntimeError as error:  # of code that looks at numbers, or is TorchScript
-        raise ValueError(
-            f"{type(policy).__name__} ({policy.name_or_path}) cannot be planned: its code does not run without "
-            f"numbers ({type(error).__name__}: {error!s:.200}). `grpo-trl check` runs it on a few completions."
-        ) from error
     if not args.on_policy or (args.beta and reference is None):
         own["scoring"] = scoring_bytes(fake, args, run.prompt_length)
 
@@ -159,6 +157,18 @@ def plan_run(run: Run, memory: int | None = None) -> Plan:
     own["activations"] = max(update - own["gradients"], step_bytes(args.optim, trained, args.device.type))
     _add_rollout(run, fake, devices[device])
     return Plan(devices, _assumptions(run, policy) + unknown)
+
+
+@contextlib.contextmanager
+def _named(model: str) -> Iterator[None]:
+    """Errors of code that looks at numbers, or is TorchScript."""
+    try:
+        yield
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"{model} cannot be planned: its code does not run without numbers ({type(error).__name__}: "
+            f"{error!s:.200}). `grpo-trl check` runs it on a few completions."
+        ) from error
 
 
 def _free_and_total(device: str) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from .reference import (
     freeze_adapter,
     load_reference_model,
     make_reference,
+    needs_frozen_adapter,
     needs_reference_model,
     whole_parameters,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "load_policy",
     "load_reference_model",
     "make_reference",
+    "needs_frozen_adapter",
     "needs_reference_model",
     "per_token_logps",
     "pieces",

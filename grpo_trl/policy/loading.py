@@ -58,7 +58,12 @@ def load_policy(
             f"{' and '.join(given)} without effect: the model was passed as an instance, which is taken as it is. "
             "Pass its path to have it loaded with them."
         )
-    _check_kind_of_adapter(peft_config or getattr(model, "active_peft_config", None))
+    if getattr(model, "_hf_peft_config_loaded", False):  # private, but all that tells
+        raise ValueError(
+            "The model has an adapter of transformers' own (model.add_adapter), from whose checkpoints a run could "
+            "not be resumed: pass the base model with peft_config, or a PeftModel."
+        )
+    check_adapter(peft_config or getattr(model, "active_peft_config", None), args)
     if peft_config is not None:
         model = _add_adapter(model, args, peft_config)
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -78,13 +83,30 @@ def load_policy(
     return model
 
 
-def _check_kind_of_adapter(config: PeftConfig | None) -> None:
-    """Refuses adapters whose forward puts tokens before those that it is given: positions would be others."""
-    if config is not None and config.is_prompt_learning and config.peft_type != PeftType.PREFIX_TUNING:
+def check_adapter(config: PeftConfig | None, args: GRPOConfig) -> None:
+    """Refuses adapters that would not do what they say: those whose forward puts tokens before those that it is given
+    (positions would be others), a prefix with gradient checkpointing, and biases whose start is not kept."""
+    if config is None:
+        return
+    if config.is_prompt_learning and config.peft_type != PeftType.PREFIX_TUNING:
         raise ValueError(
             f"The adapter of a {type(config).__name__} adds tokens to the prompt, which is not supported; use LoRA or "
             "prefix tuning."
         )
+    if config.is_prompt_learning and args.gradient_checkpointing:
+        raise ValueError(
+            "Prefix tuning gives each layer keys and values, which gradient checkpointing would add twice; set "
+            "gradient_checkpointing=False."
+        )
+    bias = getattr(config, "bias", "none")
+    if bias != "none" and args.beta and args.ref_model_name_or_path is None:
+        raise ValueError(
+            f"The adapter's bias={bias!r} trains biases of the base model, which stay as they are when the adapter is "
+            "off, so the reference of the KL term would move with the policy. Use bias='none', beta=0, or give "
+            "ref_model_name_or_path."
+        )
+    if config.peft_type == PeftType.ADALORA:
+        logger.warning("AdaLoRA's rank stays at init_r and orth_reg_weight has no effect: no trainer calls them.")
 
 
 def _from_path(path: str, args: GRPOConfig, quantization_config: Any) -> PreTrainedModel | PeftModel:

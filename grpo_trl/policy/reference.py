@@ -2,13 +2,14 @@
 
 import contextlib
 import copy
+import os
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl.models import prepare_deepspeed
@@ -123,11 +124,16 @@ def load_reference_model(
     policy that was passed as an instance is copied. `args.ref_model_init_kwargs` go over the policy's.
 
     Raises:
-        ValueError: see `refuse_empty` and `check_map`.
+        ValueError: a path with an adapter alone; see `refuse_empty` and `check_map`.
     """
     if not needs_reference_model(args, has_adapter=isinstance(policy, PeftModel)):
         return None
     path = args.ref_model_name_or_path or policy_path
+    if path is not None and os.path.isfile(os.path.join(path, "adapter_config.json")):
+        raise ValueError(
+            f"ref_model_name_or_path={path!r} has an adapter and no model: merge it into its base "
+            "(model.merge_and_unload()), save that, and give its path."
+        )
     sharded = is_zero3(args.deepspeed_plugin)
     if path is None:
         refuse_empty(policy, "The policy, whose copy is the reference,")
@@ -155,11 +161,31 @@ def needs_reference_model(args: GRPOConfig, *, has_adapter: bool) -> bool:
     return bool(args.beta) and (args.ref_model_name_or_path is not None or not has_adapter)
 
 
+def needs_frozen_adapter(args: GRPOConfig, config: PeftConfig, *, is_new: bool) -> bool:
+    """Whether the policy as it was at the start is another than the policy with its adapter off: the adapter was
+    trained before, or does not begin as nothing (PiSSA and OLoRA, which change the base too; a prefix)."""
+    if not args.beta or args.ref_model_name_or_path is not None:
+        return False
+    start = getattr(config, "init_lora_weights", getattr(config, "init_weights", True))
+    return not is_new or config.is_prompt_learning or start not in (True, "gaussian", "orthogonal", "eva")
+
+
 def freeze_adapter(model: PeftModel) -> str:
-    """Keeps a copy of the active (trained) adapter as its own reference; returns the copy's name."""
+    """Keeps a copy of the active adapter as its own reference; returns the copy's name. Raises ValueError where
+    several are active."""
+    if len(model.active_adapters) > 1:
+        raise ValueError(
+            f"The model has the active adapters {', '.join(model.active_adapters)}, of which the reference could copy "
+            "one only: make one of them (model.add_weighted_adapter), activate one (model.set_adapter), or set beta=0."
+        )
     active = str(model.active_adapter)
     if REFERENCE_ADAPTER not in model.peft_config:  # there is one when the model was in a trainer before
-        model.add_adapter(REFERENCE_ADAPTER, copy.deepcopy(model.peft_config[active]))
+        config = copy.deepcopy(model.peft_config[active])
+        config.inference_mode = True  # AdaLoRA allows one adapter that is trained
+        for init in ("init_lora_weights", "init_weights"):  # PiSSA would take its part from the base once more
+            if hasattr(config, init):
+                setattr(config, init, True)
+        model.add_adapter(REFERENCE_ADAPTER, config)
     weights = get_peft_model_state_dict(model, adapter_name=active)
     set_peft_model_state_dict(model, weights, adapter_name=REFERENCE_ADAPTER)
     model.set_adapter(active)  # adding one left it inactive but trainable

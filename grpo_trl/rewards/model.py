@@ -47,8 +47,8 @@ class RewardModel:
     share as `rewards/<name>/truncated`.
 
     Raises:
-        ValueError: more than one label, a checkpoint without a reward head, no tokenizer or a slow one, neither a pad
-            nor an EOS token.
+        ValueError: "chat" without a chat template, more than one label, a checkpoint without a reward head, no
+            tokenizer or a slow one, neither a pad nor an EOS token.
     """
 
     in_process = True  # never sent to another process
@@ -90,6 +90,11 @@ class RewardModel:
         self.batch_size = batch_size
         self.max_length = max_length or _longest_input(self.model, self.tokenizer)
         self.input_format = input_format if input_format != "auto" else _native_format(self.tokenizer)
+        if self.input_format == "chat" and not self.tokenizer.chat_template:
+            raise ValueError(
+                f"input_format='chat' (reward_input_format) needs a chat template, and the tokenizer of reward model "
+                f"{path} has none; use 'auto' or 'pair', or set tokenizer.chat_template."
+            )
         self.chat_template_kwargs = chat_template_kwargs or {}
         self.__name__ = path.rstrip("/").split("/")[-1] if path else type(model).__name__
         self.limit = TokenLimit(f"reward model {self.__name__}")

@@ -6,7 +6,9 @@ from typing import Any
 
 from accelerate import Accelerator
 from packaging.version import Version
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, PeftType
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from transformers.utils import logging
 from trl.distributed import DistributedBackend
 
@@ -79,8 +81,25 @@ def check_weights(model: Any, args: GRPOConfig) -> None:
             "vLLM cannot be sent the weights of a quantised policy; use rollout_engine native for QLoRA, or a server "
             "that loads adapters (VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, --enable-lora)."
         )
+    if isinstance(model, PeftModel) and (reason := _unmergeable(model)):
+        raise ValueError(f"vLLM cannot be sent weights with this adapter merged into them: {reason}.")
     if args.vllm_mode == "colocate" and not model.name_or_path:
         raise ValueError("vllm_mode 'colocate' loads the model by its path or id; pass one as `model`, not an object.")
+
+
+def _unmergeable(model: PeftModel) -> str | None:
+    """Why the weights of a policy with its adapter are not those of a model without one."""
+    config: Any = model.peft_config[str(model.active_adapter)]
+    if config.is_prompt_learning or config.peft_type == PeftType.ADALORA:
+        return f"it is of the kind {config.peft_type.value}"
+    if getattr(config, "lora_bias", False) or getattr(config, "trainable_token_indices", None):
+        return "leave out lora_bias and trainable_token_indices"
+    base: Any = model.get_base_model()
+    adapted = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    both = (base.get_input_embeddings(), base.get_output_embeddings())
+    if base.config.get_text_config().tie_word_embeddings and any(isinstance(layer, adapted) for layer in both):
+        return "it changes the embedding or the head, which are one weight in this model; leave both out"
+    return None
 
 
 def _is_too_old(version: str) -> bool:

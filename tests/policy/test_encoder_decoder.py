@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModelForSeq2SeqLM
+from peft import LoraConfig, PeftModelForSeq2SeqLM, get_peft_model
 
 from grpo_trl import GRPOTrainer
 from grpo_trl.batch import Group, Prompt, RolloutBatch
@@ -131,8 +131,14 @@ def test_an_adapter_folder_is_loaded_with_its_base(tmp_path):
 @pytest.mark.parametrize("name", ["vllm", "transformers_cb"])
 def test_engines_that_go_on_from_prompts_are_refused(name, monkeypatch):
     monkeypatch.setattr("grpo_trl.rollouts.engine.check_vllm", lambda: None)  # which is not installed
-    with pytest.raises(ValueError, match=rf"rollout_engine='{name}' goes on from prompts, and T5For"):
+    with pytest.raises(ValueError, match=rf"rollout_engine='{name}' cannot sample from T5For.*: it is an encoder"):
         make_engine(name, tiny_encoder_decoder("t5"))
+
+
+def test_so_is_an_adapter_that_begins_within_a_row():
+    model = get_peft_model(tiny_model("qwen3"), LoraConfig(alora_invocation_tokens=[5]))
+    with pytest.raises(ValueError, match=r"cannot sample from Peft.*: its adapter begins within a row \(aLoRA\)"):
+        make_engine("transformers_cb", model)
 
 
 def test_a_model_without_a_first_token_is_refused():

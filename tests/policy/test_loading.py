@@ -1,6 +1,6 @@
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from grpo_trl import GRPOConfig
@@ -171,6 +171,35 @@ def test_a_quantization_config_twice(config, model_dir):
 def test_a_peft_config_that_is_none_is_refused_before_anything_is_loaded(config):
     with pytest.raises(TypeError, match=r"must be a peft\.PeftConfig .*got dict"):
         load_policy("nowhere/at-all", config(), peft_config={"r": 8})
+
+
+def test_a_prefix_with_gradient_checkpointing_is_refused(config, qwen3):
+    tuning = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(ValueError, match="set gradient_checkpointing=False"):
+        load_policy(qwen3, config(gradient_checkpointing=True), peft_config=tuning)
+    assert load_policy(qwen3, config(), peft_config=tuning).active_peft_config is tuning
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_that_would_move_the_reference_are_refused(config, bias):
+    with pytest.raises(
+        ValueError, match=rf"bias='{bias}' trains biases of the base model.*would move with the policy"
+    ):
+        load_policy(tiny_model("qwen2"), config(), peft_config=lora(bias=bias))
+    for options in ({"beta": 0.0}, {"ref_model_name_or_path": "some/model"}):
+        policy = load_policy(tiny_model("qwen2"), config(**options), peft_config=lora(bias=bias))
+        assert any(name.endswith("q_proj.base_layer.bias") for name, p in policy.named_parameters() if p.requires_grad)
+
+
+def test_an_adapter_of_transformers_is_refused(config, qwen3):
+    qwen3.add_adapter(lora())
+    with pytest.raises(ValueError, match=r"adapter of transformers' own.*pass the base model with peft_config"):
+        load_policy(qwen3, config())
+
+
+def test_what_of_adalora_has_no_effect_is_said(config, qwen3, caplog):
+    load_policy(qwen3, config(), peft_config=AdaLoraConfig(total_step=9, target_modules=["q_proj"]))
+    assert "AdaLoRA's rank stays at init_r" in caplog.text
 
 
 @pytest.mark.parametrize("as_instance", [False, True])

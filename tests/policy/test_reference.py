@@ -6,7 +6,15 @@ import pytest
 import torch
 from accelerate import Accelerator, cpu_offload
 from accelerate.utils import DistributedType
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LoHaConfig,
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    get_peft_model,
+)
 from safetensors.torch import load_file
 from trl.trainer.utils import disable_dropout_in_model
 
@@ -21,7 +29,7 @@ from grpo_trl.policy import (
     per_token_logps,
     prepare,
 )
-from grpo_trl.policy.reference import AdapterReference, FrozenReference, Passes
+from grpo_trl.policy.reference import AdapterReference, FrozenReference, Passes, needs_frozen_adapter
 from grpo_trl.rewards.loading import load_rewards
 from grpo_trl.token_limit import TokenLimit
 from tests.tiny import IM_END, PAD, save, tiny_model, tiny_reward_model, tiny_tokenizer
@@ -234,6 +242,53 @@ def test_trained_adapter_is_its_own_reference(batch, options):
         change(policy)
         assert torch.equal(reference_logps(reference, batch), start)
         assert not torch.allclose(logps(policy, batch), start)
+
+
+def test_an_adapter_that_begins_as_something_is_its_own_reference(config):
+    changing, prefix = (
+        ({"init_lora_weights": name} for name in ("pissa", "olora")),
+        PrefixTuningConfig(num_virtual_tokens=2),
+    )
+    for options in changing:
+        assert needs_frozen_adapter(config(beta=0.1), LoraConfig(**options), is_new=True)
+    assert needs_frozen_adapter(config(beta=0.1), prefix, is_new=True)
+    assert needs_frozen_adapter(config(beta=0.1), LoraConfig(), is_new=False)
+    for nothing in (LoraConfig(), LoraConfig(init_lora_weights="gaussian"), IA3Config(), LoHaConfig()):
+        assert not needs_frozen_adapter(config(beta=0.1), nothing, is_new=True)
+    assert not needs_frozen_adapter(config(beta=0.0), prefix, is_new=True)
+    assert not needs_frozen_adapter(config(beta=0.1, ref_model_name_or_path="x"), prefix, is_new=False)
+
+
+def test_pissa_takes_its_part_from_the_base_once(batch):
+    policy = get_peft_model(tiny_model("qwen3"), LoraConfig(r=4, init_lora_weights="pissa"))
+    start = logps(policy, batch)
+    reference = make(None, policy, freeze_adapter(policy))
+    assert torch.equal(logps(policy, batch), start) and torch.equal(reference_logps(reference, batch), start)
+    change(policy)
+    assert torch.equal(reference_logps(reference, batch), start)
+
+
+def test_an_adalora_that_was_trained_is_its_own_reference(batch):
+    adapter = AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=["q_proj"], init_lora_weights=False)
+    policy = get_peft_model(tiny_model("qwen3"), adapter)
+    start = logps(policy, batch)
+    reference = make(None, policy, freeze_adapter(policy))
+    change(policy)
+    assert torch.equal(reference_logps(reference, batch), start)
+
+
+def test_several_active_adapters_are_refused():
+    policy = lora_model(trained=True)
+    policy.add_adapter("other", LoraConfig(r=4, target_modules=["q_proj"]))
+    policy.base_model.set_adapter(["default", "other"])
+    with pytest.raises(ValueError, match="active adapters default, other, of which the reference could copy one"):
+        freeze_adapter(policy)
+
+
+def test_a_reference_that_is_an_adapter_alone_is_refused(config, tmp_path):
+    lora_model(trained=True).save_pretrained(path := str(tmp_path / "adapter"))
+    with pytest.raises(ValueError, match="has an adapter and no model: merge it into its base"):
+        load_reference_model(tiny_model("qwen3"), None, config(beta=0.1, ref_model_name_or_path=path), CPU)
 
 
 def test_continued_adapter_from_disk(tmp_path, batch):

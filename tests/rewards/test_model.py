@@ -123,6 +123,8 @@ def test_text_format():
     assert ids == reward.tokenizer("1+1=2")["input_ids"]
     (ids,) = tokens_seen(reward, *chat(["1+1="], ["2"]))
     assert ids == reward.tokenizer("1+1=\n\n2")["input_ids"]
+    with pytest.raises(ValueError, match=r"input_format='chat' .* has none; use 'auto' or 'pair'"):
+        deberta(input_format="chat")
     with pytest.raises(ValueError, match=r"'pairs' is unknown.*auto, pair, chat, text"):
         deberta(input_format="pairs")
 

@@ -10,13 +10,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from peft import LoraConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PrefixTuningConfig, get_peft_model
 
 from grpo_trl.algorithm import policy_loss
 from grpo_trl.batch import Prompt, RolloutBatch
 from grpo_trl.policy import per_token_logps
 from grpo_trl.rollouts import SamplingParams, make_engine, ordered_groups
-from grpo_trl.rollouts.vllm_checks import NEWEST, OLDEST
+from grpo_trl.rollouts.vllm_checks import NEWEST, OLDEST, check_weights
 from tests.rollouts.vllm_server import Server
 from tests.rollouts.vllm_stand_in import free_port, installed, weights_without_cuda
 from tests.test_trainer import config, dataset, logged, trainer, weights
@@ -233,6 +233,24 @@ def test_an_adapter_that_the_server_cannot_load_is_merged(tmp_path, qwen3, serve
     engine.sync_weights(model)
     assert "/update_weights" in server.calls and not server.adapters
     assert_logps_are_the_policys(model, engine.generate(PROMPTS, SAMPLING))
+
+
+@pytest.mark.parametrize(
+    ("adapter", "reason"),
+    [
+        (LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]), "changes the embedding or the head"),
+        (LoraConfig(target_modules=["q_proj", "embed_tokens"]), "changes the embedding or the head"),
+        (LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1]), "leave out lora_bias and trainable"),
+        (LoraConfig(target_modules=["q_proj"], lora_bias=True), "leave out lora_bias and trainable"),
+        (AdaLoraConfig(target_modules=["q_proj"], total_step=9), "of the kind ADALORA"),
+        (PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "of the kind PREFIX_TUNING"),
+    ],
+    ids=["a saved head", "embeddings", "tokens", "a bias", "AdaLoRA", "a prefix"],
+)
+def test_adapters_that_cannot_be_merged_are_refused(tmp_path, adapter, reason):
+    model = get_peft_model(tiny_model("qwen3", tie_word_embeddings=True), adapter)
+    with pytest.raises(ValueError, match=f"with this adapter merged into them: .*{reason}"):
+        check_weights(model, config(tmp_path))
 
 
 def test_a_run_that_finds_the_adapter_of_a_former_one_uses_its_own(tmp_path, qwen3, serve):

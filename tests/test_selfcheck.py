@@ -216,7 +216,16 @@ def test_attention_of_the_update_that_is_another(tmp_path, monkeypatch):
 
 def test_an_adapter_that_does_not_begin_as_nothing(tmp_path):
     results, _ = run_checks(build(tmp_path, peft=lora(init_lora_weights=False)))
-    assert failing(results) == {REFERENCE} and "init_lora_weights" in results[REFERENCE].remedy
+    assert not failing(results) and results[REFERENCE].detail.startswith("a frozen copy of the adapter, first KL 0 ")
+
+
+def test_an_adapter_that_moved(tmp_path):
+    run = build(tmp_path, peft=lora())
+    with torch.no_grad():
+        run.model.base_model.model.model.layers[0].self_attn.q_proj.lora_B["default"].weight.add_(0.1)
+    results, _ = run_checks(run)
+    assert failing(results) == {REFERENCE} and results[REFERENCE].detail.startswith("adapter off = base, first KL ")
+    assert "init_lora_weights" in results[REFERENCE].remedy
 
 
 def test_a_reference_whose_weights_moved(tmp_path):

@@ -35,6 +35,7 @@ from .mode import evaluation_mode
 from .packing import num_tokens, pieces
 
 REFERENCE_ADAPTER = "frozen_reference"
+INITS = ("init_lora_weights", "init_ia3_weights", "init_weights")  # how an adapter begins, by its kind
 
 
 class Reference(Protocol):
@@ -166,7 +167,7 @@ def needs_frozen_adapter(args: GRPOConfig, config: PeftConfig, *, is_new: bool) 
     trained before, or does not begin as nothing (PiSSA and OLoRA, which change the base too; a prefix)."""
     if not args.beta or args.ref_model_name_or_path is not None:
         return False
-    start = getattr(config, "init_lora_weights", getattr(config, "init_weights", True))
+    start = next((getattr(config, name) for name in INITS if hasattr(config, name)), True)
     return not is_new or config.is_prompt_learning or start not in (True, "gaussian", "orthogonal", "eva")
 
 
@@ -182,9 +183,9 @@ def freeze_adapter(model: PeftModel) -> str:
     if REFERENCE_ADAPTER not in model.peft_config:  # there is one when the model was in a trainer before
         config = copy.deepcopy(model.peft_config[active])
         config.inference_mode = True  # AdaLoRA allows one adapter that is trained
-        for init in ("init_lora_weights", "init_weights"):  # PiSSA would take its part from the base once more
-            if hasattr(config, init):
-                setattr(config, init, True)
+        for name in INITS:  # PiSSA would take its part from the base once more
+            if hasattr(config, name):
+                setattr(config, name, True)
         model.add_adapter(REFERENCE_ADAPTER, config)
     weights = get_peft_model_state_dict(model, adapter_name=active)
     set_peft_model_state_dict(model, weights, adapter_name=REFERENCE_ADAPTER)

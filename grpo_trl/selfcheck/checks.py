@@ -174,7 +174,9 @@ def reference(trial: Trial) -> Result:
         if isinstance(policy, PeftModel)
         else "The reference's weights are not the policy's: give both the same path, and change neither after loading."
     )
-    which = "adapter off = base, " if isinstance(policy, PeftModel) else ""
+    adapter = getattr(trial.trainer.reference, "adapter", None)
+    off = isinstance(policy, PeftModel) and adapter is None
+    which = "adapter off = base, " if off else "" if adapter is None else "a frozen copy of the adapter, "
     return Result(passed, f"{which}{detail}; {bound}", "" if passed else remedy)
 
 

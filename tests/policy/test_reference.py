@@ -249,6 +249,7 @@ def test_an_adapter_that_begins_as_something_is_its_own_reference(config):
         ({"init_lora_weights": name} for name in ("pissa", "olora")),
         PrefixTuningConfig(num_virtual_tokens=2),
     )
+    assert needs_frozen_adapter(config(beta=0.1), IA3Config(init_ia3_weights=False), is_new=True)
     for options in changing:
         assert needs_frozen_adapter(config(beta=0.1), LoraConfig(**options), is_new=True)
     assert needs_frozen_adapter(config(beta=0.1), prefix, is_new=True)

@@ -116,6 +116,7 @@ def reward_scorer(specs: list[Any], processing_classes: Any, args: GRPOConfig) -
     """The rewards, their models loaded, and how they are called."""
     return RewardScorer(
         load_rewards(specs, processing_classes, args, device_map(args, "reward_device")),
+        weights=args.reward_weights,
         timeout=args.reward_timeout,
         per_group=args.reward_call == "group",
         overlap=args.reward_overlap,

@@ -17,7 +17,7 @@ from .config import GRPOConfig
 from .jsonable import with_text_keys
 from .manifest import ResumeError
 from .placement import input_device
-from .policy import whole_parameters
+from .policy import LEAVE_THE_BASE, whole_parameters
 
 logger = logging.get_logger(__name__)
 
@@ -43,6 +43,8 @@ SHAPES_OF_ADAPTER = (
     *("adapter.r", "adapter.rank_pattern", "adapter.target_modules", "adapter.target_parameters"),
     *("adapter.exclude_modules", "adapter.layers_to_transform", "adapter.modules_to_save", "adapter.use_dora"),
     *("adapter.trainable_token_indices", "adapter.layer_replication", "adapter.bias", "adapter.lora_bias"),
+    *("adapter.num_virtual_tokens", "adapter.init_r", "adapter.oft_block_size", "adapter.feedforward_modules"),
+    "adapter.changes the base by",
 )
 NOT_OF_ADAPTER = (
     *("peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version"),
@@ -122,10 +124,12 @@ def config_values(args: GRPOConfig) -> dict[str, Any]:
 def adapter_values(config: PeftConfig) -> dict[str, Any]:
     """The settings of an adapter, as JSON holds them."""
     values = {
-        f"adapter.{name}": sorted(value) if isinstance(value, set) else value
+        f"adapter.{name}": sorted(value, key=str) if isinstance(value, set | list) else value
         for name, value in config.to_dict().items()
         if name not in NOT_OF_ADAPTER
     }
+    start = getattr(config, "init_lora_weights", True)
+    values["adapter.changes the base by"] = None if start in LEAVE_THE_BASE else start
     return json.loads(json.dumps(with_text_keys(values), default=str))
 
 

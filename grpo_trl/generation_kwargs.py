@@ -55,7 +55,7 @@ _REASONS = {
     "a rollout takes token ids only; leave it out": (
         "return_dict_in_generate output_attentions output_hidden_states output_scores output_logits"
     ),
-    "it is for encoder-decoder models, or counts the padding of prompts; leave it out": (
+    "it reads the encoder's input, or the padding of prompts, or is the model's; leave it out": (
         "encoder_repetition_penalty encoder_no_repeat_ngram_size decoder_start_token_id"
     ),
     "it counts the prompt; use max_completion_length": "max_length",

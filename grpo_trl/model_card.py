@@ -10,6 +10,8 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from trl.trainer.utils import get_config_model_id
 
+from .policy import is_encoder_decoder
+
 PLOT_NAME = "training_metrics.png"
 FRAMEWORKS = ("transformers", "trl", "torch", "datasets", "accelerate")
 ARXIV_ID = re.compile(r"arXiv[ :](\d{4}\.\d{4,5})")
@@ -100,7 +102,7 @@ def create_model_card(
         base_model=base_model,
         datasets=hub_datasets or None,
         library_name="peft" if is_adapter else "transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=None if is_encoder_decoder(trainer.model) else "text-generation",
         model_name=name,
         tags=list(dict.fromkeys(["grpo_trl", "grpo", args.variant, "reinforcement-learning", *_listed(tags)])),
     )
@@ -109,7 +111,7 @@ def create_model_card(
         template_str=TEMPLATE,
         model_name=name,
         base=f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "A local model",
-        usage=_usage(args.hub_model_id, is_adapter),
+        usage=_usage(args.hub_model_id, is_adapter, is_encoder_decoder(trainer.model)),
         variant=args.variant,
         paper=args.objective["paper"],
         data=_data(entries, hub_datasets) or ("Local files." if recipe.get("dataset_name") else "Given in code."),
@@ -138,19 +140,19 @@ def _known(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _usage(hub_model_id: str | None, is_adapter: bool) -> str:
+def _usage(hub_model_id: str | None, is_adapter: bool, encodes: bool) -> str:
     if hub_model_id is None:
         return ""
-    if is_adapter:  # by PEFT: transformers reads some adapters (DoRA) otherwise
-        what = " (loads the base model and this adapter)"
-        code = f"""from peft import AutoPeftModelForCausalLM
+    code = f'from transformers import pipeline\n\ngenerate = pipeline("text-generation", model="{hub_model_id}")'
+    if is_adapter or encodes:  # an adapter by PEFT: transformers reads some (DoRA) otherwise
+        library, prefix = ("peft", "AutoPeftModelFor") if is_adapter else ("transformers", "AutoModelFor")
+        auto_class = prefix + ("Seq2SeqLM" if encodes else "CausalLM")
+        code = f"""from {library} import {auto_class}
 from transformers import AutoTokenizer
 
-model = AutoPeftModelForCausalLM.from_pretrained("{hub_model_id}")
+model = {auto_class}.from_pretrained("{hub_model_id}")
 tokenizer = AutoTokenizer.from_pretrained("{hub_model_id}")"""
-    else:
-        what = ""
-        code = f'from transformers import pipeline\n\ngenerate = pipeline("text-generation", model="{hub_model_id}")'
+    what = " (loads the base model and this adapter)" if is_adapter else ""
     return f"Use it{what}:\n\n```python\n{code}\n```"
 
 

@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM, Trainer
 from grpo_trl.algorithm import VARIANTS
 from grpo_trl.config import GOVERNED, GRPOConfig
 from grpo_trl.model_card import ARXIV_ID, CITATIONS, create_model_card
+from tests.tiny import tiny_encoder_decoder
 
 
 class PlainTrainer(Trainer):
@@ -111,6 +112,11 @@ def test_card_in_a_folder_of_its_own(tmp_path, qwen3):
         text = card_of(tmp_path / "out", qwen3, card_options={"folder": tmp_path / folder}).text
         assert ("training_metrics.png" in text) is (link is not None)
         assert link is None or f"]({link}training_metrics.png)" in text
+
+
+def test_an_encoder_decoder_is_loaded_as_one(tmp_path):
+    card = card_of(tmp_path, tiny_encoder_decoder("t5"), hub_model_id="me/x")
+    assert 'AutoModelForSeq2SeqLM.from_pretrained("me/x")' in card.text and "pipeline_tag" not in card.data.to_dict()
 
 
 def test_adapter_is_a_peft_model(tmp_path, qwen3):

@@ -293,6 +293,9 @@ def test_an_adapter_of_another_shape_is_refused_and_other_settings_of_it_are_nam
     ):
         with pytest.raises(ValueError, match=f"Cannot resume from .*{name}"):
             build(tmp_path, num_iterations=2, peft=lora(**options)).train(resume_from_checkpoint=folder)
+    with pytest.raises(ValueError, match=r"adapter.changes the base by was None then and is pissa now"):
+        pissa = lora(init_lora_weights="pissa")
+        build(tmp_path, num_iterations=2, peft=pissa).train(resume_from_checkpoint=folder)
     caplog.clear()
     build(tmp_path, num_iterations=2, peft=lora(lora_alpha=64, init_lora_weights="gaussian")).train(
         resume_from_checkpoint=folder

@@ -276,7 +276,7 @@ def reward_one(completions, **kwargs):
     ("rewards", "said"),
     [
         (reward_that_raises, "Reward function 'reward_that_raises' failed on row 0: KeyError: 'answer_column'"),
-        (reward_of_nothing, "every reward gave None for every completion"),
+        (reward_of_nothing, "every reward with a weight gave None for every completion"),
     ],
 )
 def test_rewards_that_cannot_be_used(tmp_path, rewards, said):

@@ -64,7 +64,8 @@ class EpochExportCallback(TrainerCallback):
     LoRA: the folder holds the adapter that is trained (one not in use, such as a frozen reference, is left out), and
     `base_model/config.json`. Beside the adapter a `config.json` would make transformers take the folder for a whole
     model: without it `AutoModelForCausalLM.from_pretrained` loads the base model and the adapter. So does
-    `peft.AutoPeftModelForCausalLM`, which reads DoRA's magnitudes too (transformers 5.23 does not).
+    `peft.AutoPeftModelForCausalLM`, which reads DoRA's magnitudes too (transformers 5.23 does not). Of an
+    encoder-decoder both end in `Seq2SeqLM`.
 
     A run that pushes to the Hub writes `_epoch_<n>/`, which a push leaves out: neither a script nor a copy of the
     weights per epoch is to be published unasked.

@@ -6,6 +6,7 @@ from .logprobs import causal_lm, is_encoder_decoder, is_packed, per_token_logps
 from .mode import disable_dropout, evaluation_mode
 from .packing import pieces
 from .reference import (
+    LEAVE_THE_BASE,
     REFERENCE_ADAPTER,
     FrozenReference,
     Reference,
@@ -19,6 +20,7 @@ from .reference import (
 from .support import prepare
 
 __all__ = [
+    "LEAVE_THE_BASE",
     "REFERENCE_ADAPTER",
     "FrozenReference",
     "Reference",

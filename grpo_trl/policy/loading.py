@@ -1,5 +1,6 @@
 """The policy from what the user passed: a path or a model, with or without an adapter."""
 
+import copy
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +67,8 @@ def load_policy(
     check_adapter(peft_config or getattr(model, "active_peft_config", None), args)
     if peft_config is not None:
         model = _add_adapter(model, args, peft_config)
+    if isinstance(model, PeftModel) and args.beta and args.ref_model_name_or_path is None:
+        _check_biases(model)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
             "The model has no trainable parameter. Load its adapter with "
@@ -85,7 +88,8 @@ def load_policy(
 
 def check_adapter(config: PeftConfig | None, args: GRPOConfig) -> None:
     """Refuses adapters that would not do what they say: those whose forward puts tokens before those that it is given
-    (positions would be others), a prefix with gradient checkpointing, and biases whose start is not kept."""
+    (positions would be others) or acts from a token on (the last one like it, also of a completion), and a prefix with
+    gradient checkpointing."""
     if config is None:
         return
     if config.is_prompt_learning and config.peft_type != PeftType.PREFIX_TUNING:
@@ -98,15 +102,25 @@ def check_adapter(config: PeftConfig | None, args: GRPOConfig) -> None:
             "Prefix tuning gives each layer keys and values, which gradient checkpointing would add twice; set "
             "gradient_checkpointing=False."
         )
-    bias = getattr(config, "bias", "none")
-    if bias != "none" and args.beta and args.ref_model_name_or_path is None:
+    if getattr(config, "alora_invocation_tokens", None):
         raise ValueError(
-            f"The adapter's bias={bias!r} trains biases of the base model, which stay as they are when the adapter is "
-            "off, so the reference of the KL term would move with the policy. Use bias='none', beta=0, or give "
-            "ref_model_name_or_path."
+            "aLoRA (alora_invocation_tokens) acts on a part of each row, which is not supported; use LoRA."
         )
     if config.peft_type == PeftType.ADALORA:
         logger.warning("AdaLoRA's rank stays at init_r and orth_reg_weight has no effect: no trainer calls them.")
+
+
+def _check_biases(model: PeftModel) -> None:
+    """Refuses an adapter whose `bias` trains those of the base, which no reference could have as they were."""
+    config: Any = model.peft_config[str(model.active_adapter)]
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    of_base = [name for name in trained if name.endswith(".bias") and model.prefix not in name]
+    if getattr(config, "bias", "none") != "none" and any("modules_to_save" not in name for name in of_base):
+        raise ValueError(
+            f"The adapter's bias={config.bias!r} trains biases of the base model, which stay as they are when the "
+            "adapter is off, so the reference of the KL term would move with the policy. Use bias='none', beta=0, or "
+            "give ref_model_name_or_path."
+        )
 
 
 def _from_path(path: str, args: GRPOConfig, quantization_config: Any) -> PreTrainedModel | PeftModel:
@@ -150,6 +164,9 @@ def _add_adapter(model: PreTrainedModel | PeftModel, args: GRPOConfig, peft_conf
             "peft_config was passed with a model that already has an adapter. Leave peft_config out to train that "
             "adapter, or merge it first (`model.merge_and_unload()`) and pass the merged model with peft_config."
         )
+    if model.config.is_encoder_decoder and peft_config.task_type == TaskType.CAUSAL_LM:  # TRL's default
+        peft_config = copy.copy(peft_config)
+        peft_config.task_type = TaskType.SEQ_2_SEQ_LM  # or nobody could load what is saved
     # ZeRO-3 gathers with one dtype, so adapters stay in that of the base (huggingface/trl#6089)
     keep_dtype = is_zero3(args.deepspeed_plugin) and not is_quantized(model)
     peft_model = get_peft_model(model, peft_config, autocast_adapter_dtype=not keep_dtype)

@@ -81,17 +81,19 @@ def is_encoder_decoder(model: nn.Module) -> bool:
     return getattr(config, "is_encoder_decoder", False)
 
 
-def decoder_start(model: nn.Module) -> int:
-    """The token before an encoder-decoder's completions. Raises ValueError for a model that names none."""
+def decoder_start(model: nn.Module) -> list[int]:
+    """The tokens before an encoder-decoder's completions: its start, and a first one (a language's) that its
+    generation config forces. Raises ValueError for a model that names no start."""
     lm = causal_lm(model)
     declared = (getattr(owner, "decoder_start_token_id", None) for owner in (lm.generation_config, lm.config))
-    found = next((token for token in declared if token is not None), None)
-    if found is None:
+    start = next((token for token in declared if token is not None), None)
+    if start is None:
         raise ValueError(
             f"{type(lm).__name__} has no decoder_start_token_id; set model.generation_config.decoder_start_token_id "
             "to the token that its decoder begins with (T5: the pad token)."
         )
-    return found
+    forced = getattr(lm.generation_config, "forced_bos_token_id", None)
+    return [start] if forced is None else [start, forced]
 
 
 def is_packed(model: nn.Module) -> bool:

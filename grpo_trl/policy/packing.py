@@ -4,6 +4,7 @@
 encoder. All say which positions are scored and with which label, so that one code evaluates them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from typing import Any
@@ -124,12 +125,21 @@ def pad(batch: RolloutBatch) -> Stream:
     return Stream(inputs, scored, batch.completion_ids[completion_mask], completion_mask)
 
 
-def encode(batch: RolloutBatch, decoder_start_token_id: int) -> Stream:
-    """For an encoder-decoder: each row's prompt to be encoded, its completion to be decoded after the start token."""
+def encode(batch: RolloutBatch, start: Sequence[int]) -> Stream:
+    """For an encoder-decoder: each row's prompt to be encoded, its completion to be decoded after `start`."""
     mask = batch.completion_mask.bool()
-    start = batch.completion_ids.new_full((len(batch), 1), decoder_start_token_id)
-    inputs = encoder_inputs(batch) | {"decoder_input_ids": torch.cat([start, batch.completion_ids], dim=1)[:, :-1]}
-    return Stream(inputs, mask.flatten().nonzero()[:, 0], batch.completion_ids[mask], mask)
+    before = decoder_inputs(batch, start)
+    decoded = torch.cat([before["decoder_input_ids"], batch.completion_ids], dim=1)[:, :-1]
+    attended = torch.cat([before["decoder_attention_mask"], batch.completion_mask], dim=1)[:, :-1]
+    inputs = encoder_inputs(batch) | {"decoder_input_ids": decoded, "decoder_attention_mask": attended}
+    row, column = mask.nonzero(as_tuple=True)
+    return Stream(inputs, row * decoded.shape[1] + len(start) - 1 + column, batch.completion_ids[mask], mask)
+
+
+def decoder_inputs(batch: RolloutBatch, start: Sequence[int]) -> dict[str, Tensor]:
+    """What is before each completion. With a mask: some (T5Gemma) would take pad tokens among them for padding."""
+    ids = torch.tensor([start] * len(batch), device=batch.prompt_ids.device)
+    return {"decoder_input_ids": ids, "decoder_attention_mask": torch.ones_like(ids)}
 
 
 def encoder_inputs(batch: RolloutBatch) -> dict[str, Tensor]:

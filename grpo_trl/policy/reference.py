@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl.models import prepare_deepspeed
@@ -36,6 +36,10 @@ from .packing import num_tokens, pieces
 
 REFERENCE_ADAPTER = "frozen_reference"
 INITS = ("init_lora_weights", "init_ia3_weights", "init_weights")  # how an adapter begins, by its kind
+# init_lora_weights that do not put a part of the base into the adapter, as PiSSA and OLoRA do; all but False begin as
+# nothing
+LEAVE_THE_BASE = (True, False, "gaussian", "orthogonal", "eva")
+NEVER_NOTHING = ("VBLORA", "UNILORA")
 
 
 class Reference(Protocol):
@@ -168,7 +172,9 @@ def needs_frozen_adapter(args: GRPOConfig, config: PeftConfig, *, is_new: bool) 
     if not args.beta or args.ref_model_name_or_path is not None:
         return False
     start = next((getattr(config, name) for name in INITS if hasattr(config, name)), True)
-    return not is_new or config.is_prompt_learning or start not in (True, "gaussian", "orthogonal", "eva")
+    nothing = start is True or (isinstance(config, LoraConfig) and start in LEAVE_THE_BASE and start is not False)
+    never = config.is_prompt_learning or str(getattr(config.peft_type, "value", config.peft_type)) in NEVER_NOTHING
+    return not is_new or never or not nothing
 
 
 def freeze_adapter(model: PeftModel) -> str:
@@ -183,13 +189,17 @@ def freeze_adapter(model: PeftModel) -> str:
     if REFERENCE_ADAPTER not in model.peft_config:  # there is one when the model was in a trainer before
         config = copy.deepcopy(model.peft_config[active])
         config.inference_mode = True  # AdaLoRA allows one adapter that is trained
-        for name in INITS:  # PiSSA would take its part from the base once more
+        # PiSSA would take its part from the base once more; one adapter alone may have a bias, and none is trained
+        for name, value in {**dict.fromkeys(INITS, True), "bias": "none"}.items():
             if hasattr(config, name):
-                setattr(config, name, True)
+                setattr(config, name, value)
         model.add_adapter(REFERENCE_ADAPTER, config)
     weights = get_peft_model_state_dict(model, adapter_name=active)
     set_peft_model_state_dict(model, weights, adapter_name=REFERENCE_ADAPTER)
     model.set_adapter(active)  # adding one left it inactive but trainable
+    for name, parameter in model.named_parameters():
+        if f".{REFERENCE_ADAPTER}." in f"{name}.":  # of a prefix too, which `set_adapter` passes over
+            parameter.requires_grad_(False)
     return REFERENCE_ADAPTER
 
 

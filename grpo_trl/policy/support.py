@@ -76,9 +76,6 @@ def obstacle(model: PreTrainedModel | PeftModel) -> str | None:
         "its masks are learned": config.model_type == "doge",  # and constant at first, so that no trial tells
         "its values have another size than its keys": _value_size(config) != _key_size(config),
         "its adapter adds tokens to the prompt": any(adapter.is_prompt_learning for adapter in adapters),
-        "its adapter begins within a row (aLoRA)": any(
-            getattr(adapter, "alora_invocation_tokens", None) for adapter in adapters
-        ),
         "attn_implementation='eager' was asked for": exchangeable and lm.config._attn_implementation == "eager",
     }
     return next((reason for reason, applies in reasons.items() if applies), None)

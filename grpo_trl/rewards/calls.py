@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -79,6 +79,8 @@ class Call:
 
     def _arguments(self) -> dict[str, Any]:
         def log_extra(column: str, values: list[Any]) -> None:
+            if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
+                raise TypeError(f"log_extra({column!r}, {values!r:.100}): expected a list, one value per completion.")
             self.logs.append(("log_extra", (column, list(values))))  # as it is now: some fill one list again and again
 
         def log_metric(name: str, value: float) -> None:
@@ -101,12 +103,13 @@ def in_order(calls: Sequence[Call], groups: Sequence[Group], count: int) -> Tens
     return torch.stack([torch.cat([found[id(group)] for group in groups]) for found in by_group], dim=1)
 
 
-def replay(calls: Sequence[Call], **log: Callable[..., None] | None) -> None:
+def replay(calls: Sequence[Call], shown: dict[tuple[int, str], str], **log: Callable[..., None] | None) -> None:
     """Hands on what the functions logged. A column that only some calls of a function gave is None in the others; one
-    that another function gave too is numbered ("f_2")."""
-    given = dict.fromkeys((call.index, column) for call in calls for column in call.columns)
-    columns = sorted(given, key=lambda key: key[0])
-    shown = dict(zip(columns, unique([column for _, column in columns]), strict=True))
+    that another function gave before is numbered ("f_2"), which `shown` remembers by function and name."""
+    columns = sorted({(call.index, column) for call in calls for column in call.columns})
+    for key in columns:
+        if key not in shown:
+            shown[key] = numbered(key[1], shown.values())
     for call in calls:
         missing = [column for index, column in columns if index == call.index and column not in call.columns]
         nothing = [("log_extra", (column, [None] * len(call.rewards))) for column in missing]
@@ -117,14 +120,19 @@ def replay(calls: Sequence[Call], **log: Callable[..., None] | None) -> None:
 
 def unique(names: Sequence[str]) -> list[str]:
     """Numbers names that occur again ("f", "f_2"), or their metrics would be one."""
-    seen: dict[str, int] = {}
-    for position, name in enumerate(names):
-        numbered, number = name, 1
-        while numbered in seen:
-            number += 1
-            numbered = f"{name}_{number}"
-        seen[numbered] = position
-    return list(seen)
+    seen: list[str] = []
+    for name in names:
+        seen.append(numbered(name, seen))
+    return seen
+
+
+def numbered(name: str, taken: Collection[str]) -> str:
+    """The first of "f", "f_2", "f_3", ... that is not taken."""
+    number, found = 1, name
+    while found in taken:
+        number += 1
+        found = f"{name}_{number}"
+    return found
 
 
 @torch.no_grad()

@@ -40,6 +40,7 @@ class RewardScorer:
     Args:
         reward_funcs: F callables; `resolve_reward` makes them from names.
         names: what logs and errors call them; default `reward_name`, numbered where two are the same.
+        weights: those of 0 belong to rewards that are logged only.
         timeout: seconds per call, None: no limit. Plain functions then run in a process of their own each, which is
             killed on expiry; there `trainer_state` is a copy. Async functions are cancelled at their next await.
             Reward models and `accuracy` (which has its own time-out) are exempt.
@@ -61,6 +62,7 @@ class RewardScorer:
         reward_funcs: Sequence[RewardFunction],
         names: Sequence[str] | None = None,
         *,
+        weights: Sequence[float] | None = None,
         timeout: float | None = None,
         per_group: bool = False,
         overlap: bool = False,
@@ -76,11 +78,13 @@ class RewardScorer:
         for func, name in zip(self.reward_funcs, self.names, strict=True):
             if isinstance(func, RewardModel):
                 func.__name__ = name  # what its own metrics are called: two models of one name would share them
+        self._counts = torch.tensor(weights or [1.0] * len(self.names)) != 0
         self.timeout = timeout
         self.wait_seconds = self.busy_seconds = 0.0
         self._calls = [self._callable(func, name) for func, name in zip(self.reward_funcs, self.names, strict=True)]
         self._rows_per_call = [_rows_per_call(func, per_group) for func in self.reward_funcs]
         self._overlap = overlap
+        self._columns: dict[tuple[int, str], str] = {}  # of `log_extra`, by function and name
         self._later: list[Group] = []  # given to `start`, without overlap
         self._waiting: list[list[Group]] = [[] for _ in self.names]  # per function, too few groups for a call
         self._begun: list[tuple[Call, Future | None]] = []  # None: left to the main thread
@@ -143,7 +147,7 @@ class RewardScorer:
         calls = [call for call, _ in self._begun if any(id(group) in order for group in call.groups)]
         calls.sort(key=lambda call: (min(order.get(id(group), len(order)) for group in call.groups), call.index))
         self._drop()
-        replay(calls, log_extra=log_extra, log_metric=log_metric)
+        replay(calls, self._columns, log_extra=log_extra, log_metric=log_metric)
         rewards_per_func = in_order(calls, groups, len(self.names))
         self._warn_if_all_none(rewards_per_func, groups)
         self.busy_seconds = sum(call.seconds for call in calls)
@@ -320,7 +324,7 @@ class RewardScorer:
                 future.cancel()
 
     def _warn_if_all_none(self, rewards_per_func: Tensor, groups: Sequence[Group]) -> None:
-        all_none = rewards_per_func.isnan().all(1)
+        all_none = rewards_per_func[:, self._counts].isnan().all(1)
         if self._warned_all_none or not all_none.any():
             return
         self._warned_all_none = True

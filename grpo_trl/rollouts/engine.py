@@ -60,10 +60,10 @@ def make_engine(name: str, model: PreTrainedModel, *, sharded: bool = False, **o
         ValueError: no such engine, or one that cannot run the model.
     """
     check_engine(name)
-    if name in ("vllm", "transformers_cb") and (reason := _sampled_by_generate_only(model)):
+    if name in ("vllm", "transformers_cb") and is_encoder_decoder(model):
         raise ValueError(
-            f"rollout_engine={name!r} cannot sample from {type(model).__name__}: {reason}. Use 'native' or "
-            "'hf_generate', which do so by model.generate."
+            f"rollout_engine={name!r} goes on from prompts, and {type(model).__name__} is an encoder-decoder; use "
+            "'native' or 'hf_generate', which sample from it by model.generate."
         )
     if name == "native" and sharded:
         logger.warning(
@@ -73,16 +73,6 @@ def make_engine(name: str, model: PreTrainedModel, *, sharded: bool = False, **o
     if name == "native" and (sharded or not is_packed(model)):  # `policy.prepare` says why
         name = "hf_generate"
     return ENGINES[name](model, **options)
-
-
-def _sampled_by_generate_only(model: Any) -> str | None:
-    """Why an engine that bypasses the model's own forward pass would sample from another distribution."""
-    if is_encoder_decoder(model):
-        return "it is an encoder-decoder"
-    adapters = getattr(model, "peft_config", {}).values()
-    if any(getattr(adapter, "alora_invocation_tokens", None) for adapter in adapters):
-        return "its adapter begins within a row (aLoRA)"
-    return None
 
 
 def check_engine(name: str) -> None:

@@ -16,7 +16,7 @@ from transformers import (
 from ..batch import Group, Prompt, RolloutBatch
 from ..policy.logprobs import causal_lm, decoder_start, is_encoder_decoder
 from ..policy.mode import evaluation_mode
-from ..policy.packing import encoder_inputs
+from ..policy.packing import decoder_inputs, encoder_inputs
 from .groups import whole_groups
 from .sampling import SamplingParams, TokenSampler, group_keys, uniforms
 
@@ -67,8 +67,10 @@ class HFGenerateEngine:
         config = self._generation_config(sampling)
         before = rows.prompt_mask  # of the tokens that `generate` goes on from
         if is_encoder_decoder(self.model):
-            inputs, before = encoder_inputs(rows), torch.ones_like(rows.prompt_mask[:, :1])
-            config.decoder_start_token_id = decoder_start(self.model)
+            start = decoder_start(self.model)
+            inputs = encoder_inputs(rows) | decoder_inputs(rows, start)
+            before = inputs["decoder_attention_mask"]
+            config.decoder_start_token_id = start[0]  # or `generate` would look for one
         sampler = _Sampler(sampling, keys, before)
         with evaluation_mode(self.model), _own_generation_config_aside(self.model), torch.no_grad():
             output = self.model.generate(

@@ -13,6 +13,7 @@ from transformers.utils import logging
 from trl.distributed import DistributedBackend
 
 from ..config import GRPOConfig
+from ..policy import LEAVE_THE_BASE
 
 logger = logging.get_logger(__name__)
 
@@ -54,6 +55,8 @@ def takes_adapters(client: Any, model: Any) -> bool:
     config = model.peft_config[str(model.active_adapter)] if isinstance(model, PeftModel) else None
     if not isinstance(config, LoraConfig) or config.use_dora or config.modules_to_save:
         return False  # no adapter, or one of a kind that vLLM does not load
+    if config.init_lora_weights not in LEAVE_THE_BASE or config.bias != "none" or _unmergeable(model):
+        return False  # it is not all that differs from the base
     info = client._get(f"{client.base_url}/server_info", params={"config_format": "json"})
     lora = info["vllm_config"].get("lora_config")
     ranks = (config.r, *(config.rank_pattern or {}).values())

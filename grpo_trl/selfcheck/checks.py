@@ -224,8 +224,8 @@ def _norm(gradient: Iterable[Tensor]) -> float:
 def rewards(trial: Trial) -> Result:
     """The rewards can be computed, and tell completions apart."""
     names, per_func, total = trial.trainer.reward_names, trial.rewards_per_func, trial.rewards
-    if per_func.isnan().all():
-        what = "every reward gave None for every completion"
+    if total.isnan().all():
+        what = "every reward with a weight gave None for every completion"
         return Result(False, what, "No completion has a reward: look at the columns that the rewards read.")
     constant = [name for name, column in zip(names, per_func.T, strict=True) if _is_constant(column)]
     terminated = [ended for group in trial.groups for ended in group.terminated]

@@ -2,11 +2,9 @@
 
 from dataclasses import replace
 
-import peft
 import pytest
 import torch
-from packaging.version import Version
-from peft import LoraConfig, PeftModelForSeq2SeqLM, get_peft_model
+from peft import LoraConfig, PeftModelForSeq2SeqLM
 
 from grpo_trl import GRPOTrainer
 from grpo_trl.batch import Group, Prompt, RolloutBatch
@@ -43,15 +41,20 @@ def trainer(path, model, **options):
 
 def alone(model, prompt, completion, temperature=1.0):
     """By the bare ids: no padding, no mask, nothing shared."""
-    start = model.generation_config.decoder_start_token_id
-    decoded = torch.tensor([[start, *completion[:-1]]])
-    logits = model(input_ids=torch.tensor([prompt]), decoder_input_ids=decoded).logits[0] / temperature
+    config = model.generation_config
+    start = [token for token in (config.decoder_start_token_id, config.forced_bos_token_id) if token is not None]
+    decoded = torch.tensor([[*start, *completion[:-1]]])
+    logits = model(input_ids=torch.tensor([prompt]), decoder_input_ids=decoded).logits[0, len(start) - 1 :]
+    logits = logits / temperature
     return logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0]
 
 
+@pytest.mark.parametrize("forced", [None, 77])
 @pytest.mark.parametrize("kind", KINDS)
-def test_log_probabilities_and_gradients_are_those_of_each_row_alone(kind):
+def test_log_probabilities_and_gradients_are_those_of_each_row_alone(kind, forced):
     models = [tiny_encoder_decoder(kind) for _ in range(2)]
+    for model in models:
+        model.generation_config.forced_bos_token_id = forced
     assert prepare(models[0]).startswith("it is an encoder-decoder")
     logps, entropies = per_token_logps(models[0], batch_of(GROUPS), temperature=0.7, with_entropy=True)
     rows = [(group.prompt.ids, ids) for group in GROUPS for ids in group.completion_ids]
@@ -94,14 +97,21 @@ def test_sampling_does_not_depend_on_the_other_prompts_and_gives_the_updates_log
     torch.testing.assert_close(batch.sampling_per_token_logps, logps, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("forced", [None, 77])  # of mBART: the language
 @pytest.mark.parametrize("kind", KINDS)
-def test_greedy_tokens_are_those_of_generate(kind):
+def test_greedy_tokens_are_those_of_generate(kind, forced):
     model = tiny_encoder_decoder(kind)
+    model.generation_config.forced_bos_token_id = forced
     sampling = replace(SAMPLING, num_generations=1, temperature=0.0, eos_token_ids=(ENDOFTEXT,))
     (group,) = make_engine("hf_generate", model).generate([Prompt([10, 11, 12], {}, 0)], sampling)
     model.generation_config.forced_eos_token_id = None
-    expected = model.generate(torch.tensor([[10, 11, 12]]), max_new_tokens=8, do_sample=False)[0, 1:].tolist()
-    assert group.completion_ids == [expected]
+    length = 8 + (forced is not None)
+    expected = model.generate(torch.tensor([[10, 11, 12]]), max_new_tokens=length, do_sample=False)[0, 1:].tolist()
+    assert group.completion_ids == [expected if forced is None else expected[1:]]
+    with torch.no_grad():
+        logps, _ = per_token_logps(model, batch_of([group]))
+    greedy = batch_of([group]).sampling_per_token_logps
+    torch.testing.assert_close(greedy, logps, rtol=0, atol=1e-4)
 
 
 def test_a_run_says_so_and_its_prompts_end_as_the_tokenizer_ends_texts(tmp_path, caplog):
@@ -121,13 +131,11 @@ def test_a_decoders_prompt_does_not_end_so(tmp_path):
     assert trainer(tmp_path, tiny_model("qwen3")).encode({"prompt": "ab"}, 0).ids[-1] != SEP
 
 
-@pytest.mark.skipif(
-    Version(peft.__version__) < Version("0.21"),
-    reason="PEFT 0.20's SEQ_2_SEQ_LM adapters do not run with transformers 5",
-)
 def test_an_adapter_folder_is_loaded_with_its_base(tmp_path):
     base = save(tiny_encoder_decoder("t5"), tiny_tokenizer(), tmp_path / "base")
-    made = load_policy(base, config(tmp_path), peft_config=LoraConfig(task_type="SEQ_2_SEQ_LM"))
+    given = LoraConfig(task_type="CAUSAL_LM")  # what TRL's command line says
+    made = load_policy(base, config(tmp_path), peft_config=given)
+    assert given.task_type == "CAUSAL_LM"
     made.save_pretrained(tmp_path / "adapter")
     loaded = load_policy(str(tmp_path / "adapter"), config(tmp_path))
     assert isinstance(loaded, PeftModelForSeq2SeqLM)
@@ -137,14 +145,8 @@ def test_an_adapter_folder_is_loaded_with_its_base(tmp_path):
 @pytest.mark.parametrize("name", ["vllm", "transformers_cb"])
 def test_engines_that_go_on_from_prompts_are_refused(name, monkeypatch):
     monkeypatch.setattr("grpo_trl.rollouts.engine.check_vllm", lambda: None)  # which is not installed
-    with pytest.raises(ValueError, match=rf"rollout_engine='{name}' cannot sample from T5For.*: it is an encoder"):
+    with pytest.raises(ValueError, match=rf"rollout_engine='{name}' goes on from prompts, and T5For.* is an encoder"):
         make_engine(name, tiny_encoder_decoder("t5"))
-
-
-def test_so_is_an_adapter_that_begins_within_a_row():
-    model = get_peft_model(tiny_model("qwen3"), LoraConfig(alora_invocation_tokens=[5]))
-    with pytest.raises(ValueError, match=r"cannot sample from Peft.*: its adapter begins within a row \(aLoRA\)"):
-        make_engine("transformers_cb", model)
 
 
 def test_a_model_without_a_first_token_is_refused():

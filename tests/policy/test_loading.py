@@ -5,7 +5,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from grpo_trl import GRPOConfig
 from grpo_trl.batch import Group, Prompt, RolloutBatch
-from grpo_trl.policy import load_policy, per_token_logps
+from grpo_trl.policy import freeze_adapter, load_policy, per_token_logps
 from grpo_trl.policy.loading import _add_adapter, is_quantized, policy_device_map
 from tests.tiny import IM_END, PAD, save, tiny_model, tiny_tokenizer
 
@@ -189,6 +189,17 @@ def test_biases_that_would_move_the_reference_are_refused(config, bias):
     for options in ({"beta": 0.0}, {"ref_model_name_or_path": "some/model"}):
         policy = load_policy(tiny_model("qwen2"), config(**options), peft_config=lora(bias=bias))
         assert any(name.endswith("q_proj.base_layer.bias") for name, p in policy.named_parameters() if p.requires_grad)
+
+
+def test_biases_that_the_model_does_not_have_move_nothing(config, qwen3, tmp_path):
+    policy = load_policy(qwen3, config(), peft_config=lora(bias="all"))
+    policy.save_pretrained(tmp_path / "adapter")
+    assert freeze_adapter(policy) in policy.peft_config  # of which PEFT would allow one with a bias
+
+
+def test_an_adapter_that_acts_on_a_part_of_a_row_is_refused(config, qwen3):
+    with pytest.raises(ValueError, match=r"aLoRA \(alora_invocation_tokens\) acts on a part of each row"):
+        load_policy(qwen3, config(), peft_config=lora(alora_invocation_tokens=[5]))
 
 
 def test_an_adapter_of_transformers_is_refused(config, qwen3):

@@ -8,11 +8,13 @@ from accelerate import Accelerator, cpu_offload
 from accelerate.utils import DistributedType
 from peft import (
     AdaLoraConfig,
+    C3AConfig,
     IA3Config,
     LoHaConfig,
     LoraConfig,
     PeftModel,
     PrefixTuningConfig,
+    VBLoRAConfig,
     get_peft_model,
 )
 from safetensors.torch import load_file
@@ -254,6 +256,8 @@ def test_an_adapter_that_begins_as_something_is_its_own_reference(config):
         assert needs_frozen_adapter(config(beta=0.1), LoraConfig(**options), is_new=True)
     assert needs_frozen_adapter(config(beta=0.1), prefix, is_new=True)
     assert needs_frozen_adapter(config(beta=0.1), LoraConfig(), is_new=False)
+    assert needs_frozen_adapter(config(beta=0.1), VBLoRAConfig(), is_new=True)
+    assert needs_frozen_adapter(config(beta=0.1), C3AConfig(init_weights="gaussian"), is_new=True)
     for nothing in (LoraConfig(), LoraConfig(init_lora_weights="gaussian"), IA3Config(), LoHaConfig()):
         assert not needs_frozen_adapter(config(beta=0.1), nothing, is_new=True)
     assert not needs_frozen_adapter(config(beta=0.0), prefix, is_new=True)
@@ -267,6 +271,13 @@ def test_pissa_takes_its_part_from_the_base_once(batch):
     assert torch.equal(logps(policy, batch), start) and torch.equal(reference_logps(reference, batch), start)
     change(policy)
     assert torch.equal(reference_logps(reference, batch), start)
+
+
+def test_a_frozen_prefix_is_not_trained():
+    policy = get_peft_model(tiny_model("qwen3"), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    adapter = freeze_adapter(policy)
+    trained = [name for name, parameter in policy.named_parameters() if parameter.requires_grad]
+    assert trained == ["prompt_encoder.default.embedding.weight"] and adapter in policy.prompt_encoder
 
 
 def test_an_adalora_that_was_trained_is_its_own_reference(batch):

@@ -84,8 +84,6 @@ def test_eager_attention_that_was_asked_for_stays(qwen3):
 
 def test_adapters():
     assert prepare(get_peft_model(tiny_model("qwen3"), LoraConfig())) is None
-    alora = get_peft_model(tiny_model("qwen3"), LoraConfig(alora_invocation_tokens=[5]))
-    assert "begins within a row (aLoRA)" in prepare(alora)
     prefix = get_peft_model(tiny_model("qwen3"), PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
     assert "adds tokens to the prompt" in obstacle(prefix)
 

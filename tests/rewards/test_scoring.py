@@ -384,6 +384,40 @@ def test_columns_of_one_name_are_numbered(make_scorer):
     assert logs == [("text", ["a", "b"]), ("text_2", ["A", "B"])]
 
 
+def test_a_column_keeps_its_number(make_scorer):
+    def sometimes(completions, log_extra, **kwargs):
+        if "a" in completions:
+            log_extra("text", completions)
+        return [0.0] * len(completions)
+
+    def always(completions, log_extra, **kwargs):
+        log_extra("text", [text.upper() for text in completions])
+        return [0.0] * len(completions)
+
+    logs, scorer = [], make_scorer(sometimes, always)
+    for texts in ("ab", "cd"):
+        scorer.score([group(*texts)], log_extra=lambda *column: logs.append(column))
+    assert logs == [("text", ["a", "b"]), ("text_2", ["A", "B"]), ("text_2", ["C", "D"])]
+
+
+@pytest.mark.parametrize("values", [5, "abc", {"a": 1}])
+def test_a_column_that_is_no_list_is_named(make_scorer, values):
+    def logs(completions, log_extra, **kwargs):
+        log_extra("c", values)
+        return [0.0] * len(completions)
+
+    with pytest.raises(RuntimeError, match=r"TypeError: log_extra\('c', .*\): expected a list, one value per"):
+        make_scorer(logs).score([group("a", "b")])
+
+
+def test_a_row_with_nothing_but_rewards_of_weight_0_is_said(make_scorer, caplog):
+    def nothing(completions, **kwargs):
+        return [None] * len(completions)
+
+    make_scorer(nothing, functions.tokens, weights=[1.0, 0.0]).score([group("a", "b")])
+    assert "returned None for the following row" in caplog.text
+
+
 @pytest.mark.parametrize("per_group", [False, True])
 def test_a_column_is_what_it_was_when_it_was_logged(make_scorer, per_group):
     seen, logs = [], []

@@ -101,7 +101,7 @@ def assert_logps_are_the_policys(model, groups, temperature=1.0):
 
 
 def adapted(model, **options):
-    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False, **options)
+    lora = LoraConfig(**{"r": 2, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False} | options)
     torch.manual_seed(0)
     return get_peft_model(model, lora)
 
@@ -225,7 +225,13 @@ def test_the_adapter_alone_is_sent_where_the_server_loads_them(tmp_path, qwen3, 
 
 
 @pytest.mark.parametrize(
-    ("rank", "options"), [(1, {}), (8, {"modules_to_save": ["lm_head"]}), (8, {"use_dora": True})]
+    ("rank", "options"),
+    [
+        (1, {}),
+        (8, {"modules_to_save": ["lm_head"]}),
+        (8, {"use_dora": True}),
+        (8, {"init_lora_weights": "pissa"}),  # what the server has as base is not the base any more
+    ],
 )
 def test_an_adapter_that_the_server_cannot_load_is_merged(tmp_path, qwen3, serve, rank, options):
     server, model = serve(max_lora_rank=rank), adapted(qwen3, **options)

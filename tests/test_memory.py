@@ -17,7 +17,7 @@ from grpo_trl.batch import Group, Prompt, RolloutBatch
 from grpo_trl.memory import PolicySpec, Run, advice_lines, parse_size, plan_run, plan_table, ranked_changes
 from grpo_trl.memory.dry_run import FakeModel, rollout_bytes, update_bytes
 from grpo_trl.memory.models import policy_of, quantized_bytes, reference_options
-from grpo_trl.memory.optimizer import optimizer_bytes
+from grpo_trl.memory.optimizer import optimizer_bytes, step_bytes
 from grpo_trl.memory.plan import DevicePlan, Plan, _split
 from grpo_trl.memory.tracker import LiveBytes
 from grpo_trl.policy import prepare
@@ -204,10 +204,24 @@ def test_bytes_of_8_bit_weights():
 
 
 @pytest.mark.parametrize(
-    ("optim", "expected"), [("adamw_torch_fused", 800), ("sgd", 0), ("adamw_8bit", 200), ("lomo", 800)]
-)
+    ("optim", "expected"),
+    [
+        ("adamw_torch_fused", (800, 400)), ("sgd", (0, 0)), ("adamw_8bit", (200, 200)), ("lomo", (800, 400)),
+        ("adagrad", (400, 200)), ("rmsprop", (400, 200)), ("paged_adamw_32bit", (800, 800)),
+        ("lion_32bit", (400, 400)),
+    ],
+)  # fmt: skip
 def test_optimizer_states(optim, expected):
-    assert optimizer_bytes(optim, [nn.Parameter(torch.zeros(100))]) == expected
+    found = [
+        optimizer_bytes(optim, [nn.Parameter(torch.zeros(100, dtype=d))]) for d in (torch.float32, torch.bfloat16)
+    ]
+    assert tuple(found) == expected
+
+
+def test_what_a_step_of_the_optimizer_takes():
+    trained = [nn.Parameter(torch.zeros(size)) for size in (100, 50)]
+    assert [step_bytes("adamw_torch", trained, device) for device in ("cuda", "cpu")] == [600, 400]
+    assert step_bytes("adamw_torch_fused", trained, "cuda") == step_bytes("adamw_torch", [], "cpu") == 0
 
 
 def test_an_optimizer_that_is_not_known_and_a_missing_prompt_length_are_said(run):
@@ -238,7 +252,21 @@ def test_gradients_of_several_uses_are_added_in_place():
     with LiveBytes([weight]) as memory:
         sum((weight * 2).sum() for _ in range(3)).backward()
     assert memory.live == weight.grad.nbytes
-    assert memory.peak < 3 * weight.nbytes + 100
+    assert memory.peak < 2 * weight.nbytes + 100  # the sum, and what is added to it
+
+
+def test_other_sums_are_counted():
+    with LiveBytes([x := torch.zeros(1000)]) as memory, torch.no_grad():
+        y = x + x
+    assert memory.live == y.nbytes == 4000
+
+
+def test_what_kernels_allocate_inside_is_counted_at_the_peak():
+    x = torch.zeros(10, 100)
+    for kernel, inside in ((lambda: x.logsumexp(-1), x.nbytes), (lambda: x.cumsum(0, dtype=torch.float64), 8000)):
+        with LiveBytes([x]) as memory:
+            kept, out = torch.zeros(250), kernel()
+        assert memory.peak == memory.live + inside == kept.nbytes + out.nbytes + inside
 
 
 def test_cache_is_what_the_native_engine_allocates(run, qwen3, monkeypatch):

@@ -1,12 +1,16 @@
 """SIGTERM and Ctrl-C in real runs: a checkpoint is saved, the process exits, and the resumed run is the run."""
 
 import os
+import random
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from transformers import TrainerCallback
 
 from grpo_trl import manifest
@@ -16,13 +20,21 @@ from tests.test_resume import build, some_equal
 from tests.test_trainer import config, dataset
 from tests.test_trainer import reward_vowels as vowels
 
+
+def draws(completions, **kwargs):
+    noise = random.random() + np.random.rand() + float(torch.rand(()))
+    return [noise * value for value in vowels(completions)]
+
+
 PLAIN = {"num_iterations": 2, "save_strategy": "steps", "save_steps": 100}
 OPTIONS = {
     "plain": PLAIN,
     "saved often": PLAIN | {"save_steps": 2, "save_epochs": True},
+    "rewards that draw": PLAIN | {"rewards": draws},
     "accumulated": PLAIN | {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4},
     "prompt memory": PLAIN | {"skip_solved_after": 3},
     "evaluated": PLAIN | {"eval_dataset": dataset(2), "eval_strategy": "steps", "eval_steps": 2},
+    "evaluated first": PLAIN | {"eval_dataset": dataset(2), "eval_on_start": True},
     "dynamic sampling": PLAIN | {
         "rewards": some_equal, "data": lambda: dataset(8), "dynamic_sampling": True, "num_iterations": 1,
         "max_concurrent_rows": 16, "steps_per_generation": 2, "beta": 0.0,
@@ -100,17 +112,21 @@ def test_in_a_rollout_the_step_is_given_up_at_once(tmp_path, expected, signum):
         ("plain", "on_log", 1, 3),
         ("plain", "on_epoch_end", 1, 4),
         ("saved often", "on_save", 1, 2),
+        ("saved often", "on_step_begin", 4, 3),  # a step behind the last checkpoint
         ("accumulated", "on_substep_end", 4, 3),
         ("prompt memory", "on_step_begin", 3, 2),
+        ("rewards that draw", "on_step_begin", 3, 2),
         ("dynamic sampling", "on_step_begin", 3, 2),
         ("evaluated", "on_evaluate", 1, 2),
+        ("evaluated first", "on_evaluate", 1, 0),
+        ("evaluated", "on_step_begin", 4, 3),  # after the evaluation, which is not made again
     ],
 )
 def test_wherever_it_comes_the_resumed_run_is_the_run(tmp_path, expected, name, event, nth, step):
     run = build(tmp_path, **OPTIONS[name])
     run.add_callback(Kick(event, nth))
     interrupted(run)
-    assert run.state.global_step == step
+    assert run.state.global_step == step and manifest.is_complete(tmp_path / f"checkpoint-{step}")
     resumed = build(tmp_path, **OPTIONS[name])
     resumed.train(resume_from_checkpoint=True)
     assert not differences(expected(name), outcome(resumed))
@@ -153,6 +169,34 @@ def test_an_interrupted_evaluation_is_made_again(tmp_path):
     assert best[0] == best[1]
 
 
+@pytest.mark.parametrize(("name", "event", "nth"), [("plain", "on_step_begin", 3), ("saved often", "on_save", 1)])
+def test_callbacks_hear_of_the_checkpoint_which_is_written_once(tmp_path, name, event, nth):
+    saved = []
+
+    class Watch(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            saved.append(state.global_step)
+
+    run = build(tmp_path, **OPTIONS[name])
+    run.add_callback(Watch())
+    run.add_callback(Kick(event, nth))
+    interrupted(run)
+    assert saved == [2]
+
+
+def test_files_are_written_undisturbed_after_an_evaluation(tmp_path):
+    allowed = []
+
+    class Watch(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            allowed.append(run.signals._allowed)
+
+    run = build(tmp_path, **OPTIONS["evaluated"] | {"save_steps": 2})
+    run.add_callback(Watch())
+    run.train()
+    assert allowed and not any(allowed)
+
+
 def test_without_the_option_signals_are_what_they_were(tmp_path):
     run = build(tmp_path, rewards=kick_in_reward(1, signal.SIGINT), **PLAIN | {"save_on_signal": False})
     with pytest.raises(KeyboardInterrupt):
@@ -174,9 +218,10 @@ def test_the_option_follows_what_is_saved(tmp_path):
 
 def test_a_signal_waits_until_it_is_allowed():
     with pytest.raises(Interruption), SignalWatch() as watch:
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert watch.received == signal.SIGTERM
+        os.kill(os.getpid(), signal.SIGINT)
+        assert watch.received == signal.SIGINT
         os.kill(os.getpid(), signal.SIGTERM)  # changes nothing
+        assert watch.received == signal.SIGINT
         watch.allow()
 
 
@@ -196,8 +241,19 @@ def test_a_second_ctrl_c_is_pythons_own():
 
 
 def test_a_signal_that_came_too_late_acts_afterwards():
-    with pytest.raises(KeyboardInterrupt), SignalWatch():
+    watch = SignalWatch()
+    with pytest.raises(KeyboardInterrupt), watch:
         os.kill(os.getpid(), signal.SIGINT)
+    assert not watch.active
+
+
+def test_in_another_thread_nothing_is_watched():
+    def watched():
+        with SignalWatch() as watch:
+            return watch.active
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(watched).result() is False
 
 
 def test_a_watch_that_is_off_leaves_the_handlers():

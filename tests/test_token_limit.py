@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 
+from grpo_trl import token_limit
 from grpo_trl.token_limit import TokenLimit, is_out_of_memory, token_batches
 
 ROWS = [3, 9, 1, 4]
@@ -50,11 +51,12 @@ def test_memory_that_runs_out_lowers_the_limit_for_good_and_is_said(caplog):
     assert sizes == [9, 8, 1]
 
 
-def test_what_a_failed_attempt_left_is_undone_before_each_other():
-    limit, sizes, restarts = TokenLimit("it"), [], []
+def test_what_a_failed_attempt_left_is_undone_before_each_other(monkeypatch):
+    limit, sizes, restarts, freed = TokenLimit("it"), [], [], []
+    monkeypatch.setattr(token_limit, "clear_device_cache", lambda garbage_collection: freed.append(len(sizes)))
     work = memory_for(10, sizes)
     limit.run(lambda: work(limit), cut, restart=lambda: restarts.append(len(sizes)))
-    assert restarts == [1, 2, 4]
+    assert restarts == freed == [1, 2, 4]
 
 
 @pytest.mark.parametrize(
@@ -90,4 +92,7 @@ def test_out_of_memory_is_told_by_its_words_too():
     assert is_out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 8 bytes"))
     assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
     assert is_out_of_memory(torch.OutOfMemoryError("any words"))
+    assert is_out_of_memory(RuntimeError("CUDA error: out of memory"))
+    assert is_out_of_memory(RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"))
     assert not is_out_of_memory(RuntimeError("shapes differ"))
+    assert not is_out_of_memory(ValueError("the judge is out of memory"))

@@ -14,6 +14,7 @@ SIGNAL_TIMEOUT = 3  # seconds; math-verify's own, per parse and per comparison
 _NUMBER = re.compile(r"[$€£]?\s*[-+]?(?:\d+|\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+)?(?:\.\d+)?\s*[%$€£]?")
 _SIGN = re.compile(r"^([$€£]?)\s*([-+])\s*(?:[$€£]\s*)?(?=[\d.])")  # math-verify loses that of "- 5" and of "-$5"
 # no point, interval or set: "(3,125)"
+_LIST = re.compile(r"[-\d\s.,]*")  # of numbers alone
 _THOUSANDS = re.compile(r"(?<![\d,(\[])(?<!\\\{)\d{1,3}(?:(?:,|\{,\})\d{3})+(?![\d,])")
 # math-verify reads "2(26)" as 2 + 26; but the 2 of "\log_2(8)" and "\sin^2(3)" is no factor
 _FACTOR = re.compile(r"(?<=[\d)])(?<![_^]\d)\s*(?=\(\s*[\d.]+\s*\))")
@@ -71,6 +72,6 @@ def _formula(answer: str, symbols: bool) -> str | None:
     formula = formula if symbols else _ATTACHED_UNIT.sub("", formula)
     if "\n" in answer or _NUMBER.fullmatch(formula) or _WORD.search(_MACRO.sub(" ", formula)):
         return None
-    if "=" in formula:  # alone, "1,000" is a number for math-verify, and in an equation a list
+    if not _LIST.fullmatch(formula):  # alone, "1,000" is a number for math-verify, and in a formula a list
         formula = _THOUSANDS.sub(lambda number: re.sub("[{},]", "", number.group()), formula)
     return _FACTOR.sub(r"\\cdot ", formula)

@@ -5,13 +5,16 @@ its own; needs root or user namespaces), and everywhere under a limit of the siz
 calls.
 """
 
+import errno
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from safetensors import SafetensorError
 
 from grpo_trl.disk import disk_errors_named, is_of_the_disk
 from tests.test_trainer import trainer
@@ -72,6 +75,28 @@ def test_a_tmpfs_that_fills_up(tmp_path):
     run = trainer(tmp_path / "on", max_steps=4, num_iterations=1)
     run.train(resume_from_checkpoint=f"{disk}.kept/checkpoint-2")
     assert run.state.global_step == 4
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        *(OSError(getattr(errno, code), "?") for code in ("ENOSPC", "EDQUOT", "EFBIG", "EIO", "EROFS")),
+        RuntimeError("PytorchStreamWriter failed writing file data/0"),
+        RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"),
+        RuntimeError("basic_ios::clear: iostream error"),
+        RuntimeError("Disk quota exceeded"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        SafetensorError("Error while serializing: I/O error: File too large (os error 27)"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_errors_of_the_disk_are_said_as_one(tmp_path, error, monkeypatch):
+    free = {tmp_path: SimpleNamespace(free=3_000_000)}  # the checkpoint's own folder may not exist
+    monkeypatch.setattr("grpo_trl.disk.shutil.disk_usage", free.__getitem__)
+    said = r"checkpoint-1 could not be written: .*\. 3 MB are free there\. .*the last complete one is none\."
+    with pytest.raises(OSError, match=said) as raised, disk_errors_named(tmp_path / "checkpoint-1", None):
+        raise error
+    assert raised.value.errno == (getattr(error, "errno", None) or errno.ENOSPC)
 
 
 def test_other_errors_pass(tmp_path):

@@ -21,8 +21,8 @@ class Spoilt(GRPOTrainer):
         what = self.spoilt.get(self.state.global_step + 1)
         if what in ("nan", "inf"):
             return loss * float(what)
-        if what == "loss alone":
-            return loss + float("nan")
+        if what in ("nan alone", "inf alone"):  # not the gradient
+            return loss + float(what.split()[0])
         if what == "gradient":
             next(model.parameters()).register_hook(_once(lambda gradient: gradient * float("nan")))
         return loss
@@ -49,7 +49,7 @@ class Kept(TrainerCallback):
         self.after[state.global_step] = (weights(self.run), moments, self.run.lr_scheduler.get_last_lr())
 
 
-@pytest.mark.parametrize("what", ["nan", "inf", "loss alone", "gradient"])
+@pytest.mark.parametrize("what", ["nan", "inf", "nan alone", "inf alone", "gradient"])
 def test_the_update_is_skipped_with_weights_and_moments_untouched(tmp_path, what, caplog):
     run = trainer(tmp_path, cls=Spoilt, max_steps=3, num_iterations=1, lr_scheduler_type="linear", weight_decay=0.1)
     run.spoilt = {2: what}
@@ -111,6 +111,13 @@ def test_another_run_of_the_same_trainer_counts_anew(tmp_path):
             run.train()
 
 
+def test_a_loss_that_a_run_left_behind_is_not_of_the_next(tmp_path):
+    run = trainer(tmp_path, max_steps=1, num_iterations=1)
+    run.nonfinite_updates.add_loss(torch.tensor(float("nan")))
+    run.train()
+    assert logged(run, nonfinite.METRIC) == [0.0]
+
+
 def test_what_is_not_finite_on_another_rank_is_skipped_on_this_one(tmp_path, monkeypatch):
     run = trainer(tmp_path, max_steps=1, num_iterations=1)
     before = weights(run)
@@ -126,7 +133,8 @@ def test_what_others_skip_by_themselves_is_not_judged_and_no_loss_is_kept(deepsp
     updates = nonfinite.NonFiniteUpdates(
         SimpleNamespace(is_deepspeed_enabled=deepspeed, args=SimpleNamespace(fp16=fp16))
     )
-    updates.add_loss(torch.tensor(float("nan")))
+    updates.add_loss(torch.tensor(float("nan"), requires_grad=True))
+    assert not updates._losses[0].requires_grad  # nor is its graph
     updates.judge(float("nan"))
     assert not updates.active and not updates._losses
 

@@ -72,7 +72,7 @@ def reference_flash(query, key, value, query_offsets, key_offsets, *args, scale)
         values = value[there].repeat_interleave(query.shape[1] // key.shape[1], dim=1)
         out[here] = torch.einsum("nhm,mhd->nhd", scores.softmax(-1), values)
         lse[:, here] = scores.logsumexp(-1).T
-    return out, lse, None, None, None
+    return out, lse.to(torch.promote_types(lse.dtype, torch.float32)), None, None, None
 
 
 def reference_flash_backward(grad, query, key, value, out, lse, query_offsets, key_offsets, *args, scale):
@@ -131,10 +131,11 @@ def test_prompts_alone_and_single_tokens(shared, branches):
     )
 
 
-def test_16_bit_on_the_cpu():
+@pytest.mark.parametrize("implementation", [merged_attention, varlen_on_cpu])
+def test_16_bit_on_the_cpu(implementation, kernel_on_cpu):
     inputs = [x.detach().bfloat16().transpose(1, 2) for x in queries_keys_values()]
     layout = GroupLayout(SHARED, BRANCHES)
-    out = merged_attention(*inputs, layout, 0.3)
+    out = implementation(*inputs, layout, 0.3)
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.float(), dense(*(x.float() for x in inputs), layout, 0.3), rtol=0.02, atol=0.02)
 
@@ -173,6 +174,15 @@ def test_varlen_index_by_hand():
     assert index.repeated.places.tolist() == [0, 1, 0, 1]
     assert index.repeated.sum(torch.arange(8.0).view(4, 1, 2)).tolist() == [[[4, 6]], [[8, 10]]]
     assert index.to(torch.device("cpu")) is index
+
+
+def test_a_varlen_index_moves_as_a_whole():
+    index = GroupLayout(SHARED, BRANCHES).varlen_index
+    copied = index.crossing.to(torch.device("cpu"))
+    assert all(torch.equal(a, b) for a, b in zip(copied[:2], index.crossing[:2], strict=True))
+    index.to(torch.device("meta"))
+    moved = (*index.causal[:2], *index.crossing[:2], *index.repeated.sequences[:2], index.repeated.places)
+    assert {x.device.type for x in moved} == {"meta"}
 
 
 @pytest.mark.parametrize(("shared", "branches"), [([5], [[]]), ([0], [[1]]), ([0, 0], [[2, 1], [3]])])

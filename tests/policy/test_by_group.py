@@ -1,7 +1,9 @@
 """A reference with a device of its own: group by group, beside the sampling."""
 
+import sys
 import threading
 import time
+import weakref
 from functools import partial
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from grpo_trl import GRPOTrainer
 from grpo_trl.batch import Group, Prompt
 from grpo_trl.policy import ScoredByGroup
-from grpo_trl.worker import Worker
+from grpo_trl.worker import GRACE, Worker
 from tests.test_trainer import config, dataset, trainer
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -42,10 +44,12 @@ def worker():
 @pytest.mark.parametrize("overlap", [True, False])
 def test_rows_are_those_of_the_groups_whichever_came_first(overlap, worker):
     first, second, third = groups_of(3)
+    began = time.monotonic()
     with ScoredByGroup(draws, worker if overlap else None) as scored:
         scored.start(second)
         scored.start(first)
         found = scored.per_token_logps([first, second, third], 4)  # the third was never started
+    assert time.monotonic() - began < GRACE  # a worker that is left in peace is not waited for
     assert found.dtype == torch.float32
     assert found.tolist() == [[0] * 4] * 2 + [[1, 1, 0, 0]] * 2 + [[2, 2, 2, 0]] * 2
 
@@ -61,6 +65,17 @@ def test_an_error_comes_with_the_next_group_and_with_the_result(worker):
             scored.per_token_logps([first], 2)
         with pytest.raises(KeyError, match="0"):
             scored.start(second)
+
+
+def test_a_group_that_was_begun_is_kept(worker):
+    """Its id stands for it, which another group could get."""
+    (group,) = groups_of(1)
+    with ScoredByGroup(draws, worker) as scored:
+        scored.start(group)
+        worker().submit(lambda: None).result(30)  # behind it: the worker has let go of it
+        kept = weakref.ref(group)
+        del group
+        assert kept() is not None
 
 
 class Slow:
@@ -101,6 +116,24 @@ def test_a_worker_drops_what_it_has_not_begun():
     worker.finish()
     assert worker.join(30)
     assert slow.done == [0] and [future.cancelled() for future in futures] == [False, True, True]
+
+
+def test_a_worker_makes_no_gradients_and_raises_what_ends_programs(worker):
+    assert worker().submit(torch.is_grad_enabled).result(30) is False
+    with pytest.raises(SystemExit):
+        worker().submit(sys.exit).result(30)
+    assert worker().submit(lambda: 1).result(30) == 1
+
+
+def test_a_worker_that_waits_keeps_no_task(worker):
+    task = partial(draws, groups_of(1)[0])
+    kept = weakref.ref(task)
+    worker().submit(task).result(30)
+    del task
+    deadline = time.monotonic() + 5
+    while kept() is not None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert kept() is None
 
 
 def collected(run: GRPOTrainer, own_device: torch.device | None):

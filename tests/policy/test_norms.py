@@ -129,6 +129,15 @@ def test_a_forward_that_was_replaced_stays():
     assert module.forward is own
 
 
+def test_a_weight_of_two_dimensions_and_none_stay():
+    """One per head, say, whose gradient the short way does not make."""
+    heads, bare = norm(), nn.Module()
+    heads.weight, bare.variance_epsilon = nn.Parameter(torch.randn(4, 24)), EPSILON
+    for module in (heads, bare):
+        use_short_norms(module)
+        assert "forward" not in vars(module)
+
+
 def test_in_16_bit_the_layers_own_is_run():
     module, x = norm(), torch.randn(4, 24)
     plain = copy.deepcopy(module)
@@ -136,3 +145,25 @@ def test_in_16_bit_the_layers_own_is_run():
     assert torch.equal(module(x.bfloat16()), plain(x.bfloat16()))
     module.bfloat16(), plain.bfloat16()
     assert torch.equal(module(x.bfloat16()), plain(x.bfloat16()))
+    module(x.requires_grad_()).sum().backward()  # which the short way's kernel refuses
+    assert x.grad is not None
+
+
+def test_on_another_device_the_layers_own_is_run(monkeypatch):
+    module = norm()
+    use_short_norms(module.to("meta"))
+    monkeypatch.setattr("grpo_trl.policy.norms.short_rms_norm", lambda *args: pytest.fail("on another device"))
+    assert module(torch.randn(4, 24, device="meta")).device.type == "meta"
+
+
+def test_for_decoding_in_16_bit_the_numbers_are_the_layers_own():
+    module, x = norm().bfloat16(), (3e-3 * torch.randn(400, 24)).bfloat16()  # so small that epsilon counts
+    assert torch.equal(rms_norm(x, module.weight, EPSILON), module(x))
+
+
+def test_a_gradient_of_the_gradient_is_refused():
+    x = torch.randn(4, 24, requires_grad=True)
+    loss = short_rms_norm(x, torch.ones(24), EPSILON).square().sum()
+    (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()

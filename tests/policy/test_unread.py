@@ -75,15 +75,25 @@ def test_other_calls_are_undisturbed(batch):
     assert last == [IDS.shape[1]]
 
 
+def test_another_attention_afterwards_sees_all_tokens(batch):
+    plain, ours = tiny_model("llama"), tiny_model("llama")
+    prepare(ours)
+    per_token_logps(ours, batch)
+    ours.set_attn_implementation("sdpa")
+    ids = torch.arange(10, 10 + 2 * shared_and_scored(batch)[0]).view(1, -1)
+    torch.testing.assert_close(ours(ids).logits, plain(ids).logits)
+
+
 def test_after_an_exception_between_attention_and_mlp(batch, monkeypatch):
     model = tiny_model("llama")
     prepare(model)
-    expected = model(IDS).logits
+    ids = torch.arange(10, 10 + 2 * shared_and_scored(batch)[0]).view(1, -1)  # more than are left out
+    expected = model(ids).logits
     with monkeypatch.context() as patch:
         patch.setattr(model.model.layers[-1].post_attention_layernorm, "forward", lambda x: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             per_token_logps(model, batch)
-    assert torch.equal(model(IDS).logits, expected)
+    assert torch.equal(model(ids).logits, expected)
 
 
 def test_copies_call_their_own(batch):

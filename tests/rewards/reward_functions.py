@@ -27,6 +27,11 @@ def process_id(prompts, **kwargs):
     return [float(os.getpid())] * len(prompts)
 
 
+def process_ids(prompts, **kwargs):
+    """Of this process and of one that it starts."""
+    return [float(os.getpid()), float(subprocess.Popen(["sleep", "60"]).pid)]
+
+
 def heavy_modules(prompts, **kwargs):
     """How many heavy libraries the process has imported."""
     return [float(sum(name in sys.modules for name in ("torch", "transformers", "trl")))] * len(prompts)
@@ -46,8 +51,9 @@ def starts_a_process_and_sleeps(prompts, log_file, **kwargs):
 
 
 def dies_on_die(prompts, completions, **kwargs):
-    if "die" in completions:
-        os._exit(3)
+    for completion in completions:
+        if completion.startswith("die"):
+            os._exit(int(completion[3:]))
     return [1.0] * len(prompts)
 
 
@@ -89,7 +95,7 @@ def raises_on_two(prompts, **kwargs):
 
 def logs(prompts, completions, trainer_state, log_extra=None, log_metric=None, **kwargs):
     log_extra("upper", [completion.upper() for completion in completions])
-    log_metric("step", trainer_state.global_step)
+    log_metric(name="step", value=trainer_state.global_step)
     return [0.5] * len(prompts)
 
 

@@ -379,6 +379,40 @@ def test_no_process_is_started_again_by_a_call_that_goes_on(make_scorer):
     assert_nothing_is_left()
 
 
+def test_a_call_that_nobody_waits_for_is_not_tried_again_by_rows(make_scorer):
+    entered, release, calls = threading.Event(), threading.Event(), []
+
+    def fails(completions, **kwargs):
+        calls.append(len(completions))
+        entered.set()
+        release.wait(30)
+        raise KeyError("no such key")
+
+    scorer = make_scorer(fails)
+    scorer.start(groups_of(1)[0])
+    assert entered.wait(5)
+    threading.Timer(0.1, release.set).start()
+    scorer.close()
+    assert_threads_end()
+    assert calls == [4]
+
+
+def test_an_async_call_that_nobody_waits_for_is_not_tried_again_by_rows(make_scorer):
+    entered, calls = threading.Event(), []
+
+    async def judge(completions, **kwargs):
+        calls.append(len(completions))
+        entered.set()
+        await asyncio.sleep(60)
+
+    scorer = make_scorer(judge)
+    scorer.start(groups_of(1)[0])
+    assert entered.wait(5)
+    scorer.forget()
+    asyncio.run_coroutine_threadsafe(asyncio.sleep(0.1), scorer._event_loop()).result(5)
+    assert calls == [4]
+
+
 def test_a_close_that_fails_hides_no_error_and_is_awaited_where_it_is_async(make_scorer, monkeypatch):
     messages, closed = [], []
     monkeypatch.setattr(scoring.logger, "warning", messages.append)
@@ -451,6 +485,27 @@ def test_the_event_loop_ends_with_its_scorer():
     assert_threads_end()
 
 
+def test_what_a_function_left_on_the_event_loop_may_clean_up(make_scorer):
+    tasks, ended = [], []
+
+    async def connection():
+        try:
+            await asyncio.sleep(60)
+        finally:
+            await asyncio.sleep(0.1)
+            ended.append(True)
+
+    async def judge(completions, **kwargs):
+        tasks.append(asyncio.create_task(connection()))
+        await asyncio.sleep(0)
+        return [0.0] * len(completions)
+
+    scorer = make_scorer(judge)
+    score(scorer, groups_of(1))
+    scorer.close()
+    assert ended == [True] and tasks[0].cancelled()
+
+
 def test_a_reward_that_asks_its_own_trainer_is_refused(tmp_path):
     def asks(prompts, **kwargs):
         run.sample(prompts)
@@ -506,6 +561,7 @@ def test_a_function_that_nothing_can_end_is_named(make_scorer, monkeypatch):
     scorer.start(groups_of(1)[0])
     assert entered.wait(5)
     scorer.close()
+    assert all(thread.daemon for thread in threading.enumerate() if thread.name == "reward stuck")  # a program may end
     release.set()
     assert len(messages) == 1 and "'reward stuck' is still in a call" in messages[0]
     assert_threads_end()  # with the call

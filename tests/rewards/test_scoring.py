@@ -5,6 +5,7 @@ import copy
 import functools
 import math
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -13,6 +14,7 @@ import time
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -267,6 +269,16 @@ def test_async_errors_and_timeouts(make_scorer):
         make_scorer(functions.async_timeout_of_its_own, timeout=30).score([group("a")])
 
 
+def test_an_async_functions_generator_is_read_as_a_part_of_it(make_scorer):
+    async def inverse(completions, **kwargs):
+        return (1 / (text != "b") for text in completions)
+
+    scorer = make_scorer(inverse)
+    assert scorer.score([group("a", "c")]).tolist() == [[1.0], [1.0]]
+    with pytest.raises(RuntimeError, match="'inverse' failed on row 1: ZeroDivisionError"):
+        scorer.score([group("a", "b")])
+
+
 @pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), asyncio.CancelledError("by another")], ids=repr)
 def test_an_async_function_cannot_end_the_event_loop(make_scorer, error):
     async def judge(**kwargs):
@@ -305,11 +317,12 @@ def test_with_a_timeout_functions_run_in_one_light_process_of_their_own(make_sco
     assert int(scorer.score([group("a")])[0, 0]) not in pids  # scoring again starts afresh
 
 
-def test_the_state_and_the_logs_cross_the_process(make_scorer):
+@pytest.mark.parametrize("state", [TrainerState, SimpleNamespace])
+def test_the_state_and_the_logs_cross_the_process(make_scorer, state):
     extra, metrics = [], []
     rewards = make_scorer(functions.logs, timeout=30).score(
         [group("a", "b")],
-        trainer_state=TrainerState(global_step=7),
+        trainer_state=state(global_step=7),
         log_extra=lambda *args: extra.append(args),
         log_metric=lambda *args: metrics.append(args),
     )
@@ -344,9 +357,10 @@ def test_the_latest_logs_alone_cross_the_process(make_scorer):
 
 
 def test_a_column_that_some_calls_leave_out_is_none_there(make_scorer):
-    def sometimes(completions, log_extra, **kwargs):
+    def sometimes(completions, log_extra, log_metric, **kwargs):
         if "b" in completions:
             log_extra("seen", completions)
+            log_metric("seen/b", 1.0)  # no column
         return [0.0] * len(completions)
 
     extra = []
@@ -491,9 +505,10 @@ def test_what_is_no_text_on_the_path_is_left_out(make_scorer, monkeypatch):
     assert make_scorer(functions.tokens, timeout=30).score([group("a")]).shape == (1, 1)
 
 
-def test_a_dying_process_names_function_row_and_exit_code(make_scorer):
-    with pytest.raises(RuntimeError, match=r"'dies_on_die' failed on row 1: .*died \(exit code 3\)"):
-        make_scorer(functions.dies_on_die, timeout=30).score([group("a", "die", "b")])
+@pytest.mark.parametrize("code", [0, 3])
+def test_a_dying_process_names_function_row_and_exit_code(make_scorer, code):
+    with pytest.raises(RuntimeError, match=rf"'dies_on_die' failed on row 1: .*died \(exit code {code}\)"):
+        make_scorer(functions.dies_on_die, timeout=30).score([group("a", f"die{code}", "b")])
 
 
 def test_sys_exit_in_a_function_is_an_error_not_an_exit(make_scorer):
@@ -508,7 +523,12 @@ def test_functions_that_cannot_be_sent_are_refused_at_once():
 
     main_function = lambda **_: []  # noqa: E731
     main_function.__module__ = "__main__"
-    for func, word in [(lambda **_: [], "<lambda>"), (closure, "closure"), (main_function, "__main__")]:
+    for func, word in [
+        (lambda **_: [], "<lambda>"),
+        (closure, "closure"),
+        (main_function, "script that runs"),
+        (functools.partial(main_function), "script that runs"),
+    ]:
         with pytest.raises(ValueError, match=r"module level.*unset reward_timeout") as error:
             RewardScorer([func], timeout=5)
         assert word in str(error.value)
@@ -561,8 +581,9 @@ def test_a_generator_is_read_in_its_process():
 )
 def test_an_error_crosses_as_itself_if_it_can(func, error, text):
     call = IsolatedFunction(func, name="func", timeout=30)
-    with pytest.raises(error, match=text):
+    with pytest.raises(error, match=text) as raised:
         call(prompts=[1, 2])
+    assert func.__name__ in raised.value.__notes__[0]  # with its traceback
     call.close()
 
 
@@ -578,6 +599,34 @@ def test_a_fork_does_not_end_the_process():
     os.waitpid(fork, 0)
     assert call(prompts=[1]) == [first]
     call.close()
+
+
+def test_a_fork_starts_a_process_of_its_own():
+    """Two that read one connection would take each other's replies."""
+    call = IsolatedFunction(functions.process_id, name="process_id", timeout=30)
+    (first,) = call(prompts=[1])
+    fork = os.fork()
+    if not fork:
+        code = 1
+        try:
+            code = int(call(prompts=[1]) == [first])
+            call.close()
+        finally:
+            os._exit(code)
+    assert os.waitpid(fork, 0)[1] == 0
+    assert call(prompts=[1]) == [first]
+    call.close()
+
+
+def test_a_process_that_is_killed_before_it_reads_is_named_too():
+    call = IsolatedFunction(functions.process_id, name="process_id", timeout=30)
+    (pid,) = map(int, call(prompts=[1]))
+    os.kill(pid, signal.SIGSTOP)
+    timer = threading.Timer(0.2, os.kill, (pid, signal.SIGKILL))
+    timer.start()
+    with pytest.raises(RuntimeError, match=r"'process_id' died \(signal SIGKILL\)"):
+        call(prompts=[1])
+    assert call.pid is None
 
 
 def test_threads_share_a_process_one_call_at_a_time():
@@ -605,9 +654,9 @@ def test_no_process_survives_the_interpreter(how, tmp_path):
             f"""
             import os, signal
             from grpo_trl.rewards.isolation import IsolatedFunction
-            from tests.rewards.reward_functions import process_id
-            call = IsolatedFunction(process_id, name="process_id", timeout=30)
-            print(int(call(prompts=[1])[0]), flush=True)
+            from tests.rewards.reward_functions import process_ids
+            call = IsolatedFunction(process_ids, name="process_ids", timeout=30)
+            print(*map(int, call(prompts=[1, 2])), flush=True)
             if {how!r} == "exception":
                 raise SystemError("stop")
             if {how!r} == "kill":
@@ -619,11 +668,19 @@ def test_no_process_survives_the_interpreter(how, tmp_path):
     run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=60)
     assert run.stdout.count("\n") == 1  # the script ran once: the child did not run it again
     assert {"exit": run.returncode == 0, "exception": run.returncode == 1, "kill": run.returncode == -9}[how]
-    pid = int(run.stdout)
+    pids = [*map(int, run.stdout.split())]  # the child's, and that of what it started
     deadline = time.monotonic() + 5
-    while is_running(pid) and time.monotonic() < deadline:  # after SIGKILL the child ends by itself
+    while any(map(is_running, pids)) and time.monotonic() < deadline:  # after SIGKILL the child ends by itself
         time.sleep(0.01)
-    assert not is_running(pid)
+    assert not any(map(is_running, pids))
+
+
+def test_a_process_that_ended_by_itself_can_be_closed():
+    call = IsolatedFunction(functions.process_id, name="process_id", timeout=30)
+    os.kill(int(call(prompts=[1])[0]), signal.SIGKILL)
+    call._process.wait()
+    call.close()
+    assert call.pid is None
 
 
 def test_a_dropped_function_takes_its_process_along():

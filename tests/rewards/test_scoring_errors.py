@@ -59,6 +59,17 @@ def test_an_async_exception_names_the_first_failing_row(score):
     assert time.monotonic() - start < 1.2  # rows are tried together: one after the other, eight take 1.6 s
 
 
+def test_the_search_for_the_row_has_the_time_out_too():
+    async def hangs_alone(prompts, **kwargs):
+        if len(prompts) > 1:
+            raise KeyError("no such key")
+        await asyncio.sleep(60)
+
+    scorer = RewardScorer([hangs_alone], timeout=0.2)
+    with pytest.raises(RuntimeError, match=r"'hangs_alone' failed on row 0: .*time-out of 0.2 s"):
+        scorer.score([group("a", "b")])
+
+
 def test_an_async_exception_of_no_single_row_says_so(score):
     async def only_together(prompts, **kwargs):
         if len(prompts) > 1:

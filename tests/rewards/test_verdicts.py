@@ -64,6 +64,7 @@ def test_verdicts(completions, expected):
         # a decimal may be rounded
         ("3.33", "\\boxed{\\frac{10}{3} = 3.33}", 1.0),
         ("3.4", "\\boxed{\\frac{10}{3} = 3.4}", 0.0),
+        ("3.3", "\\boxed{\\frac{10}{3} = 3.3}", 0.0),  # but not to one
         # the gold answer is an equation itself
         ("x=72", "\\boxed{x=72}", 1.0),
         ("x=72", "72", 1.0),

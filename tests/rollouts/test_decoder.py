@@ -233,8 +233,19 @@ def test_what_cannot_be_packed(qwen3, monkeypatch):
     quantized = type("Quantized", (torch.Tensor,), {"__tensor_flatten__": lambda self: ([], None)})
     for other in (weights[0].bfloat16(), weights[0].to("meta"), weights[0].as_subclass(quantized)):
         assert not may_be_packed([*weights, other])
-    assert joined([weights[0].detach().as_subclass(quantized)] * 2) is None
+    whole = weights[0].detach()
+    assert joined([whole[:10], whole[10:]]) is not None
+    assert joined([part.as_subclass(quantized) for part in (whole[:10], whole[10:])]) is None
     with torch.autocast("cpu", torch.bfloat16):
+        assert not may_be_packed(weights)
+    with monkeypatch.context() as patch:
+
+        class Memory:
+            total = 8 * weights[0].nbytes
+
+        patch.setattr("grpo_trl.rollouts.native.weights.virtual_memory", Memory)
+        assert may_be_packed(weights)
+        Memory.total -= 8
         assert not may_be_packed(weights)
     with monkeypatch.context() as patch:
         patch.setattr(torch.backends.mkldnn, "enabled", False)

@@ -57,8 +57,10 @@ NOT_OF_ADAPTER = (
 
 def checked(folder: Path) -> Path:
     """A checkpoint that was named. Raises ResumeError with every file of it that is missing or corrupt."""
-    manifest.recover(folder.parent)
     found = _obstacles(folder)
+    if found:  # not before: a complete one may lie on a disk that cannot be written
+        manifest.recover(folder.parent)
+        found = _obstacles(folder)
     if found and not (folder / manifest.NAME).exists() and (folder / "trainer_state.json").exists():
         raise ResumeError(
             f"Cannot resume from {folder}: it was written by another trainer (TRL's, say), or its writing was "
@@ -95,7 +97,7 @@ def newest(output_dir: Path) -> Path:
 
 def check_resumable(resume: str | bool, output_dir: Path) -> None:
     """Raises ResumeError where there is nothing to resume from, before models are loaded; files are read later."""
-    if resume is True and not manifest.checkpoints(output_dir):
+    if resume is True and not (manifest.checkpoints(output_dir) or any(output_dir.glob("_checkpoint-*"))):
         raise ResumeError(
             f"resume_from_checkpoint=True, but {output_dir} has no checkpoint. Leave it out to start anew."
         )

@@ -45,9 +45,9 @@ class TrainerHooks(InterruptibleTrainer):
         create_model_card(self, folder=folder)  # after PEFT, which writes one without content
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        self.create_model_card()  # in output_dir too, as TRL does: a push sends that folder
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         with disk_errors_named(folder, self.last_checkpoint):
+            self.create_model_card()  # in output_dir too, as TRL does: a push sends that folder
             super()._save_checkpoint(model, trial)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:

@@ -1,12 +1,15 @@
 """A Trainer that SIGTERM and Ctrl-C stop without loss: it goes back to the last boundary of two steps and saves."""
 
+from pathlib import Path
 from signal import SIGINT, SIGTERM
 from typing import Any, NoReturn
 
 import torch
+from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from . import manifest
 from .moment import Moment
 from .ranks_exit import pause_at_exit
 from .resumable import ResumableTrainer
@@ -77,7 +80,8 @@ class InterruptibleTrainer(ResumableTrainer):
         """Saves the state of the last boundary and ends the process."""
         if self._moment is not None:
             self._moment.put_back(self)
-        if self._last_checkpoint is None or self._last_checkpoint[0] != self.state.global_step:
+        if not self._newest_holds_this_step():
+            self._save_is_extra = True
             self._save_checkpoint(self.model_wrapped, None)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         assert self._last_checkpoint is not None
@@ -89,6 +93,16 @@ class InterruptibleTrainer(ResumableTrainer):
             )
         received = self.signals.received or SIGTERM
         raise (Stopped if received == SIGINT else SystemExit)(128 + received) from None
+
+    def _newest_holds_this_step(self) -> bool:
+        """Whether resume_from_checkpoint=True would go on from here: not from a checkpoint that was resumed from and
+        lies elsewhere, or before others."""
+        if self._last_checkpoint is None or self._last_checkpoint[0] != self.state.global_step:
+            return False
+        newest = manifest.checkpoints(Path(str(self.args.output_dir)))[-1:]
+        found = [[folder.resolve() for folder in newest] == [self._last_checkpoint[1].resolve()]]
+        broadcast_object_list(found)  # ranks need not see one disk
+        return found[0]
 
 
 class _UpdateCallback(TrainerCallback):

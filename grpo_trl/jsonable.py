@@ -4,6 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 
+def plain(value: Any) -> Any:
+    """For `json.dumps(default=...)`: numbers of numpy and torch as Python's, anything else as text."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
 def with_text_keys(value: Any) -> Any:
     """With keys of text: JSON knows few others, and no order of several kinds."""
     if isinstance(value, Mapping):

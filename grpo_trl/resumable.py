@@ -10,14 +10,14 @@ from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from torch import nn
 from transformers import Trainer, TrainerCallback
-from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.utils import logging
 from trl.trainer.utils import get_config_model_id
 
 from . import checkpoint, manifest
 from .callbacks import PROMPT_MEMORY_NAME, read_parquet, write_parquet
 from .config import GRPOConfig
-from .jsonable import with_text_keys
+from .jsonable import plain, with_text_keys
 from .loader import RolloutLoader
 from .manifest import ResumeError
 from .metrics import Metrics
@@ -51,6 +51,8 @@ class ResumableTrainer(Trainer):
         self._last_checkpoint: tuple[int, Path] | None = None  # of this run: step and folder
         self._evaluation_is_due = False  # the last step's; it was interrupted
         self._earlier_seconds = 0.0  # of training before the resume
+        self._saved_steps: set[int] = set()  # with a checkpoint of this run, before a resume too
+        self._save_is_extra = False  # a run without a signal would not save here, so it cannot be the best
         self.add_callback(_ResumeCallback(self))
 
     def train(
@@ -69,7 +71,8 @@ class ResumableTrainer(Trainer):
         """
         folder = self._verified(resume_from_checkpoint) if resume_from_checkpoint else None
         self._resumed = self._last_checkpoint = None
-        self._evaluation_is_due, self._earlier_seconds = False, 0.0
+        self._evaluation_is_due, self._earlier_seconds, self._saved_steps = False, 0.0, set()
+        self._save_is_extra = False
         return super().train(folder, trial, ignore_keys_for_eval)
 
     @property
@@ -80,7 +83,9 @@ class ResumableTrainer(Trainer):
     # ---- Writing ----
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        args, main = self.args, self.args.should_save
+        args, main, best = self.args, self.args.should_save, self.state.best_model_checkpoint
+        if not self._save_is_extra:
+            self._saved_steps.add(self.state.global_step)
         output_dir = Path(self._get_output_dir(trial))
         folder = output_dir / f"checkpoint-{self.state.global_step}"
         if main:
@@ -93,6 +98,10 @@ class ResumableTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         finally:
             args.save_total_limit, args.push_to_hub = limit, push
+        if self.state.best_model_checkpoint != best and self.state.best_global_step not in self._saved_steps:
+            self.state.best_model_checkpoint = best  # what transformers found is of another run, or of a signal
+            if main:
+                self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
         self.accelerator.wait_for_everyone()
         if main:
             torch.save(args, folder / TRAINING_ARGS_NAME)  # it was written with the two options off
@@ -124,8 +133,10 @@ class ResumableTrainer(Trainer):
             "dynamic_sampling": self.dynamic_sampler.state_dict(),
             "sampling_is_exact": self._sampling_is_exact,
             # a reward may have added columns of any kind
-            "completions_log": json.loads(json.dumps(with_text_keys(self.completions_log), default=str)),
+            "completions_log": json.loads(json.dumps(with_text_keys(self.completions_log), default=plain)),
             "evaluation_is_due": self._evaluation_is_due,
+            "saving_is_due": self.control.should_save,
+            "saved_steps": sorted(self._saved_steps),
             # transformers starts these anew at each `train()`
             "tr_loss": self._tr_loss.item(),
             "total_loss": self._total_loss_scalar,
@@ -219,12 +230,25 @@ class ResumableTrainer(Trainer):
         self._globalstep_last_logged = state["last_logged"]
         self._initial_global_step = state["initial_step"]
         self._earlier_seconds = state["seconds"]
+        self._saved_steps = set(state.get("saved_steps", [self.state.global_step]))
+        self.state.compute_steps(self.args, self.state.max_steps)  # or the checkpoint's would go on
+        self.state.best_model_checkpoint = self._moved_best()
         if state["evaluation_is_due"]:
             self._load_rng_state(str(self.last_checkpoint))
             # saved anew with what it did to random states and to the best metric; transformers then loads that
             self.control.should_evaluate = self.control.should_save = True
             epoch = self.state.epoch or 0.0
+            self._save_is_extra = not state.get("saving_is_due", True)
             self._maybe_log_save_evaluate(self._tr_loss, None, self.model_wrapped, None, epoch, None, self._began)
+            self._save_is_extra = False
+
+    def _moved_best(self) -> str | None:
+        """The best checkpoint where it lies now: in output_dir, if it went there with the one that is resumed."""
+        assert self._last_checkpoint is not None
+        resumed = self._last_checkpoint[1]
+        then = json.loads((resumed / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["best_model_checkpoint"]
+        beside = None if then is None else resumed.parent / Path(then).name
+        return str(beside) if beside is not None and manifest.is_complete(beside) else self.state.best_model_checkpoint
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
         if skip_scheduler and self.last_checkpoint:  # eval_on_start: a resumed run has begun before
@@ -233,6 +257,7 @@ class ResumableTrainer(Trainer):
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps:  # resumed at its end: transformers would take a step more
+            self._load_rng_state(str(self.last_checkpoint))
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)

@@ -1,10 +1,13 @@
 import json
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from grpo_trl.batch import Group, Prompt
+from grpo_trl.jsonable import plain
 from grpo_trl.metrics import Metrics, completion_rows, record_rollout
 
 NAN = math.nan
@@ -232,3 +235,8 @@ def test_a_second_column_of_a_name_is_refused(name):
         completion_rows(GROUPS, REWARDS_PER_FUNC, [0.0] * 4, ["a", "b"], {name: "wxyz"})
     with pytest.raises(ValueError, match="would have two columns prompt; call"):
         completion_rows(GROUPS, REWARDS_PER_FUNC, [0.0] * 4, ["a", "prompt"], {})
+
+
+def test_what_json_does_not_know():
+    values = [np.float32(0.5), torch.tensor(3), np.arange(2), Path("a")]
+    assert json.loads(json.dumps(values, default=plain)) == [0.5, 3, [0, 1], "a"]

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from grpo_trl import manifest
+from grpo_trl.checkpoint import check_resumable, checked
 from tests.test_resume import build
 from tests.test_trainer import dataset, logged
 
@@ -130,3 +131,42 @@ def test_each_checkpoint_is_pushed(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "_push_from_checkpoint", lambda folder: pushed.append(Path(folder).name))
     run.train()
     assert pushed == ["checkpoint-2", "checkpoint-4"]
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_the_best_is_found_where_output_dir_was_moved_to(tmp_path, copied):
+    options = OPTIONS | {
+        "num_iterations": 1, "eval_dataset": dataset(1), "eval_strategy": "steps", "eval_steps": 2,
+        "load_best_model_at_end": True, "metric_for_best_model": "eval_reward", "greater_is_better": True,
+    }  # fmt: skip
+    calls = []
+
+    def reward(completions, **kwargs):  # the first evaluation is the best
+        calls.append(1)
+        return [-float(len(calls))] * len(completions)
+
+    build(tmp_path / "then", max_steps=4, rewards=reward, **options).train()
+    (shutil.copytree if copied else shutil.move)(tmp_path / "then", tmp_path / "now")
+    run = build(tmp_path / "now", max_steps=4, rewards=reward, **options)
+    run.train(resume_from_checkpoint=True)
+    assert run.state.best_model_checkpoint == str(tmp_path / "now" / "checkpoint-2")
+
+
+def test_how_often_to_save_and_log_is_the_resumed_runs(tmp_path):
+    build(tmp_path, max_steps=2, **OPTIONS | {"logging_steps": 2}).train()
+    run = build(tmp_path, max_steps=4, **OPTIONS | {"save_steps": 1, "logging_steps": 1})
+    run.train(resume_from_checkpoint=True)
+    assert [path.name for path in manifest.checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]
+    assert [entry["step"] for entry in run.state.log_history if "loss" in entry] == [2, 3, 4]
+
+
+def test_a_checkpoint_that_was_set_aside_is_not_passed_over(output):
+    for folder in manifest.checkpoints(output):
+        manifest.set_aside(folder)
+    check_resumable(True, output)
+    assert resumed(output, True).state.global_step == 6
+
+
+def test_a_complete_checkpoint_beside_others_is_read_and_nothing_is_written(output, monkeypatch):
+    monkeypatch.setattr(manifest, "recover", lambda folder: pytest.fail("the disk may be read-only"))
+    assert checked(output / "checkpoint-2") == output / "checkpoint-2"

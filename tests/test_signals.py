@@ -1,5 +1,6 @@
 """SIGTERM and Ctrl-C in real runs: a checkpoint is saved, the process exits, and the resumed run is the run."""
 
+import json
 import os
 import random
 import signal
@@ -261,3 +262,75 @@ def test_a_watch_that_is_off_leaves_the_handlers():
     with SignalWatch(enabled=False) as watch:
         assert signal.getsignal(signal.SIGINT) is former and not watch.active
         watch.allow()
+
+
+# ---- Where the checkpoint is, and what it is not ----
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_right_after_a_resume_from_another_checkpoint_than_the_newest(tmp_path, elsewhere):
+    options = PLAIN | {"save_steps": 2}
+    build(tmp_path / "first", max_steps=6, **options).train()
+    folder = tmp_path / ("second" if elsewhere else "first")
+    run = build(folder, max_steps=6, **options)
+    run.add_callback(Kick("on_step_begin", 1))
+    with pytest.raises(SystemExit):
+        run.train(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-2"))
+    again = build(folder, max_steps=2, **options)
+    again.train(resume_from_checkpoint=True)
+    assert again.last_checkpoint == folder / "checkpoint-2" and again.state.global_step == 2
+
+
+def test_right_after_a_resume_from_the_newest_nothing_is_written(tmp_path):
+    build(tmp_path, max_steps=2, **PLAIN | {"save_steps": 2}).train()
+    before = (tmp_path / "checkpoint-2" / manifest.NAME).stat().st_mtime_ns
+    run = build(tmp_path, max_steps=4, **PLAIN)
+    run.add_callback(Kick("on_step_begin", 1))
+    interrupted(run)
+    assert (tmp_path / "checkpoint-2" / manifest.NAME).stat().st_mtime_ns == before
+
+
+def first_is_best():
+    calls = []
+
+    def reward(completions, **kwargs):
+        calls.append(1)
+        return [-float(len(calls))] * len(completions)
+
+    return reward
+
+
+BEST = {
+    "num_iterations": 1, "eval_dataset": dataset(1), "eval_strategy": "steps", "eval_steps": 2, "save_steps": 4,
+    "save_strategy": "steps", "load_best_model_at_end": True, "metric_for_best_model": "eval_reward",
+    "greater_is_better": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("event", "nth"), [("on_step_begin", 3), ("on_prediction_step", 1)])
+def test_the_checkpoint_of_a_signal_does_not_become_the_best(tmp_path, event, nth):
+    run = build(tmp_path, max_steps=4, rewards=first_is_best(), **BEST)
+    if event == "on_prediction_step":  # within the evaluation of step 2, whose step would not be saved
+        run.sample = lambda prompts, sample=run.sample: _kick_in_evaluation(run, prompts, sample)
+    else:
+        run.add_callback(Kick(event, nth))
+    interrupted(run)
+    assert manifest.is_complete(tmp_path / "checkpoint-2")
+    resumed = build(tmp_path, max_steps=4, rewards=first_is_best(), **BEST)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.best_global_step == 2 and resumed.state.best_model_checkpoint is None
+
+
+def _kick_in_evaluation(run, prompts, sample):
+    if run.sampling is run.eval_sampling:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return sample(prompts)
+
+
+def test_a_checkpoint_of_an_older_run_does_not_become_the_best(tmp_path):
+    build(tmp_path, max_steps=2, num_iterations=1, save_steps=2, save_strategy="steps", seed=7).train()
+    run = build(tmp_path, max_steps=4, rewards=first_is_best(), **BEST)
+    run.train()
+    assert run.state.best_global_step == 2 and run.state.best_model_checkpoint is None
+    state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] is None and manifest.is_complete(tmp_path / "checkpoint-4")

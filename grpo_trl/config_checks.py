@@ -11,7 +11,7 @@ import torch
 from transformers import Trainer, get_scheduler
 from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATIONS
 from transformers.trainer_pt_utils import AcceleratorConfig
-from transformers.utils import is_liger_kernel_available
+from transformers.utils import is_hqq_available, is_liger_kernel_available, is_optimum_quanto_available
 
 from .algorithm import SAMPLER_CORRECTIONS
 from .config_types import set_to_default
@@ -77,7 +77,7 @@ RANGES = {
     "dynamic_sampling_max_rounds": Range(1),
     "dynamic_sampling_max_age": Range(0, hint=" (0: surplus groups are not kept)"),
     "dynamic_sampling_tolerance": Range(0, 1),
-    "off_policy_mask_threshold": Range(0, hint=" nats per token"),
+    "off_policy_mask_threshold": Range(0, above=True, hint=" nats per token"),
     "sampler_correction_min": Range(0),
     "sampler_correction_max": Range(0, above=True, or_none=True),
     "ref_model_mixup_alpha": Range(0, 1),
@@ -216,6 +216,16 @@ def _of_the_run(args: Any) -> Rows:
             args.replay_rollouts is not None and not os.path.isdir(args.replay_rollouts),
             f"replay_rollouts={args.replay_rollouts!r} is no folder; give the folder rollouts/ of the output_dir of a "
             "run with log_rollouts: true.",
+        ),
+        (
+            "offloaded" in (args.cache_implementation or "") and args.device.type == "cpu",
+            f"cache_implementation={args.cache_implementation!r} brings keys and values from the CPU to a GPU, and "
+            "this run is on the CPU; leave it out.",
+        ),
+        (
+            args.cache_implementation == "quantized" and not (is_optimum_quanto_available() or is_hqq_available()),
+            "cache_implementation='quantized' needs optimum-quanto or hqq, and neither is installed; pip install "
+            "optimum-quanto, or leave it out.",
         ),
         (
             args.cuda_graphs and args.device.type != "cuda",

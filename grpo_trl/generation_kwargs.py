@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
+from transformers import CompileConfig
+
 # fields of GRPOConfig that mean the same
 FIELDS = {
     "temperature": "temperature",
@@ -81,6 +83,18 @@ def _are_ids(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(map(_is_count, value))
 
 
+def _is_pair(value: Any, first: Callable[[Any], bool]) -> bool:
+    """Of something and a number."""
+    return (
+        isinstance(value, list | tuple) and len(value) == 2 and first(value[0]) and isinstance(value[1], int | float)
+    )
+
+
+def _are_biases(value: Any) -> bool:
+    pairs = [[list(ids), bias] for ids, bias in value.items()] if isinstance(value, dict) else value
+    return isinstance(pairs, list) and bool(pairs) and all(_is_pair(pair, _are_ids) for pair in pairs)
+
+
 # name -> (whether a value can be used, what is expected); transformers looks at them in the middle of a rollout
 VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(
@@ -89,6 +103,9 @@ VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens"), (_are_ids, "a list of token ids")),
     "bad_words_ids": (lambda v: isinstance(v, list) and bool(v) and all(map(_are_ids, v)), "a list of lists of ids"),
+    "exponential_decay_length_penalty": (lambda v: _is_pair(v, _is_count), "[a number of tokens, a factor]"),
+    "sequence_bias": (_are_biases, "a list of [ids, bias]"),
+    "compile_config": (lambda v: isinstance(v, CompileConfig), "a transformers.CompileConfig"),
     **dict.fromkeys(("use_cache", "disable_compile"), (lambda v: isinstance(v, bool), "True or False")),
 }
 

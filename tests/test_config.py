@@ -524,6 +524,15 @@ def test_a_second_gpu_that_is_seen_is_not_used(config, monkeypatch):
         ({"reward_batch_size": 0}, "reward_batch_size=0 is out of range"),
         ({"prompt_format": "html"}, "prompt_format='html' is unknown; use one of auto, chat, text"),
         ({"cache_implementation": "fast"}, "cache_implementation='fast' is unknown; use one of static, "),
+        (
+            {"cache_implementation": "offloaded_static"},
+            "brings keys and values from the CPU to a GPU, and this run is on",
+        ),
+        ({"cache_implementation": "quantized"}, "'quantized' needs optimum-quanto or hqq, and neither is installed"),
+        (
+            {"off_policy_mask_threshold": 0.0},
+            "off_policy_mask_threshold=0.0 is out of range: expected more than 0 nats",
+        ),
         ({"overlong_prompts": "cut"}, "overlong_prompts='cut' is unknown; use one of drop, truncate, error"),
         ({"reward_call": "row"}, "reward_call='row' is unknown; use one of batch, group"),
         ({"reward_input_format": "xml"}, "reward_input_format='xml' is unknown; use one of auto, pair, chat, text"),

@@ -46,6 +46,28 @@ def test_unknown_options_are_refused_with_the_nearest_name(tmp_path, name, hint)
         config(tmp_path, **{name: 5})
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("exponential_decay_length_penalty", [3]),
+        ("exponential_decay_length_penalty", ["a", 1.0]),
+        ("sequence_bias", {"a": 1.0}),
+        ("sequence_bias", []),
+        ("sequence_bias", [[[1, 2], "b"]]),
+        ("compile_config", {"fullgraph": False}),
+    ],
+)
+def test_values_that_transformers_would_find_in_a_rollout(tmp_path, name, value):
+    with pytest.raises(ValueError, match=rf"generation_kwargs {name}=.*: expected "):
+        config(tmp_path, **{name: value})
+
+
+def test_values_of_several_parts(tmp_path):
+    options = {"exponential_decay_length_penalty": [3, 1.1], "sequence_bias": [[[20], -5.0], [[21, 22], 1]]}
+    assert config(tmp_path, **options).generation_kwargs == options
+    assert config(tmp_path, sequence_bias={(20,): -5.0})
+
+
 def test_all_problems_are_said_at_once(tmp_path):
     with pytest.raises(ValueError) as error:
         config(tmp_path, typical_p=0.2, max_time=1.0, min_new_token=5)

@@ -44,9 +44,9 @@ def check_finite(group: Group) -> Group:
             if math.isnan(logp):
                 raise FloatingPointError(
                     f"The policy's logits are not finite at token {position} of completion {row} of draw "
-                    f"{group.prompt.draw}: its weights have diverged, or had NaN from the start. Look at grad_norm, "
-                    "kl and loss of the steps before; lower learning_rate or max_grad_norm, use bf16 instead of fp16, "
-                    "and start again from a checkpoint before that."
+                    f"{group.prompt.draw}: its weights have diverged, or had NaN from the start (or generation_kwargs "
+                    "leave no token). Look at grad_norm, kl and loss of the steps before; lower learning_rate or "
+                    "max_grad_norm, use bf16 instead of fp16, and start again from a checkpoint before that."
                 )
     return group
 

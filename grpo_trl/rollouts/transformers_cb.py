@@ -38,6 +38,11 @@ class TransformersCBEngine:
     ):
         self.max_concurrent_rows = max_concurrent_rows
         self.sync_weights(model)
+        if not self.model._supports_sdpa:  # private, but where transformers looks
+            raise ValueError(
+                f"rollout_engine='transformers_cb' samples with sdpa attention, which {type(self.model).__name__} does "
+                "not have; use hf_generate."
+            )
 
     def sync_weights(self, model: PreTrainedModel) -> None:
         """The weights are the policy's own."""
@@ -59,7 +64,7 @@ class TransformersCBEngine:
         copies = sampling.num_generations // count
         devices = [self.model.device] if self.model.device.type == "cuda" else []
         # a seed is the state of torch's generator, which is not to be touched
-        with evaluation_mode(self.model), _plain_attention(self.model), torch.random.fork_rng(devices):
+        with evaluation_mode(self.model), _plain(self.model), torch.random.fork_rng(devices):
             outputs = self.model.generate_batch(
                 [prompt.ids for prompt in prompts],
                 generation_config=_generation_config(sampling),
@@ -122,11 +127,14 @@ def _batching_config(prompts: Sequence[Prompt], sampling: SamplingParams) -> Con
 
 
 @contextlib.contextmanager
-def _plain_attention(model: PreTrainedModel) -> Iterator[None]:
-    """transformers' own, which continuous batching knows; streams of groups are for the update."""
-    own: Any = model.config._attn_implementation
+def _plain(model: Any) -> Iterator[None]:
+    """With transformers' own attention, which continuous batching knows (streams of groups are for the update), and
+    without the autocast that accelerate put around the forward pass: the cache has the dtype of the weights."""
+    attention, forward = model.config._attn_implementation, model.forward
     model.set_attn_implementation("sdpa")
+    model.forward = getattr(model, "_original_forward", forward)  # private, but where accelerate keeps it
     try:
         yield
     finally:
-        model.set_attn_implementation(own)
+        model.set_attn_implementation(attention)
+        model.forward = forward

@@ -81,6 +81,19 @@ def test_options_that_it_would_leave_out_are_refused(qwen3, options):
         rollout(qwen3, replace(SAMPLING, **options))
 
 
+def test_a_model_without_its_attention_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="samples with sdpa attention, which Gemma2ForCausalLM does not have"):
+        trainer(tmp_path, tiny_model("gemma2"), rollout_engine="transformers_cb")
+
+
+def test_a_run_under_autocast_decodes_in_the_dtype_of_the_weights(tmp_path):
+    run = trainer(tmp_path, rollout_engine="transformers_cb", bf16=True, max_steps=2, num_iterations=1)
+    forward = run.model.forward
+    run.train()
+    assert len(logged(run, "loss")) == 2 and max(logged(run, "sampling/logp_gap")) < 0.1
+    assert run.model.forward is not forward and run.model.forward.__wrapped__  # accelerate's is back
+
+
 def test_a_run(tmp_path):
     run = trainer(tmp_path, rollout_engine="transformers_cb", max_steps=2, num_iterations=1)
     before = weights(run)

@@ -40,8 +40,8 @@ class TransformersCBEngine:
         self.sync_weights(model)
         if not self.model._supports_sdpa:  # private, but where transformers looks
             raise ValueError(
-                f"rollout_engine='transformers_cb' samples with sdpa attention, which {type(self.model).__name__} does "
-                "not have; use hf_generate."
+                f"rollout_engine='transformers_cb' samples with sdpa attention, and {type(self.model).__name__} has "
+                "none; use hf_generate."
             )
 
     def sync_weights(self, model: PreTrainedModel) -> None:

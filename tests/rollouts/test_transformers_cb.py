@@ -82,7 +82,7 @@ def test_options_that_it_would_leave_out_are_refused(qwen3, options):
 
 
 def test_a_model_without_its_attention_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="samples with sdpa attention, which Gemma2ForCausalLM does not have"):
+    with pytest.raises(ValueError, match="samples with sdpa attention, and Gemma2ForCausalLM has none"):
         trainer(tmp_path, tiny_model("gemma2"), rollout_engine="transformers_cb")
 
 

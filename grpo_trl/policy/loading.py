@@ -112,12 +112,16 @@ def check_adapter(config: PeftConfig | None, args: GRPOConfig) -> None:
 
 def _check_biases(model: PeftModel) -> None:
     """Refuses an adapter whose `bias` trains those of the base, which no reference could have as they were."""
-    config: Any = model.peft_config[str(model.active_adapter)]
+    bias = getattr(model.peft_config[str(model.active_adapter)], "bias", "none")
+    if bias == "none":
+        return
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    of_base = [name for name in trained if name.endswith(".bias") and model.prefix not in name]
-    if getattr(config, "bias", "none") != "none" and any("modules_to_save" not in name for name in of_base):
+    if any(
+        name.endswith(".bias") and not any(own in name for own in (model.prefix, "modules_to_save"))
+        for name in trained
+    ):
         raise ValueError(
-            f"The adapter's bias={config.bias!r} trains biases of the base model, which stay as they are when the "
+            f"The adapter's bias={bias!r} trains biases of the base model, which stay as they are when the "
             "adapter is off, so the reference of the KL term would move with the policy. Use bias='none', beta=0, or "
             "give ref_model_name_or_path."
         )

@@ -46,6 +46,10 @@ SHAPES_OF_ADAPTER = (
     *("adapter.num_virtual_tokens", "adapter.init_r", "adapter.oft_block_size", "adapter.feedforward_modules"),
     "adapter.changes the base by",
 )
+UNORDERED = (
+    *("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "target_parameters"),
+    "feedforward_modules",
+)
 NOT_OF_ADAPTER = (
     *("peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version"),
     *("auto_mapping", "runtime_config", "init_lora_weights", "init_weights", "ensure_weight_tying"),
@@ -126,13 +130,17 @@ def config_values(args: GRPOConfig) -> dict[str, Any]:
 def adapter_values(config: PeftConfig) -> dict[str, Any]:
     """The settings of an adapter, as JSON holds them."""
     values = {
-        f"adapter.{name}": sorted(value, key=str) if isinstance(value, set | list) else value
+        f"adapter.{name}": sorted(value, key=str) if _has_no_order(name, value) else value
         for name, value in config.to_dict().items()
         if name not in NOT_OF_ADAPTER
     }
     start = getattr(config, "init_lora_weights", True)
     values["adapter.changes the base by"] = None if start in LEAVE_THE_BASE else start
     return json.loads(json.dumps(with_text_keys(values), default=str))
+
+
+def _has_no_order(name: str, value: Any) -> bool:
+    return isinstance(value, set) or (isinstance(value, list) and name in UNORDERED)
 
 
 def check_fits(folder: str, now: dict[str, Any]) -> None:

@@ -91,8 +91,10 @@ def _is_pair(value: Any, first: Callable[[Any], bool]) -> bool:
 
 
 def _are_biases(value: Any) -> bool:
-    pairs = [[list(ids), bias] for ids, bias in value.items()] if isinstance(value, dict) else value
-    return isinstance(pairs, list) and bool(pairs) and all(_is_pair(pair, _are_ids) for pair in pairs)
+    if isinstance(value, dict):
+        value = [[list(ids), bias] for ids, bias in value.items() if isinstance(ids, tuple)]
+    pairs = isinstance(value, list) and bool(value) and all(_is_pair(pair, _are_ids) for pair in value)
+    return pairs and all(isinstance(bias, float) for _, bias in value)
 
 
 # name -> (whether a value can be used, what is expected); transformers looks at them in the middle of a rollout
@@ -104,7 +106,7 @@ VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens"), (_are_ids, "a list of token ids")),
     "bad_words_ids": (lambda v: isinstance(v, list) and bool(v) and all(map(_are_ids, v)), "a list of lists of ids"),
     "exponential_decay_length_penalty": (lambda v: _is_pair(v, _is_count), "[a number of tokens, a factor]"),
-    "sequence_bias": (_are_biases, "a list of [ids, bias]"),
+    "sequence_bias": (_are_biases, "a list of [ids, bias], each bias with a point (-5.0)"),
     "compile_config": (lambda v: isinstance(v, CompileConfig), "a transformers.CompileConfig"),
     **dict.fromkeys(("use_cache", "disable_compile"), (lambda v: isinstance(v, bool), "True or False")),
 }

@@ -230,7 +230,8 @@ class ResumableTrainer(Trainer):
         self._globalstep_last_logged = state["last_logged"]
         self._initial_global_step = state["initial_step"]
         self._earlier_seconds = state["seconds"]
-        self._saved_steps = set(state.get("saved_steps", [self.state.global_step]))
+        if self._resumes_here():  # else the steps are of another folder
+            self._saved_steps = set(state.get("saved_steps", [self.state.global_step]))
         self.state.compute_steps(self.args, self.state.max_steps)  # or the checkpoint's would go on
         self.state.best_model_checkpoint = self._moved_best()
         if state["evaluation_is_due"]:
@@ -238,9 +239,15 @@ class ResumableTrainer(Trainer):
             # saved anew with what it did to random states and to the best metric; transformers then loads that
             self.control.should_evaluate = self.control.should_save = True
             epoch = self.state.epoch or 0.0
-            self._save_is_extra = not state.get("saving_is_due", True)
+            # with "best", transformers decides after the evaluation
+            self._save_is_extra = not state.get("saving_is_due", True) and self.args.save_strategy != "best"
             self._maybe_log_save_evaluate(self._tr_loss, None, self.model_wrapped, None, epoch, None, self._began)
             self._save_is_extra = False
+
+    def _resumes_here(self) -> bool:
+        """Whether the checkpoint that is resumed lies in output_dir."""
+        assert self._last_checkpoint is not None
+        return self._last_checkpoint[1].resolve().parent == Path(str(self.args.output_dir)).resolve()
 
     def _moved_best(self) -> str | None:
         """The best checkpoint where it lies now: in output_dir, if it went there with the one that is resumed."""

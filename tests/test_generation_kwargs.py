@@ -53,6 +53,9 @@ def test_unknown_options_are_refused_with_the_nearest_name(tmp_path, name, hint)
         ("exponential_decay_length_penalty", ["a", 1.0]),
         ("sequence_bias", {"a": 1.0}),
         ("sequence_bias", []),
+        ("sequence_bias", {5: 1.0}),
+        ("sequence_bias", {(5,): -10}),
+        ("sequence_bias", [[[5], -10]]),
         ("sequence_bias", [[[1, 2], "b"]]),
         ("compile_config", {"fullgraph": False}),
     ],
@@ -63,7 +66,7 @@ def test_values_that_transformers_would_find_in_a_rollout(tmp_path, name, value)
 
 
 def test_values_of_several_parts(tmp_path):
-    options = {"exponential_decay_length_penalty": [3, 1.1], "sequence_bias": [[[20], -5.0], [[21, 22], 1]]}
+    options = {"exponential_decay_length_penalty": [3, 1.1], "sequence_bias": [[[20], -5.0], [[21, 22], 1.0]]}
     assert config(tmp_path, **options).generation_kwargs == options
     assert config(tmp_path, sequence_bias={(20,): -5.0})
 

@@ -282,7 +282,8 @@ def test_another_model_type_adapter_or_optimizer_is_refused_and_other_rewards_ar
 
 
 def test_an_adapter_of_another_shape_is_refused_and_other_settings_of_it_are_named(tmp_path, caplog):
-    folder = cut(tmp_path, peft=lora())
+    tokens = {"trainable_token_indices": [6, 7]}
+    folder = cut(tmp_path, peft=lora(**tokens))
     for options, name in (
         ({"r": 2}, "adapter.r was 4 then and is 2 now"),
         (
@@ -290,14 +291,18 @@ def test_an_adapter_of_another_shape_is_refused_and_other_settings_of_it_are_nam
             r"adapter.target_modules was \['q_proj', 'v_proj'\] then and is \['v_proj'\] now",
         ),
         ({"use_dora": True}, "adapter.use_dora was False then and is True now"),
+        (
+            {"trainable_token_indices": [7, 6]},
+            r"adapter.trainable_token_indices was \[6, 7\] then and is \[7, 6\] now",
+        ),
     ):
         with pytest.raises(ValueError, match=f"Cannot resume from .*{name}"):
-            build(tmp_path, num_iterations=2, peft=lora(**options)).train(resume_from_checkpoint=folder)
+            build(tmp_path, num_iterations=2, peft=lora(**tokens | options)).train(resume_from_checkpoint=folder)
     with pytest.raises(ValueError, match=r"adapter.changes the base by was None then and is pissa now"):
-        pissa = lora(init_lora_weights="pissa")
+        pissa = lora(init_lora_weights="pissa", **tokens)
         build(tmp_path, num_iterations=2, peft=pissa).train(resume_from_checkpoint=folder)
     caplog.clear()
-    build(tmp_path, num_iterations=2, peft=lora(lora_alpha=64, init_lora_weights="gaussian")).train(
+    build(tmp_path, num_iterations=2, peft=lora(lora_alpha=64, init_lora_weights="gaussian", **tokens)).train(
         resume_from_checkpoint=folder
     )
     (message,) = [record.getMessage() for record in caplog.records if "other settings" in record.getMessage()]

@@ -307,6 +307,16 @@ BEST = {
 }  # fmt: skip
 
 
+def test_an_evaluation_that_a_signal_broke_off_may_be_the_best(tmp_path):
+    options = BEST | {"save_strategy": "best"}
+    run = build(tmp_path, max_steps=4, rewards=first_is_best(), **options)
+    run.sample = lambda prompts, sample=run.sample: _kick_in_evaluation(run, prompts, sample)
+    interrupted(run)
+    resumed = build(tmp_path, max_steps=4, rewards=first_is_best(), **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
+
+
 @pytest.mark.parametrize(("event", "nth"), [("on_step_begin", 3), ("on_prediction_step", 1)])
 def test_the_checkpoint_of_a_signal_does_not_become_the_best(tmp_path, event, nth):
     run = build(tmp_path, max_steps=4, rewards=first_is_best(), **BEST)

@@ -14,7 +14,7 @@ SIGNAL_TIMEOUT = 3  # seconds; math-verify's own, per parse and per comparison
 _NUMBER = re.compile(r"[$€£]?\s*[-+]?(?:\d+|\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+)?(?:\.\d+)?\s*[%$€£]?")
 _SIGN = re.compile(r"^([$€£]?)\s*([-+])\s*(?:[$€£]\s*)?(?=[\d.])")  # math-verify loses that of "- 5" and of "-$5"
 # no point, interval or set: "(3,125)"
-_LIST = re.compile(r"[-\d\s.,]*")  # of numbers alone
+_LIST = re.compile(r"[-\d\s.,;]*")  # of numbers alone
 _THOUSANDS = re.compile(r"(?<![\d,(\[])(?<!\\\{)\d{1,3}(?:(?:,|\{,\})\d{3})+(?![\d,])")
 # math-verify reads "2(26)" as 2 + 26; but the 2 of "\log_2(8)" and "\sin^2(3)" is no factor
 _FACTOR = re.compile(r"(?<=[\d)])(?<![_^]\d)\s*(?=\(\s*[\d.]+\s*\))")
@@ -66,6 +66,14 @@ def _parse(answer: str, symbols: bool) -> tuple:
     return tuple(parse(answer, parsing_timeout=SIGNAL_TIMEOUT))
 
 
+def _joined(number: re.Match[str]) -> str:
+    """`1,500` as 1500, but not the members of a list, a point, an interval or a set."""
+    before = number.string[: number.start()].rstrip()
+    if number.group().startswith("0") or before.endswith(("(", "[", r"\{", ",", ";", r"\langle")):
+        return number.group()
+    return re.sub("[{},]", "", number.group())
+
+
 def _formula(answer: str, symbols: bool) -> str | None:
     """An answer of one line without words which is not a plain number. `71 or 72 clips` is one too: `71, 72`."""
     formula = _UNIT.sub("", _OR.sub(", ", answer))
@@ -73,5 +81,5 @@ def _formula(answer: str, symbols: bool) -> str | None:
     if "\n" in answer or _NUMBER.fullmatch(formula) or _WORD.search(_MACRO.sub(" ", formula)):
         return None
     if not _LIST.fullmatch(formula):  # alone, "1,000" is a number for math-verify, and in a formula a list
-        formula = _THOUSANDS.sub(lambda number: re.sub("[{},]", "", number.group()), formula)
+        formula = _THOUSANDS.sub(_joined, formula)
     return _FACTOR.sub(r"\\cdot ", formula)

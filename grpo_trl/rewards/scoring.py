@@ -325,12 +325,13 @@ class RewardScorer:
 
     def _warn_if_all_none(self, rewards_per_func: Tensor, groups: Sequence[Group]) -> None:
         all_none = rewards_per_func[:, self._counts].isnan().all(1)
-        if self._warned_all_none or not all_none.any():
+        if self._warned_all_none or not (self._counts.any() and all_none.any()):
             return
         self._warned_all_none = True
+        counted = [name for name, counts in zip(self.names, self._counts.tolist(), strict=True) if counts]
         row = int(all_none.nonzero()[0])
         logger.warning(
-            f"All reward functions ({', '.join(self.names)}) returned None for the following row:\n"
+            f"All reward functions ({', '.join(counted)}) returned None for the following row:\n"
             f"{ {key: values[row] for key, values in rows_of(groups).items()} }\n"
             "Please ensure that at least one reward function returns a valid reward. Such rows have no advantage; "
             "this is said once."

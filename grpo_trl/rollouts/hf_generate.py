@@ -52,7 +52,9 @@ class HFGenerateEngine:
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> Iterator[Group]:
         """Yields the groups in the order of the prompts, all those of one `generate` call at its end."""
-        check_positions(self.model.config, max(len(prompt.ids) for prompt in prompts), sampling.max_completion_length)
+        longest = max(len(prompt.ids) for prompt in prompts)
+        forced = len(decoder_start(self.model)) - 1 if is_encoder_decoder(self.model) else 0
+        check_positions(self.model.config, longest, sampling.max_completion_length + forced)
         for some in whole_groups(prompts, sampling.num_generations, self.max_concurrent_rows):
             yield from self._generate(some, sampling)
 
@@ -70,6 +72,8 @@ class HFGenerateEngine:
             start = decoder_start(self.model)
             inputs = encoder_inputs(rows) | decoder_inputs(rows, start)
             before = inputs["decoder_attention_mask"]
+            if getattr(getattr(self.model, "active_peft_config", None), "is_prompt_learning", False):
+                del inputs["decoder_attention_mask"]  # a prefix in the cache would want columns of its own
             config.decoder_start_token_id = start[0]  # or `generate` would look for one
         sampler = _Sampler(sampling, keys, before)
         with evaluation_mode(self.model), _own_generation_config_aside(self.model), torch.no_grad():

@@ -46,6 +46,7 @@ SHAPES_OF_ADAPTER = (
     *("adapter.num_virtual_tokens", "adapter.init_r", "adapter.oft_block_size", "adapter.feedforward_modules"),
     "adapter.changes the base by",
 )
+# Of lists, those whose order says nothing
 UNORDERED = (
     *("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "target_parameters"),
     "feedforward_modules",

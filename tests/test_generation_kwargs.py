@@ -53,7 +53,7 @@ def test_unknown_options_are_refused_with_the_nearest_name(tmp_path, name, hint)
         ("exponential_decay_length_penalty", ["a", 1.0]),
         ("sequence_bias", {"a": 1.0}),
         ("sequence_bias", []),
-        ("sequence_bias", {5: 1.0}),
+        ("sequence_bias", {(5,): 1.0, 6: 1.0}),
         ("sequence_bias", {(5,): -10}),
         ("sequence_bias", [[[5], -10]]),
         ("sequence_bias", [[[1, 2], "b"]]),

@@ -38,7 +38,8 @@ NOT_COMPUTED = (
     *("eval_max_completion_length", "log_completions", "num_completions_to_print", "log_unique_prompts"),
     *("log_rollouts", "save_epochs", "plot_metrics", "save_on_signal"),
 )
-# Settings of adapters (PEFT) for which other weights are trained; and those that change nothing in a resumed run
+# Settings of adapters (PEFT) for which other weights are trained; lists among them whose order says nothing; and
+# settings that change nothing in a resumed run
 SHAPES_OF_ADAPTER = (
     *("adapter.r", "adapter.rank_pattern", "adapter.target_modules", "adapter.target_parameters"),
     *("adapter.exclude_modules", "adapter.layers_to_transform", "adapter.modules_to_save", "adapter.use_dora"),
@@ -46,7 +47,6 @@ SHAPES_OF_ADAPTER = (
     *("adapter.num_virtual_tokens", "adapter.init_r", "adapter.oft_block_size", "adapter.feedforward_modules"),
     "adapter.changes the base by",
 )
-# Of lists, those whose order says nothing
 UNORDERED = (
     *("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "target_parameters"),
     "feedforward_modules",

@@ -64,7 +64,8 @@ def load_policy(
             "The model has an adapter of transformers' own (model.add_adapter), from whose checkpoints a run could "
             "not be resumed: pass the base model with peft_config, or a PeftModel."
         )
-    check_adapter(peft_config or getattr(model, "active_peft_config", None), args)
+    adapter = peft_config or getattr(model, "active_peft_config", None)
+    check_adapter(adapter, args, is_encoder_decoder=model.config.is_encoder_decoder)
     if peft_config is not None:
         model = _add_adapter(model, args, peft_config)
     if isinstance(model, PeftModel) and args.beta and args.ref_model_name_or_path is None:
@@ -86,10 +87,10 @@ def load_policy(
     return model
 
 
-def check_adapter(config: PeftConfig | None, args: GRPOConfig) -> None:
+def check_adapter(config: PeftConfig | None, args: GRPOConfig, *, is_encoder_decoder: bool) -> None:
     """Refuses adapters that would not do what they say: those whose forward puts tokens before those that it is given
     (positions would be others) or acts from a token on (the last one like it, also of a completion), and a prefix with
-    gradient checkpointing."""
+    gradient checkpointing or an encoder."""
     if config is None:
         return
     if config.is_prompt_learning and config.peft_type != PeftType.PREFIX_TUNING:
@@ -97,6 +98,8 @@ def check_adapter(config: PeftConfig | None, args: GRPOConfig) -> None:
             f"The adapter of a {type(config).__name__} adds tokens to the prompt, which is not supported; use LoRA or "
             "prefix tuning."
         )
+    if config.is_prompt_learning and is_encoder_decoder:
+        raise ValueError("Prefix tuning of an encoder-decoder is not supported, whose masks it would shift; use LoRA.")
     if config.is_prompt_learning and args.gradient_checkpointing:
         raise ValueError(
             "Prefix tuning gives each layer keys and values, which gradient checkpointing would add twice; set "

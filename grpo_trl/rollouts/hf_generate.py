@@ -72,8 +72,6 @@ class HFGenerateEngine:
             start = decoder_start(self.model)
             inputs = encoder_inputs(rows) | decoder_inputs(rows, start)
             before = inputs["decoder_attention_mask"]
-            if getattr(getattr(self.model, "active_peft_config", None), "is_prompt_learning", False):
-                del inputs["decoder_attention_mask"]  # a prefix in the cache would want columns of its own
             config.decoder_start_token_id = start[0]  # or `generate` would look for one
         sampler = _Sampler(sampling, keys, before)
         with evaluation_mode(self.model), _own_generation_config_aside(self.model), torch.no_grad():

@@ -18,6 +18,7 @@ from .evaluation import check_set_names
 from .placement import is_zero3
 from .prompts import check_prompt_dataset, check_template_kwargs, encode_prompt, first_rows
 from .rewards import check_rewards
+from .rewards.loading import check_config
 from .rewards.registry import reads_gold
 from .rewards.rows import RESERVED
 from .rollouts import check_engine
@@ -84,7 +85,7 @@ def problems(
         partial(check_set_names, sets, args.log_completions),
         partial(check_path, model),
         partial(check_architecture, model, "model"),
-        partial(check_architecture, args.ref_model_name_or_path, "ref_model_name_or_path"),
+        partial(check_reference, args),
         partial(device_map, args, "ref_device"),
         partial(device_map, args, "reward_device"),
         partial(check_engine, args.rollout_engine),
@@ -184,6 +185,21 @@ def check_architecture(model: Any, name: str) -> None:
             f"{name} {model!r} is a {architectures[0]}, which cannot generate text; give a causal LM. A reward model "
             "goes into reward_funcs."
         )
+
+
+def check_reference(args: GRPOConfig) -> None:
+    """Raises ValueError for a `ref_model_name_or_path` that cannot be loaded, is a classifier or has an adapter
+    alone."""
+    path = args.ref_model_name_or_path
+    if path is None:
+        return
+    check_architecture(path, "ref_model_name_or_path")
+    if Path(path, ADAPTER_CONFIG).is_file():
+        raise ValueError(
+            f"ref_model_name_or_path={path!r} has an adapter and no model: merge it into its base "
+            "(model.merge_and_unload()), save that, and give its path."
+        )
+    check_config(path, f"ref_model_name_or_path={path!r}", args.ref_model_init_kwargs, args)
 
 
 def check_path(model: Any) -> None:

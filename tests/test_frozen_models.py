@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from grpo_trl import GRPOTrainer
@@ -72,8 +73,12 @@ def test_a_reference_of_another_dtype(tmp_path, model_dir):
             {"sync_ref_model": True, "ref_model_init_kwargs": {"quantization_config": {"load_in_4bit": True}}},
             "which quantised ones do not allow",
         ),
+        ({"ref_model_name_or_path": "adapter"}, "'adapter' has an adapter and no model: merge it into its base"),
+        ({"reward_model_init_kwargs": {"dtype": "bfloat16"}}, "reward_model_init_kwargs has no effect: no reward is"),
     ],
 )
-def test_references_that_cannot_be(tmp_path, options, message):
+def test_frozen_models_that_cannot_be(tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    get_peft_model(tiny_model("qwen3"), LoraConfig(target_modules=["q_proj"])).save_pretrained("adapter")
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path, beta=0.1, **options)

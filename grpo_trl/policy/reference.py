@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import os
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
@@ -129,16 +128,11 @@ def load_reference_model(
     policy that was passed as an instance is copied. `args.ref_model_init_kwargs` go over the policy's.
 
     Raises:
-        ValueError: a path with an adapter alone; see `refuse_empty` and `check_map`.
+        ValueError: see `refuse_empty` and `check_map`.
     """
     if not needs_reference_model(args, has_adapter=isinstance(policy, PeftModel)):
         return None
     path = args.ref_model_name_or_path or policy_path
-    if path is not None and os.path.isfile(os.path.join(path, "adapter_config.json")):
-        raise ValueError(
-            f"ref_model_name_or_path={path!r} has an adapter and no model: merge it into its base "
-            "(model.merge_and_unload()), save that, and give its path."
-        )
     sharded = is_zero3(args.deepspeed_plugin)
     if path is None:
         refuse_empty(policy, "The policy, whose copy is the reference,")

@@ -22,21 +22,20 @@ def check_rewards(specs: Sequence[RewardSpec], processing_classes: Any, args: GR
     """Everything about the rewards that can be wrong before a model is loaded.
 
     Raises:
-        ValueError: no reward, a name or path that leads to no function, a reward model or reference without a config,
-            another number of weights or tokenizers than rewards, a time-out on a function that no process can import.
+        ValueError: no reward, a name or path that leads to no function, a reward model without a config, options for
+            reward models where none is loaded, another number of weights or tokenizers than rewards, a time-out on a
+            function that no process can import.
     """
     if not specs:
         raise ValueError("reward_funcs is empty; pass at least one function, registered name or reward model.")
     paths = [base_model(spec) for spec in specs if isinstance(spec, str) and is_reward_model(spec)]
-    named = [(path, f"reward model {path!r}", args.reward_model_init_kwargs) for path in paths]
-    if reference := args.ref_model_name_or_path:
-        named.append((reference, f"ref_model_name_or_path={reference!r}", args.ref_model_init_kwargs))
-    for path, what, options in named:
-        revision = mapping(options).get("revision", "main")
-        try:
-            AutoConfig.from_pretrained(path, trust_remote_code=args.trust_remote_code, revision=revision)
-        except (OSError, ValueError) as error:  # of which some do not name the model
-            raise ValueError(f"{what} cannot be loaded: {error}") from error
+    for path in paths:
+        check_config(path, f"reward model {path!r}", args.reward_model_init_kwargs, args)
+    if args.reward_model_init_kwargs and not any(map(is_reward_model, specs)):
+        raise ValueError(
+            "reward_model_init_kwargs has no effect: no reward is a model that is loaded here (a RewardModel of one's "
+            "own has its model_init_kwargs); leave it out."
+        )
     functions = [
         resolve_reward(spec, max_completion_length=args.max_completion_length)
         for spec in specs
@@ -56,6 +55,15 @@ def check_rewards(specs: Sequence[RewardSpec], processing_classes: Any, args: GR
             "(None for functions)."
         )
     check_weights(args.reward_weights, len(specs))
+
+
+def check_config(path: str, what: str, options: Any, args: GRPOConfig) -> None:
+    """Raises ValueError unless the config at `path` can be loaded, with the `revision` of `options`."""
+    revision = mapping(options).get("revision", "main")
+    try:
+        AutoConfig.from_pretrained(path, trust_remote_code=args.trust_remote_code, revision=revision)
+    except (OSError, ValueError) as error:  # of which some do not name the model
+        raise ValueError(f"{what} cannot be loaded: {error}") from error
 
 
 def check_weights(weights: Sequence[float] | None, count: int) -> None:

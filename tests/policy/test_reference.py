@@ -297,12 +297,6 @@ def test_several_active_adapters_are_refused():
         freeze_adapter(policy)
 
 
-def test_a_reference_that_is_an_adapter_alone_is_refused(config, tmp_path):
-    lora_model(trained=True).save_pretrained(path := str(tmp_path / "adapter"))
-    with pytest.raises(ValueError, match="has an adapter and no model: merge it into its base"):
-        load_reference_model(tiny_model("qwen3"), None, config(beta=0.1, ref_model_name_or_path=path), CPU)
-
-
 def test_continued_adapter_from_disk(tmp_path, batch):
     lora_model(trained=True).save_pretrained(tmp_path / "adapter")
     policy = PeftModel.from_pretrained(tiny_model("qwen3"), tmp_path / "adapter", is_trainable=True)

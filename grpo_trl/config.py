@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch.distributed.distributed_c10d import _set_pg_timeout
-from transformers import TrainingArguments
+from transformers import CompileConfig, TrainingArguments
 
 from .algorithm import (
     AGGREGATIONS,
@@ -34,7 +34,14 @@ from .config_checks import (
     value_problems,
 )
 from .config_types import type_problems
-from .config_vllm import VLLMArguments, about, resolve_vllm, vllm_generation_kwargs, vllm_kwargs_problems
+from .config_vllm import (
+    VLLMArguments,
+    about,
+    length_problems,
+    resolve_vllm,
+    vllm_generation_kwargs,
+    vllm_kwargs_problems,
+)
 from .generation_kwargs import FIELDS as GENERATION_FIELDS
 from .generation_kwargs import generation_problems
 from .refused import UNUSED, raise_all, refuse, unused
@@ -290,6 +297,8 @@ class GRPOConfig(VLLMArguments):
         if not problems:
             self._follow("dynamic_sampling_max_age")
         problems += combination_problems(self) + optimizer_problems(self)
+        if self.use_vllm and self.vllm_mode == "colocate":
+            problems += length_problems(self.vllm_max_model_length, "vLLM's copy", self)
         if self.use_liger_kernel:  # its forward would take the place of the one that scores completions
             self.liger_kernel_config = {**(self.liger_kernel_config or {}), "fused_linear_cross_entropy": False}
         raise_all(problems + refused)
@@ -305,6 +314,14 @@ class GRPOConfig(VLLMArguments):
     def __getstate__(self) -> dict[str, Any]:
         """Without the Hub's token: transformers pickles the arguments into folders that it may push."""
         return self.__dict__ | {"hub_token": None}
+
+    def to_dict(self) -> dict[str, Any]:
+        """With `generation_kwargs` that JSON knows: trackers write it."""
+        values = super().to_dict()
+        options = mapping(values["generation_kwargs"])
+        if isinstance(config := options.get("compile_config"), CompileConfig):
+            values["generation_kwargs"] = options | {"compile_config": config.to_dict()}
+        return values
 
     @property
     def n_gpu(self) -> int:
@@ -424,6 +441,8 @@ class GRPOConfig(VLLMArguments):
         """`generation_kwargs` override the fields of the same meaning, as in TRL, and so reach the log-probabilities
         and the length rewards too."""
         options = mapping(self.generation_kwargs)
+        if isinstance(biases := options.get("sequence_bias"), dict):  # keys that JSON does not know
+            options["sequence_bias"] = [[list(ids) if isinstance(ids, tuple) else ids, b] for ids, b in biases.items()]
         for name, own in GENERATION_FIELDS.items():
             if name in options:
                 setattr(self, own, options.pop(name))

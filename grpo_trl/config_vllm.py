@@ -27,6 +27,7 @@ SET_BY_TRAINER = {
     "logprobs": "nothing: those of the sampled tokens come anyway",
     "stop_token_ids": "the tokenizer's and the generation config's EOS tokens",
     "ignore_eos": "the tokenizer's and the generation config's EOS tokens",
+    "truncate_prompt_tokens": "max_prompt_length with overlong_prompts",
 }
 
 
@@ -72,6 +73,7 @@ def resolve_vllm(args: Any) -> list[str]:
         return []
     args.rollout_engine = "vllm"
     problems = value_problems(args, VLLM_RANGES | VLLM_CHOICES)
+    args.vllm_server_base_url = args.vllm_server_base_url and args.vllm_server_base_url.rstrip("/")
     if args.sampler_correction is None and args.vllm_importance_sampling_correction:
         problems += _bounds_that_would_be_lost(args)
         args.sampler_correction = args.vllm_importance_sampling_mode
@@ -114,4 +116,17 @@ def vllm_kwargs_problems(args: Any) -> list[str]:
         f"generation_kwargs {name} is set by the trainer where vLLM samples; use {SET_BY_TRAINER[name]}."
         for name in options
         if name in SET_BY_TRAINER
+    ]
+
+
+def length_problems(longest: int | None, what: str, args: Any) -> list[str]:
+    """Too few tokens (None: unknown) for a prompt and its completion: vLLM cuts completions that do not fit."""
+    completion = max(args.max_completion_length, args.eval_max_completion_length or 0)
+    needed = (args.max_prompt_length or 1) + completion
+    if longest is None or longest >= needed:
+        return []
+    return [
+        f"{what} has room for {longest} tokens, prompt included, and max_completion_length is {completion}, "
+        f"max_prompt_length {args.max_prompt_length}: completions would be cut. Lower these, or give it {needed} or "
+        "more (vllm_max_model_length; of a server: --max-model-len)."
     ]

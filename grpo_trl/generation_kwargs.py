@@ -91,8 +91,6 @@ def _is_pair(value: Any, first: Callable[[Any], bool]) -> bool:
 
 
 def _are_biases(value: Any) -> bool:
-    if isinstance(value, dict):
-        value = [[list(ids) if isinstance(ids, tuple) else None, bias] for ids, bias in value.items()]
     pairs = isinstance(value, list) and bool(value) and all(_is_pair(pair, _are_ids) for pair in value)
     return pairs and all(isinstance(bias, float) for _, bias in value)
 

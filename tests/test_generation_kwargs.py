@@ -1,9 +1,10 @@
 """`generation_kwargs`: each option of transformers is a field of ours, acts, or is refused with the reason."""
 
+import json
 from dataclasses import replace
 
 import pytest
-from transformers import GenerationConfig
+from transformers import CompileConfig, GenerationConfig
 
 from grpo_trl import GRPOConfig
 from grpo_trl.generation_kwargs import FIELDS, REFUSED, USABLE
@@ -68,7 +69,13 @@ def test_values_that_transformers_would_find_in_a_rollout(tmp_path, name, value)
 def test_values_of_several_parts(tmp_path):
     options = {"exponential_decay_length_penalty": [3, 1.1], "sequence_bias": [[[20], -5.0], [[21, 22], 1.0]]}
     assert config(tmp_path, **options).generation_kwargs == options
-    assert config(tmp_path, sequence_bias={(20,): -5.0})
+    assert config(tmp_path, sequence_bias={(20,): -5.0}).generation_kwargs == {"sequence_bias": [[[20], -5.0]]}
+
+
+@pytest.mark.parametrize("options", [{"sequence_bias": {(20,): -5.0}}, {"compile_config": CompileConfig()}])
+def test_trackers_can_write_the_arguments(tmp_path, options):
+    (name,) = options
+    assert name in json.loads(config(tmp_path, **options).to_json_string())["generation_kwargs"]
 
 
 def test_all_problems_are_said_at_once(tmp_path):

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from .. import manifest
 from ..batch import Group, Prompt
-from ..config import GRPOConfig
+from ..config import GRPOConfig, mapping
 from .sampling import SamplingParams
 from .vllm_checks import check_ranks, check_vllm, check_weights, takes_adapters
 
@@ -37,7 +37,8 @@ class VLLMEngine:
 
     Raises:
         ValueError: vLLM is absent or too old, or cannot be given this policy's weights; a server whose
-            log-probabilities are not those of what it samples.
+            log-probabilities are not those of what it samples, or without room for the longest row;
+            `generation_kwargs` that vLLM does not know.
         ConnectionError: no server after `vllm_server_timeout` seconds.
     """
 
@@ -53,8 +54,9 @@ class VLLMEngine:
     ):
         check_vllm()
         check_ranks(model, accelerator)
-        from .vllm_connection import Adapters, Connection, connect  # imports vLLM
+        from .vllm_connection import Adapters, Connection, check_params, connect  # imports vLLM
 
+        check_params(mapping(args.generation_kwargs))
         self.args, self.accelerator, self.max_concurrent_rows = args, accelerator, max_concurrent_rows
         self.client: Any = connect(args) if args.vllm_mode == "server" else None  # else there is a copy
         if self.client is not None and takes_adapters(self.client, model):
@@ -171,10 +173,17 @@ def request_options(sampling: SamplingParams, draw: int) -> dict[str, Any]:
 def as_group(prompt: Prompt, completion_ids: list[Any], logprobs: list[Any], sampling: SamplingParams) -> Group:
     """Completions and, per token, a list that holds its log-probability (None: NaN) -> `Group`."""
     logps = [[math.nan if token[0] is None else token[0] for token in row] for row in logprobs]
-    copies = sampling.num_generations // len(completion_ids)  # more than 1: greedy
+    copies = sampling.num_generations // sampling.num_distinct  # more than 1: greedy
     return Group(
         prompt,
         completion_ids * copies,
-        terminated=[bool(ids) and ids[-1] in sampling.eos_token_ids for ids in completion_ids] * copies,
+        terminated=[_is_terminated(ids, sampling) for ids in completion_ids] * copies,
         sampling_per_token_logps=logps * copies,
     )
+
+
+def _is_terminated(ids: list[int], sampling: SamplingParams) -> bool:
+    """By an EOS token, or, where there are some, by a stop string: it did not reach the limit."""
+    if ids and ids[-1] in sampling.eos_token_ids:
+        return True
+    return bool(sampling.generation_kwargs.get("stop")) and len(ids) < sampling.max_completion_length

@@ -13,7 +13,9 @@ from transformers.utils import logging
 from trl.distributed import DistributedBackend
 
 from ..config import GRPOConfig
+from ..config_vllm import length_problems
 from ..policy import LEAVE_THE_BASE
+from ..refused import raise_all
 
 logger = logging.get_logger(__name__)
 
@@ -35,9 +37,12 @@ def check_vllm() -> None:
         raise ValueError(f"{engine} needs vLLM {OLDEST} to {NEWEST}, and {version} is installed; {remedy}.")
 
 
-def check_server(client: Any) -> None:
-    """Raises a ValueError when the server is too old, or its log-probabilities are not those of what it samples."""
-    mode = client.get_server_info()["model_config"]["logprobs_mode"]
+def check_server(client: Any, args: GRPOConfig) -> None:
+    """Raises a ValueError when the server is too old, cuts completions, or its log-probabilities are not those of what
+    it samples."""
+    config = client.get_server_info()["model_config"]
+    raise_all(length_problems(config["max_model_len"], f"The vLLM server at {client.base_url}", args))
+    mode = config["logprobs_mode"]
     if mode != "processed_logprobs":
         raise ValueError(
             f"The vLLM server at {client.base_url} runs with --logprobs-mode {mode}: log-probabilities without "
@@ -55,16 +60,17 @@ def takes_adapters(client: Any, model: Any) -> bool:
     config = model.peft_config[str(model.active_adapter)] if isinstance(model, PeftModel) else None
     if not isinstance(config, LoraConfig) or config.use_dora or config.modules_to_save:
         return False  # no adapter, or one of a kind that vLLM does not load
+    if config.rank_pattern or config.alpha_pattern:
+        return False  # vLLM scales the whole adapter by lora_alpha / r
     if config.init_lora_weights not in LEAVE_THE_BASE or config.bias != "none" or _unmergeable(model):
         return False  # it is not all that differs from the base
     info = client._get(f"{client.base_url}/server_info", params={"config_format": "json"})
     lora = info["vllm_config"].get("lora_config")
-    ranks = (config.r, *(config.rank_pattern or {}).values())
     if not lora or not info.get("vllm_env", {}).get("VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
         return False
-    if max(ranks) > lora["max_lora_rank"]:
+    if config.r > lora["max_lora_rank"]:
         logger.warning(
-            f"The vLLM server takes adapters up to rank {lora['max_lora_rank']} and this one has {max(ranks)}: whole "
+            f"The vLLM server takes adapters up to rank {lora['max_lora_rank']} and this one has {config.r}: whole "
             "merged weights are sent. Start it with a higher --max-lora-rank to send the adapter alone."
         )
         return False
@@ -82,7 +88,8 @@ def check_weights(model: Any, args: GRPOConfig) -> None:
     if getattr(model, "is_quantized", False):
         raise ValueError(
             "vLLM cannot be sent the weights of a quantised policy; use rollout_engine native for QLoRA, or a server "
-            "that loads adapters (VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, --enable-lora)."
+            "that loads adapters (VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, --enable-lora), and LoRA without "
+            "rank_pattern, alpha_pattern, DoRA and modules_to_save."
         )
     if isinstance(model, PeftModel) and (reason := _unmergeable(model)):
         raise ValueError(f"vLLM cannot be sent weights with this adapter merged into them: {reason}.")

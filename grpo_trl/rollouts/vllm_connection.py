@@ -4,11 +4,13 @@ Imports vLLM, so it is itself imported only where that samples.
 """
 
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import requests
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from peft import PeftModel
@@ -32,12 +34,30 @@ def connect(args: GRPOConfig) -> VLLMClient:
         ValueError: see `check_server`.
     """
     url = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
-    try:
-        client = VLLMClient(base_url=url, connection_timeout=args.vllm_server_timeout)
-    except OSError as error:  # those of `requests` are OSErrors
-        raise ConnectionError(f"{error} Start it with `{SERVE}`, or raise vllm_server_timeout.") from error
-    check_server(client)
+    _wait_for(url, args.vllm_server_timeout)
+    client = VLLMClient(base_url=url)
+    check_server(client, args)
     return client
+
+
+def _wait_for(url: str, seconds: float) -> None:
+    """Returns when the server says that it is well. TRL's client waits for ever where something else answers."""
+    until = time.monotonic() + seconds
+    while (trouble := _trouble(url)) is not None:
+        if time.monotonic() >= until:
+            raise ConnectionError(
+                f"No vLLM server at {url} after {seconds} seconds: {trouble}. Start it with `{SERVE}`, or raise "
+                "vllm_server_timeout."
+            )
+        time.sleep(1)
+
+
+def _trouble(url: str) -> str | None:
+    try:
+        status = requests.get(f"{url}/health", timeout=10).status_code
+    except requests.RequestException as error:
+        return str(error)
+    return None if status == 200 else f"/health answers {status}"
 
 
 class Connection(VLLMGeneration):
@@ -76,14 +96,15 @@ class Connection(VLLMGeneration):
 
 
 class Adapters:
-    """Gives a server the policy's adapter alone, as files in `output_dir/vllm_adapter`, which it must be able to read.
+    """Gives a server the policy's adapter alone, as files in `output_dir/_vllm_adapter`, which it must be able to read
+    (`_*` is what a push to the Hub leaves out).
 
     Each state of the adapter has a name of its own, so that nothing cached for a former one is used.
     """
 
     def __init__(self, client: VLLMClient, model: PeftModel, args: GRPOConfig, accelerator: Accelerator):
         self.client, self.model, self.accelerator = client, model, accelerator
-        self.folder = Path(args.output_dir or ".").resolve() / "vllm_adapter"
+        self.folder = Path(args.output_dir or ".").resolve() / "_vllm_adapter"
         # the same on all ranks; a server outlives a run, and knows the names of one before
         self.run: str = broadcast_object_list([uuid4().hex[:8]])[0]
         self.name: str | None = None  # of what is loaded
@@ -120,6 +141,14 @@ class Adapters:
         )
 
 
+def check_params(options: dict[str, Any]) -> None:
+    """Raises a ValueError for `generation_kwargs` that vLLM's SamplingParams do not know, which a server ignores."""
+    try:
+        as_vllm_params(options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"generation_kwargs {options} are no SamplingParams of vLLM: {error}") from error
+
+
 def as_vllm_params(options: dict[str, Any]) -> SamplingParams:
     """What a server takes as JSON, as objects."""
     structured = options.get("structured_outputs")
@@ -138,16 +167,22 @@ def merged_weights(model: PeftModel) -> Iterator[tuple[str, Tensor]]:
         if ".modules_to_save." in full_name and trained not in full_name:
             continue
         name = full_name.removeprefix("base_model.model.").replace(trained, "").replace(".base_layer", "")
-        layer_name, is_adapted, own_name = full_name.rpartition(".base_layer.")
+        layer_name, is_adapted, _ = full_name.partition(".base_layer.")
+        own_name = full_name.rpartition(".")[-1]
         yield name, _merged(layers[layer_name], own_name) if is_adapted else parameter.data
 
 
 def _merged(layer: Any, name: str) -> Tensor:
+    wrappers = [layer]  # one in the other: peft wraps a module once for each of its `target_parameters`
+    while isinstance(wrappers[-1].base_layer, BaseTunerLayer):
+        wrappers.append(wrappers[-1].base_layer)
     parameters = list(layer.get_base_layer().parameters(recurse=False))
     before = [(parameter.data, parameter.data.clone()) for parameter in parameters]
-    layer.merge()
+    for wrapper in wrappers:
+        wrapper.merge()
     merged = getattr(layer.get_base_layer(), name).data.clone()
-    layer.unmerge()
+    for wrapper in reversed(wrappers):
+        wrapper.unmerge()
     for parameter, (data, saved) in zip(parameters, before, strict=True):
         data.copy_(saved)
         parameter.data = data

@@ -16,8 +16,9 @@ from grpo_trl.algorithm import policy_loss
 from grpo_trl.batch import Prompt, RolloutBatch
 from grpo_trl.policy import per_token_logps
 from grpo_trl.rollouts import SamplingParams, make_engine, ordered_groups
+from grpo_trl.rollouts.vllm import as_group
 from grpo_trl.rollouts.vllm_checks import NEWEST, OLDEST, check_weights
-from tests.rollouts.vllm_server import Server
+from tests.rollouts.vllm_server import Server, complete
 from tests.rollouts.vllm_stand_in import free_port, installed, weights_without_cuda
 from tests.test_trainer import config, dataset, logged, trainer, weights
 from tests.test_two_ranks import run as run_on_ranks
@@ -202,6 +203,19 @@ def test_merged_adapters_are_sent_and_the_policy_stays_bit_for_bit(tmp_path, qwe
     assert_logps_are_the_policys(model, engine.generate(PROMPTS, SAMPLING))
 
 
+@pytest.mark.parametrize("parameters", [["gate_up_proj"], ["down_proj"], ["gate_up_proj", "down_proj"]])
+def test_adapters_on_parameters_of_experts_are_merged(parameters):
+    from grpo_trl.rollouts.vllm_connection import merged_weights
+
+    model = adapted(tiny_model("qwen3_moe"), target_parameters=[f"mlp.experts.{name}" for name in parameters])
+    before, sent = weights_of(model), dict(merged_weights(model))
+    assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
+    expected = dict(model.merge_and_unload().named_parameters())
+    assert sent.keys() == expected.keys()
+    for name, weight in expected.items():
+        torch.testing.assert_close(sent[name], weight, rtol=0, atol=1e-6, msg=name)
+
+
 def weights_of(model) -> dict[str, torch.Tensor]:
     return {name: weight.clone() for name, weight in model.state_dict().items()}
 
@@ -230,6 +244,8 @@ def test_the_adapter_alone_is_sent_where_the_server_loads_them(tmp_path, qwen3, 
         (1, {}),
         (8, {"modules_to_save": ["lm_head"]}),
         (8, {"use_dora": True}),
+        (8, {"rank_pattern": {"v_proj": 4}}),
+        (8, {"alpha_pattern": {"v_proj": 64}}),
         (8, {"init_lora_weights": "pissa"}),  # what the server has as base is not the base any more
     ],
 )
@@ -400,8 +416,21 @@ def test_evaluation_samples_from_the_same_server(tmp_path, serve):
 def test_no_server_at_the_start(tmp_path, qwen3, serve):
     server = serve()
     server.close()
-    with pytest.raises(ConnectionError, match=r"can't be reached at http.* after 0.0 seconds.*vllm serve MODEL"):
+    with pytest.raises(ConnectionError, match=r"No vLLM server at http.* after 0.0 seconds: .*vllm serve MODEL"):
         engine_of(tmp_path, qwen3, server)
+
+
+def test_something_else_at_the_servers_port(tmp_path, qwen3, serve):
+    server = serve()
+    server.failures = 1
+    with pytest.raises(ConnectionError, match=r"after 0.0 seconds: /health answers 503\. .*raise vllm_server_timeout"):
+        engine_of(tmp_path, qwen3, server)
+
+
+def test_a_slash_at_the_end_of_the_url(tmp_path, qwen3, serve):
+    server = serve()
+    engine = engine_of(tmp_path, qwen3, server, vllm_server_base_url=f"{server.url}/")
+    assert engine.client.base_url == server.url
 
 
 def test_a_server_that_is_not_up_yet_is_waited_for(tmp_path, qwen3, serve):
@@ -471,6 +500,50 @@ def test_without_a_checkpoint_the_error_says_so(tmp_path, qwen3, serve, waits):
 def test_a_server_that_does_not_fit(tmp_path, qwen3, serve, options, message):
     with pytest.raises(ValueError, match=message):
         engine_of(tmp_path, qwen3, serve(**options))
+
+
+def test_a_server_that_would_cut_completions(tmp_path, qwen3, serve):
+    server, lengths = serve(max_model_len=40), {"max_completion_length": 30, "max_prompt_length": 10}
+    assert engine_of(tmp_path, qwen3, server, **lengths)
+    with pytest.raises(
+        ValueError, match=r"has room for 40 tokens, .* is 31, max_prompt_length 10: .*give it 41 or more"
+    ):
+        engine_of(tmp_path, qwen3, server, **lengths | {"max_completion_length": 31})
+    with pytest.raises(ValueError, match="has room for 40 tokens"):
+        engine_of(tmp_path, qwen3, server, **lengths | {"eval_max_completion_length": 31})
+
+
+def test_a_copy_that_would_cut_completions(tmp_path):
+    options = {"rollout_engine": "vllm", "max_completion_length": 30}
+    assert config(tmp_path, vllm_max_model_length=31, **options)
+    with pytest.raises(ValueError, match="vLLM's copy has room for 30 tokens"):
+        config(tmp_path, vllm_max_model_length=30, **options)
+
+
+@pytest.mark.parametrize("name", ["min_new_tokens", "tempperature", "use_beam_search"])
+def test_options_that_vllm_does_not_know(tmp_path, qwen3, serve, name):
+    with pytest.raises(ValueError, match=rf"generation_kwargs .*{name}.* are no SamplingParams of vLLM: .*{name}"):
+        engine_of(tmp_path, qwen3, serve(), generation_kwargs={name: 1})
+
+
+def test_fewer_completions_than_were_asked_for(tmp_path, qwen3, serve, monkeypatch):
+    engine = engine_of(tmp_path, qwen3, serve())
+    monkeypatch.setattr("tests.rollouts.vllm_server.complete", lambda *args: complete(*args)[:1])
+    with pytest.raises(ValueError, match="draws with another number of completions"):
+        batch_of(engine.generate(PROMPTS, SAMPLING))
+
+
+def test_a_stop_string_ends_a_completion():
+    eos, rows = MANY_EOS[0], [[9], [9, MANY_EOS[0]], [9] * SAMPLING.max_completion_length]
+    assert eos != 9 and 9 not in MANY_EOS[:1]
+    logps = [[[-1.0]] * len(ids) for ids in rows]
+
+    def ended(**options):
+        sampling = replace(SAMPLING, num_generations=3, eos_token_ids=(eos,), generation_kwargs=options)
+        return as_group(PROMPTS[0], rows, logps, sampling).terminated
+
+    assert ended() == [False, True, False]
+    assert ended(stop=["</answer>"]) == [True, True, False]
 
 
 def test_a_server_without_weight_transfer(tmp_path, qwen3, serve):

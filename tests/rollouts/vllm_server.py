@@ -13,6 +13,7 @@ from urllib.parse import urlparse
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.distributed import ProcessGroupGloo, TCPStore
 
@@ -60,7 +61,8 @@ class Server:
 
     Args:
         model: what answers; weights that are sent are copied into it.
-        version, logprobs_mode, transfer, max_lora_rank: as `vllm serve` was started. Without a rank it has no LoRA.
+        version, logprobs_mode, max_model_len, transfer, max_lora_rank: as `vllm serve` was started. Without a rank it
+            has no LoRA.
         port: 0: any.
     """
 
@@ -70,13 +72,14 @@ class Server:
         *,
         version: str = "0.31.0",
         logprobs_mode: str = "processed_logprobs",
+        max_model_len: int = 4096,
         transfer: bool = True,
         max_lora_rank: int | None = None,
         port: int = 0,
     ):
         self.model, self.version = model, version
         self.config = {
-            "model_config": {"logprobs_mode": logprobs_mode},
+            "model_config": {"logprobs_mode": logprobs_mode, "max_model_len": max_model_len},
             "weight_transfer_config": {"backend": "nccl"} if transfer else None,
             "lora_config": None if max_lora_rank is None else {"max_lora_rank": max_lora_rank},
         }
@@ -161,7 +164,12 @@ class Server:
     def _load_adapter(self, body: dict[str, Any]) -> tuple[int, Any]:
         if body["lora_name"] in self.adapters:
             return 400, {"error": f"The lora adapter '{body['lora_name']}' has already been loaded."}
-        self.adapters[body["lora_name"]] = PeftModel.from_pretrained(copy.deepcopy(self.model), body["lora_path"])
+        adapted = PeftModel.from_pretrained(copy.deepcopy(self.model), body["lora_path"])
+        config: Any = adapted.peft_config["default"]
+        for layer in adapted.modules():
+            if isinstance(layer, LoraLayer):  # vLLM knows no scaling but this one
+                layer.scaling["default"] = config.lora_alpha / config.r
+        self.adapters[body["lora_name"]] = adapted
         return 200, f"Success: LoRA adapter '{body['lora_name']}' added successfully."
 
     def _unload_adapter(self, body: dict[str, Any]) -> tuple[int, Any]:

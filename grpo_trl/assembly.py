@@ -347,6 +347,7 @@ def default_callbacks(trainer: Any, reference_model: nn.Module | None) -> list[T
     if args.save_epochs:
         callbacks.append(EpochExportCallback(trainer))
     if args.sync_ref_model:
+        assert reference_model is not None  # `reference_problems`
         mixup, every = args.ref_model_mixup_alpha, args.ref_model_sync_steps
         callbacks.append(SyncReferenceCallback(reference_model, mixup, every))
     return callbacks

@@ -4,7 +4,9 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import fields
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from transformers import (
 from transformers.utils import logging
 from trl.trainer.utils import identity
 
-from .algorithm import entropy_bonus, policy_loss, top_entropy_mask
+from .algorithm import SURROGATES, entropy_bonus, policy_loss, top_entropy_mask
 from .assembly import (
     chat_options,
     config_for,
@@ -41,7 +43,7 @@ from .assembly import (
 from .batch import Group, Prompt, RolloutBatch
 from .callbacks import log_completions
 from .collection import CollectingTrainer
-from .config import GOVERNED, GRPOConfig
+from .config import GRPOConfig
 from .evaluation import evaluate_sets
 from .loader import IndexedPrompts, RolloutLoader, StreamedPrompts
 from .metrics import Metrics
@@ -60,25 +62,9 @@ from .trainer_checks import named_datasets, problems, prompt_problems
 
 logger = logging.get_logger(__name__)
 
-# fields that a variant governs and that act before `policy_loss`, on rewards, token weights and masks, or after it
-NOT_OF_THE_LOSS = {
-    "multi_objective_aggregation",
-    "advantage_baseline",
-    "scale_rewards",
-    "token_weighting",
-    "top_entropy_quantile",
-    "entropy_coef",
-    "mask_truncated_completions",
-    "overlong_penalty",
-}
-# what `policy_loss` takes
-LOSS_FIELDS = (
-    *(name for name in GOVERNED if name not in NOT_OF_THE_LOSS),
-    "off_policy_mask_threshold",
-    "sampler_correction",
-    "sampler_correction_min",
-    "sampler_correction_max",
-)
+# what `policy_loss` and the surrogates take of the arguments
+_TAKEN = {name for function in (policy_loss, *SURROGATES.values()) for name in signature(function).parameters}
+LOSS_FIELDS = tuple(field.name for field in fields(GRPOConfig) if field.name in _TAKEN)
 
 RewardFunc = str | PreTrainedModel | Callable[..., Any]
 

@@ -9,13 +9,13 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 from huggingface_hub import get_token
-from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
 from transformers.integrations import get_reporting_integration_callbacks
 
 from .assembly import device_map, filter_named
 from .config import GRPOConfig, mapping
 from .evaluation import check_set_names
 from .placement import is_zero3
+from .policy import holds_adapter
 from .prompts import check_prompt_dataset, check_template_kwargs, encode_prompt, first_rows
 from .rewards import check_rewards
 from .rewards.loading import check_config
@@ -51,7 +51,8 @@ def problems(
         for name, value in refused.items()
         if value not in (None, [])
     ]
-    found += reference_problems(model, args, with_adapter)
+    has_adapter = with_adapter or (isinstance(model, str) and holds_adapter(model))
+    found += reference_problems(model, args, has_adapter)
     if args.evaluates and datasets.keys() == {"train_dataset"}:
         found.append(
             "eval_strategy or eval_on_start asks for evaluation, but there is no eval_dataset; pass one, or set "
@@ -68,8 +69,7 @@ def problems(
         found.append(
             f"model is a {type(model).__name__}, which cannot generate text; pass a causal LM, or a path to one."
         )
-    has_adapter = with_adapter or (isinstance(model, str) and Path(model, ADAPTER_CONFIG).is_file())
-    if not has_adapter and Path(args.output_dir or ".", ADAPTER_CONFIG).is_file():
+    if not has_adapter and holds_adapter(args.output_dir or "."):
         found.append(
             f"output_dir={args.output_dir!r} holds an adapter, which would be loaded instead of the weights that are "
             "saved there; name another folder."
@@ -97,15 +97,15 @@ def problems(
     return found
 
 
-def reference_problems(model: Any, args: GRPOConfig, with_adapter: bool) -> list[str]:
+def reference_problems(model: Any, args: GRPOConfig, has_adapter: bool) -> list[str]:
     """Options of a reference that this run does not load, or does not have."""
     found = []
-    if args.sync_ref_model and with_adapter:
+    if args.sync_ref_model and has_adapter:
         found.append(
             "sync_ref_model=True needs a reference model of its own, but a policy with an adapter is its own "
             "reference; set sync_ref_model=False, or train all weights."
         )
-    loaded_reference = args.beta and (args.ref_model_name_or_path or (isinstance(model, str) and not with_adapter))
+    loaded_reference = args.beta and (args.ref_model_name_or_path or (isinstance(model, str) and not has_adapter))
     if args.ref_model_init_kwargs and not loaded_reference:
         found.append(
             "ref_model_init_kwargs has no effect: no reference is loaded from a path here; set "
@@ -194,7 +194,7 @@ def check_reference(args: GRPOConfig) -> None:
     if path is None:
         return
     check_architecture(path, "ref_model_name_or_path")
-    if Path(path, ADAPTER_CONFIG).is_file():
+    if holds_adapter(path):
         raise ValueError(
             f"ref_model_name_or_path={path!r} has an adapter and no model: merge it into its base "
             "(model.merge_and_unload()), save that, and give its path."

@@ -646,8 +646,6 @@ def test_reference_follows_at_its_steps_only(tmp_path):
 
 
 def test_reference_that_cannot_follow_is_refused_before_the_first_step(tmp_path, qwen3):
-    with pytest.raises(ValueError, match="reference model of its own"):
-        SyncReferenceCallback(None, 0.5, 2)
     trainer = make_trainer(tmp_path, qwen3)
     trainer.add_callback(SyncReferenceCallback(tiny.tiny_model(hidden_size=16), 0.5, 2))
     with pytest.raises(ValueError, match=r"embed_tokens.weight: \(263, 16\) in the reference, \(263, 32\)"):

@@ -68,6 +68,19 @@ def test_a_reference_of_another_dtype(tmp_path, model_dir):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"sync_ref_model": True}, "sync_ref_model=True needs a reference model of its own"),
+        ({"ref_model_init_kwargs": {"dtype": "bfloat16"}}, "ref_model_init_kwargs has no effect: no reference"),
+    ],
+)
+def test_a_policy_from_a_folder_with_an_adapter_has_no_reference_of_its_own(tmp_path, options, message):
+    get_peft_model(tiny_model("qwen3"), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, str(tmp_path / "adapter"), beta=0.1, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
         ({"ref_model_init_kwargs": {"dtype": "bfloat16"}}, "ref_model_init_kwargs has no effect: no reference"),
         (
             {"sync_ref_model": True, "ref_model_init_kwargs": {"quantization_config": {"load_in_4bit": True}}},

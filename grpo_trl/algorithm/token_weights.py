@@ -5,7 +5,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-TOKEN_WEIGHTINGS = ("token", "sequence", "max_length", "sequence_sum")
+# name -> (mask (B, T), tokens and completions that count over all ranks, max_completion_length) -> weights (B, T)
+TOKEN_WEIGHTINGS: dict[str, Callable[[Tensor, Tensor, Tensor, int], Tensor]] = {
+    "token": lambda mask, tokens, completions, longest: mask / tokens,
+    "sequence": lambda mask, tokens, completions, longest: mask / mask.sum(1, keepdim=True).clamp(min=1) / completions,
+    "max_length": lambda mask, tokens, completions, longest: mask / (completions * longest),
+    "sequence_sum": lambda mask, tokens, completions, longest: mask / completions,
+}
 
 
 def token_weights(
@@ -39,14 +45,7 @@ def token_weights(
     if token_weighting not in TOKEN_WEIGHTINGS:
         raise ValueError(f"token_weighting={token_weighting!r} is unknown; use one of {', '.join(TOKEN_WEIGHTINGS)}.")
     mask = loss_mask.double()
-    lengths = mask.sum(1, keepdim=True)
+    lengths = mask.sum(1)
     num_tokens, num_completions = all_reduce(torch.stack([lengths.sum(), (lengths > 0).double().sum()])).clamp(min=1)
-    if token_weighting == "token":
-        weights = mask / num_tokens
-    elif token_weighting == "sequence":
-        weights = mask / lengths.clamp(min=1) / num_completions
-    elif token_weighting == "sequence_sum":
-        weights = mask / num_completions
-    else:
-        weights = mask / (num_completions * max_completion_length)
+    weights = TOKEN_WEIGHTINGS[token_weighting](mask, num_tokens, num_completions, max_completion_length)
     return (weights * world_size).float()

@@ -16,16 +16,10 @@ class SyncReferenceCallback(TrainerCallback):
 
     As `trl.trainer.callbacks.SyncRefModelCallback`, but the reference may be on another device and in another dtype
     than the policy: there `add_` raises. Raises ValueError before the first step when the two do not have the same
-    parameters: no reference of its own (LoRA: the reference is the policy without adapter), another architecture, or
-    a quantised one.
+    parameters: another architecture, or a quantised one.
     """
 
-    def __init__(self, reference_model: nn.Module | None, mixup: float, every: int):
-        if reference_model is None:
-            raise ValueError(
-                "sync_ref_model=True needs a reference model of its own, but a policy with an adapter is its own "
-                "reference (adapter off); set sync_ref_model=False, or train all weights."
-            )
+    def __init__(self, reference_model: nn.Module, mixup: float, every: int):
         self.reference_model = reference_model
         self.mixup = mixup
         self.every = every

@@ -9,6 +9,7 @@ from peft import LoraConfig
 
 from ..config_checks import combination_problems
 from ..placement import is_zero3
+from ..policy import holds_adapter
 from ..trainer_checks import reference_problems, zero3_problems
 from .plan import Plan, Run, plan_run
 
@@ -52,7 +53,7 @@ def _problems(run: Run) -> set[str]:
     return {
         *combination_problems(args),
         *placed,
-        *reference_problems(policy.path, args, policy.peft_config is not None),
+        *reference_problems(policy.path, args, policy.peft_config is not None or holds_adapter(policy.path)),
     }
 
 

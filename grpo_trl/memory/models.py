@@ -1,7 +1,6 @@
 """Models from their configurations alone, by the rules by which real ones are loaded: weights on the meta device."""
 
 import copy
-import os
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,6 +14,7 @@ from ..policy import (
     causal_lm,
     disable_dropout,
     freeze_adapter,
+    holds_adapter,
     load_policy,
     needs_frozen_adapter,
     needs_reference_model,
@@ -43,7 +43,7 @@ def policy_of(spec: PolicySpec, args: GRPOConfig) -> Any:
         ValueError, OSError: what `load_policy` raises, and a path without a configuration.
     """
     path, peft_config = spec.path, spec.peft_config
-    trained = os.path.isfile(os.path.join(path, "adapter_config.json"))
+    trained = holds_adapter(path)
     if trained:
         peft_config = PeftConfig.from_pretrained(path)
         peft_config.inference_mode = False  # a saved adapter's is True; the policy's is trained further

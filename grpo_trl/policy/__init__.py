@@ -1,7 +1,7 @@
 """How a language model is loaded and evaluated on what was sampled."""
 
 from .by_group import ScoredByGroup
-from .loading import load_policy
+from .loading import holds_adapter, load_policy
 from .logprobs import causal_lm, is_encoder_decoder, is_packed, per_token_logps
 from .mode import disable_dropout, evaluation_mode
 from .packing import pieces
@@ -29,6 +29,7 @@ __all__ = [
     "disable_dropout",
     "evaluation_mode",
     "freeze_adapter",
+    "holds_adapter",
     "is_encoder_decoder",
     "is_packed",
     "load_policy",

@@ -14,6 +14,7 @@ from peft import (
     TaskType,
     get_peft_model,
 )
+from peft.utils import CONFIG_NAME
 from transformers import PreTrainedModel
 from transformers.utils import logging
 from trl.trainer.utils import create_model_from_path
@@ -139,12 +140,17 @@ def _from_path(path: str, args: GRPOConfig, quantization_config: Any) -> PreTrai
                 "quantization_config was passed to the trainer and in model_init_kwargs; leave out one of them."
             )
         options["quantization_config"] = quantization_config
-    if os.path.isfile(os.path.join(path, "adapter_config.json")):
+    if holds_adapter(path):
         options.setdefault("dtype", torch.float32)  # as TRL's function below
         of_encoder = PeftConfig.from_pretrained(path).task_type == TaskType.SEQ_2_SEQ_LM
         auto_class = AutoPeftModelForSeq2SeqLM if of_encoder else AutoPeftModelForCausalLM
         return auto_class.from_pretrained(path, is_trainable=True, **options)
     return create_model_from_path(path, None, **options)
+
+
+def holds_adapter(path: str) -> bool:
+    """Whether a folder has an adapter of PEFT, as a LoRA run saves it."""
+    return os.path.isfile(os.path.join(path, CONFIG_NAME))
 
 
 def from_pretrained_options(args: GRPOConfig) -> dict[str, Any]:

@@ -82,9 +82,10 @@ class DynamicSampler:
         pool, self.surplus = fresh, []
         while (found := sum(gather([len(pool)]))) < wanted and cost.rounds < self.max_rounds:
             new = sample(self._next_round(wanted, wanted - found, world_size))
-            informative = [scored for scored in new if self.is_informative(scored)]
+            verdicts = [self.is_informative(scored) for scored in new]
+            informative = [scored for scored, verdict in zip(new, verdicts, strict=True) if verdict]
             pool += informative
-            equal = [scored.solved for scored in new if not self.is_informative(scored)]
+            equal = [scored.solved for scored, verdict in zip(new, verdicts, strict=True) if not verdict]
             tokens = sum(len(ids) for scored in new for ids in scored.group.completion_ids)
             seen = gather([(len(new), len(informative), sum(equal), len(equal) - sum(equal), tokens)])
             drawn, accepted, right, wrong, tokens = (sum(column) for column in zip(*seen, strict=True))

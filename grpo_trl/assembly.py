@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
 from transformers.integrations.liger import apply_liger_kernel
 from trl.trainer.utils import get_config_model_id
 
-from .algorithm import informative_groups
+from .algorithm import informative_groups, relative_rewards
 from .callbacks import (
     DeviceTableCallback,
     EpochExportCallback,
@@ -146,7 +146,8 @@ def policy_limit(args: GRPOConfig, accelerator: Accelerator) -> TokenLimit:
 
 
 def dynamic_sampler(args: GRPOConfig, sampling: SamplingParams, world_size: int) -> DynamicSampler:
-    """What fills batches with informative groups, by `dynamic_sampling_filter` or by the spread of their rewards.
+    """What fills batches with informative groups, by `dynamic_sampling_filter` or by the spread of their rewards and
+    whether a completion with an advantage has a token in the loss.
 
     It carries none over where sampling truncates: their log-probabilities are not the policy's, and later nobody knows
     what those were.
@@ -157,7 +158,10 @@ def dynamic_sampler(args: GRPOConfig, sampling: SamplingParams, world_size: int)
     def is_informative(scored: Scored) -> bool:
         if own is not None:
             return bool(own(scored.group, scored.rewards))
-        return bool(informative_groups(torch.tensor(scored.rewards), size, args.dynamic_sampling_tolerance)[0])
+        rewards = torch.tensor(scored.rewards)
+        counting = scored.group.in_loss(mask_truncated_completions=bool(args.mask_truncated_completions))
+        learned = relative_rewards(rewards[None].double())[0, [any(mask) for mask in counting]]
+        return bool(learned.any() and informative_groups(rewards, size, args.dynamic_sampling_tolerance)[0])
 
     return DynamicSampler(
         is_informative,

@@ -59,6 +59,13 @@ class Group:
     def __len__(self) -> int:
         return len(self.completion_ids)
 
+    def in_loss(self, *, mask_truncated_completions: bool) -> list[list[int]]:
+        """Which tokens count in the loss: G lists of 0/1."""
+        masks = self.loss_masks or [[1] * len(ids) for ids in self.completion_ids]
+        if not mask_truncated_completions:
+            return masks
+        return [mask if ended else [0] * len(mask) for mask, ended in zip(masks, self.terminated, strict=True)]
+
 
 @dataclass
 class RolloutBatch:
@@ -90,14 +97,7 @@ class RolloutBatch:
         prompts = [group.prompt.ids for group in groups for _ in range(len(group))]
         completions = [ids for group in groups for ids in group.completion_ids]
         loss_masks = [
-            [0] * len(ids) if mask_truncated_completions and not terminated else mask
-            for group in groups
-            for ids, terminated, mask in zip(
-                group.completion_ids,
-                group.terminated,
-                group.loss_masks or [[1] * len(ids) for ids in group.completion_ids],
-                strict=True,
-            )
+            mask for group in groups for mask in group.in_loss(mask_truncated_completions=mask_truncated_completions)
         ]
         sampling_logps = None
         if all(group.sampling_per_token_logps is not None for group in groups):

@@ -141,9 +141,10 @@ class CollectingTrainer(TrainerHooks):
         groups = [group for group, real in zip(rollout.groups, sampled, strict=True) if real]
         self._count_tokens(groups)
         if groups:
-            rewards = rollout.rewards[torch.tensor(sampled).repeat_interleave(args.num_generations)]
+            real = torch.tensor(sampled).repeat_interleave(args.num_generations)
             rewards_per_func = torch.cat([group.rewards_per_func for group in groups])  # pyright: ignore[reportArgumentType, reportCallIssue]
-            record_rollout(self.metrics, groups, rewards_per_func, rewards, rollout.reward_names)
+            rewards, advantages = rollout.rewards[real], rollout.batch.advantages[real]  # pyright: ignore[reportOptionalSubscript]
+            record_rollout(self.metrics, groups, rewards_per_func, rewards, advantages, rollout.reward_names)
         return rollout.batch.to(args.device)
 
     def _dumped(self, collect: Callable[[Any], RolloutBatch], prompts: Any) -> RolloutBatch:
@@ -179,7 +180,7 @@ class CollectingTrainer(TrainerHooks):
             group.rewards_per_func = rows
         self.metrics.add("rollout/scoring_wait_seconds", self.scorer.wait_seconds)
         self.metrics.add("scoring/busy_seconds", self.scorer.busy_seconds)
-        record_rollout(self.metrics, groups, rewards_per_func, rewards, self.reward_names)
+        record_rollout(self.metrics, groups, rewards_per_func, rewards, compared, self.reward_names)
         self._count_tokens(groups)
         verdicts = passed(rewards_per_func, self.reward_weights, self.args.eval_pass_threshold)
         self._remember(groups, verdicts)

@@ -356,12 +356,18 @@ class GRPOConfig(VLLMArguments):
 
     @property
     def row(self) -> dict[str, Any]:
-        """What `variant`, `loss_type` and `use_bias_correction_kl` say of the fields that they govern. `epsilon_high`
-        may be None: as `epsilon`."""
+        """What `variant`, `loss_type` and `use_bias_correction_kl` say of the fields that they govern."""
+        variant = VARIANTS[self.variant]
         shorthand: dict[str, Any] = dict(LOSS_TYPES.get(self.loss_type or "", {}))
         if self.use_bias_correction_kl is not None:
             shorthand["kl_estimator"] = "k3_ratio" if self.use_bias_correction_kl else "k3"
-        return {name: shorthand.get(name, getattr(VARIANTS[self.variant], name)) for name in GOVERNED}
+        row = {name: shorthand.get(name, getattr(variant, name)) for name in GOVERNED}
+        bounds_the_ratio = variant.surrogate == "cispo"  # whose epsilon_high is no clip range
+        if bounds_the_ratio and (self.surrogate or row["surrogate"]) != "cispo":
+            row["epsilon_high"] = None
+        if row["epsilon_high"] is None:
+            row["epsilon_high"] = row["epsilon"] if self.epsilon is None else self.epsilon
+        return row
 
     @property
     def objective(self) -> dict[str, Any]:
@@ -392,8 +398,6 @@ class GRPOConfig(VLLMArguments):
         for name, value in self.row.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        if self.epsilon_high is None:
-            self.epsilon_high = self.epsilon
         return value_problems(self, PARTS)
 
     def _resolve_batches(self) -> list[str]:

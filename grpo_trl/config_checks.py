@@ -330,6 +330,11 @@ def _of_the_objective(args: Any) -> Rows:
             "pieces; leave one of them out.",
         ),
         (
+            args.dynamic_sampling_tolerance and args.multi_objective_aggregation == "normalize_then_sum",
+            f"dynamic_sampling_tolerance={args.dynamic_sampling_tolerance} compares with the size of rewards, which "
+            "normalize_then_sum brings to the same spread first; set it to 0, or use dynamic_sampling_filter.",
+        ),
+        (
             args.surrogate == "clip" and args.delta is not None and args.delta <= highest,
             f"delta={args.delta} must be more than 1 + epsilon_high = {highest:g}: it bounds the ratios that the clip "
             "range leaves free, and a lower one would narrow that range; raise it, or leave it out.",

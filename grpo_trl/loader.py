@@ -219,24 +219,26 @@ class RolloutLoader:
     def _take_unskipped(self, count: int, memory: PromptMemory) -> list[Prompt]:
         """The next `count` prompts of all ranks, each of which reads all of them, that the memory does not skip.
 
-        At most two prompts are passed over for each one skipped at present: by then each other prompt has come about
-        twice, or there is none, and the rest are taken as they come.
+        After two laps (in a stream: two prompts passed over for each one skipped at present) each other prompt has
+        come twice, or there is none, and the rest are taken as they come.
         """
-        patience = 2 * memory.num_skipped
+        rows, start = self.source.num_prompts, self.drawn
         taken: list[Prompt] = []
         self.passed_over = 0
         while len(taken) < count:
             prompt = self.encode(self.source.draw(0, self.drawn), self.drawn)
+            patient = self.drawn - start < 2 * rows if rows else self.passed_over < 2 * memory.num_skipped
             self.drawn += 1
-            if self.passed_over < patience and memory.skips(prompt):
+            if not memory.skips(prompt):
+                taken.append(prompt)
+            elif patient:
                 self.passed_over += 1
-                if self.passed_over == patience:
-                    logger.warning_once(
-                        "Too few prompts are left that skip_solved_after and skip_hopeless_after do not skip: all "
-                        "of these were passed over twice within one rollout, so the rest of it is drawn as it comes. "
-                        "Look at prompt_memory.parquet; change these options or eval_pass_threshold, or end the run."
-                    )
             else:
+                logger.warning_once(
+                    "Too few prompts are left that skip_solved_after and skip_hopeless_after do not skip: all of "
+                    "these were passed over twice within one rollout, so the rest of it is drawn as it comes. Look at "
+                    "prompt_memory.parquet; change these options or eval_pass_threshold, or end the run."
+                )
                 taken.append(prompt)
         return taken
 

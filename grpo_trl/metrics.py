@@ -141,9 +141,15 @@ def _total(rows: list[tuple[Value, ...]]) -> tuple[float, ...]:
 
 
 def record_rollout(
-    metrics: Metrics, groups: Sequence[Group], rewards_per_func: Tensor, rewards: Tensor, reward_names: Sequence[str]
+    metrics: Metrics,
+    groups: Sequence[Group],
+    rewards_per_func: Tensor,
+    rewards: Tensor,
+    compared: Tensor,
+    reward_names: Sequence[str],
 ) -> None:
-    """Lengths, truncation and rewards of a rollout, under TRL's names. rewards_per_func (B, F), rewards (B,)."""
+    """Lengths, truncation and rewards of a rollout, under TRL's names. rewards_per_func (B, F); their sum, and what is
+    compared of them within groups, (B,)."""
     lengths = torch.tensor([len(ids) for group in groups for ids in group.completion_ids]).double()
     terminated = torch.tensor([flag for group in groups for flag in group.terminated])
     for kind, values in (("", lengths), ("terminated_", lengths[terminated])):
@@ -156,7 +162,7 @@ def record_rollout(
         metrics.add_std(f"rewards/{name}/std", values)
     metrics.add_mean("reward", rewards)
     metrics.add_std("reward_std", rewards)
-    metrics.add_mean("frac_reward_zero_std", (~informative_groups(rewards, len(groups[0]))).double())
+    metrics.add_mean("frac_reward_zero_std", (~informative_groups(compared, len(groups[0]))).double())
 
 
 def completion_rows(

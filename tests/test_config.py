@@ -294,6 +294,10 @@ def test_bf16_is_off_where_it_was_not_asked_for(config):
         ({"variant": "deepseekmath", "loss_type": "dapo"}, {"token_weighting": "token", "beta": 0.04}),
         ({"loss_type": "dr_grpo"}, {"token_weighting": "max_length"}),
         ({"loss_type": "cispo"}, {"surrogate": "cispo", "epsilon_high": 5.0}),
+        # what bounds the ratio itself in one surrogate is no clip range in another
+        ({"variant": "cispo", "loss_type": "dapo"}, {"surrogate": "clip", "epsilon_high": 0.2}),
+        ({"variant": "cispo", "surrogate": "clip", "epsilon": 0.1}, {"surrogate": "clip", "epsilon_high": 0.1}),
+        ({"variant": "cispo", "loss_type": "dapo", "epsilon_high": 0.3}, {"epsilon_high": 0.3}),
         # ... and loses to the explicit field
         ({"loss_type": "dr_grpo", "token_weighting": "token"}, {"token_weighting": "token"}),
         (
@@ -550,6 +554,10 @@ def test_a_second_gpu_that_is_seen_is_not_used(config, monkeypatch):
         (
             {"top_entropy_quantile": 0.2, "max_tokens_per_microbatch": 99},
             "top_entropy_quantile picks tokens from a whole micro-batch",
+        ),
+        (
+            {"variant": "gdpo", "dynamic_sampling_tolerance": 0.1},
+            "normalize_then_sum brings to the same spread first; set it to 0, or use dynamic_sampling_filter",
         ),
         (
             {"loss_type": "vespo", "sampler_correction": "sequence_truncate"},

@@ -172,7 +172,7 @@ REWARDS = torch.tensor([1.0, 0.0, 2.5, 2.5])
 
 def test_record_rollout():
     metrics = Metrics()
-    record_rollout(metrics, GROUPS, REWARDS_PER_FUNC, REWARDS, ["a", "b"])
+    record_rollout(metrics, GROUPS, REWARDS_PER_FUNC, REWARDS, REWARDS, ["a", "b"])
     assert metrics.reduce(alone) == {
         "completions/mean_length": 3.25,
         "completions/min_length": 2.0,
@@ -191,10 +191,19 @@ def test_record_rollout():
     }
 
 
+def test_groups_are_dead_by_what_is_compared_of_their_rewards():
+    metrics = Metrics()
+    compared = torch.tensor([1.0, 0.0, 0.7, -0.7])
+    record_rollout(metrics, GROUPS, REWARDS_PER_FUNC, REWARDS, compared, ["a", "b"])
+    assert metrics.reduce(alone)["frac_reward_zero_std"] == 0
+
+
 def test_record_rollout_without_a_terminated_completion():
     metrics = Metrics()
     truncated = [group(0, [4, 4], [False, False])]
-    record_rollout(metrics, truncated, torch.tensor([[NAN], [NAN]]), torch.tensor([NAN, NAN]), ["a"])
+    record_rollout(
+        metrics, truncated, torch.tensor([[NAN], [NAN]]), torch.tensor([NAN, NAN]), torch.tensor([NAN, NAN]), ["a"]
+    )
     result = metrics.reduce(alone)
     assert result["completions/clipped_ratio"] == 1.0
     assert not {name for name in result if "terminated" in name or "reward" in name} - {"frac_reward_zero_std"}

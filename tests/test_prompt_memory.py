@@ -8,6 +8,7 @@ from itertools import islice
 
 import pytest
 from accelerate.logging import MultiProcessAdapter
+from datasets import Dataset
 
 from grpo_trl import checkpoint
 from grpo_trl.batch import Group, Prompt
@@ -304,6 +305,15 @@ def test_few_prompts_that_are_left_come_twice_and_skipped_ones_fill_up():
     assert rollouts.examples[:2] == [[0, 1, 2, 3], [4, 5, 6, 7]]
     # 0 to 6 are passed over, 7 comes, 0 to 6 again, 7 comes, and the rest as they are
     assert rollouts.examples[2] == [7, 7, 0, 1]
+
+
+def test_one_prompt_of_many_rows_is_passed_over_as_often_as_it_comes(caplog):
+    MultiProcessAdapter.warning_once.cache_clear()
+    data = Dataset.from_dict({"id": [0] * 8 + [1, 2, 3, 4]})
+    made, rollouts = skipping(data, shuffle=False, sets=({0}, set()))
+    list(epochs(made, 2))
+    assert rollouts.examples[:4] == [[0, 0, 0, 0], [1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4]]
+    assert not caplog.records
 
 
 def test_a_prompt_that_is_no_longer_solved_comes_back():

@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 
 from grpo_trl import GRPOTrainer
 from grpo_trl.batch import Group, Prompt, RolloutBatch
+from grpo_trl.rollouts.dynamic import Scored
 from tests.test_trainer import assert_same, dataset, logged, reward_vowels, trainer, weights
 
 EQUAL = {"question 0", "question 3"}  # prompts whose completions all get the same reward
@@ -65,6 +66,37 @@ def test_every_group_of_an_update_has_a_gradient(tmp_path):
     )
     without.train()
     assert max(logged(without, "frac_reward_zero_std")) == 0.5
+
+
+def test_a_group_without_a_token_in_the_loss_is_not_informative(tmp_path):
+    run = dynamic(tmp_path, max_completion_length=8, mask_truncated_completions=True, max_steps=1)
+    run.train()
+    assert 0.5 < logged(run, "completions/clipped_ratio")[0] < 1
+    assert sum(logged(run, "dynamic_sampling/all_wrong")) > 0
+    (batch,) = run.batches
+    learned = (batch.loss_mask.any(1) & (batch.advantages != 0)).view(-1, 4).any(1)
+    assert learned.sum() == logged(run, "dynamic_sampling/kept")[0] > 0
+
+
+@pytest.mark.parametrize(
+    ("rewards", "terminated", "informative"),
+    [
+        ([1.0, 0.0, 0.0, 0.0], [True] * 4, True),
+        ([1.0, 0.0, 0.0, 0.0], [False, True, False, False], True),
+        ([1.0, 0.0, 0.0, 0.0], [False] * 4, False),
+        ([1.0, 0.0, 0.5, 0.5], [False, False, True, True], False),  # those that count are average
+        ([1.0, 1.0, 1.0, 1.0], [True] * 4, False),
+    ],
+)
+@pytest.mark.parametrize("masked", [True, False])
+def test_what_is_informative(tmp_path, rewards, terminated, informative, masked):
+    run = dynamic(tmp_path, mask_truncated_completions=masked)
+    run.get_train_dataloader()
+    group = Group(Prompt([1], {}, 0), [[5, 6]] * 4, terminated)
+    expected = informative if masked else len(set(rewards)) > 1
+    assert run.dynamic_sampler.is_informative(Scored(group, rewards, 0)) is expected
+    tool = Group(Prompt([1], {}, 0), [[5, 6]] * 4, [True] * 4, loss_masks=[[0, 0]] * 4)  # all of it masked
+    assert not run.dynamic_sampler.is_informative(Scored(tool, [1.0, 0.0, 0.0, 0.0], 0))
 
 
 def test_surplus_is_trained_with_the_ratio_of_the_policy_that_sampled_it(tmp_path):

@@ -1,6 +1,13 @@
 """The mathematics of GRPO: pure functions on tensors, with torch and the standard library only."""
 
-from .advantages import AGGREGATIONS, combine_rewards, group_advantages, informative_groups, passed
+from .advantages import (
+    AGGREGATIONS,
+    combine_rewards,
+    group_advantages,
+    informative_groups,
+    passed,
+    relative_rewards,
+)
 from .entropy import entropy_bonus, top_entropy_mask
 from .loss import IMPORTANCE_SAMPLING_LEVELS, KL_ESTIMATORS, SAMPLER_CORRECTIONS, SURROGATES, policy_loss
 from .token_weights import token_weights
@@ -21,6 +28,7 @@ __all__ = [
     "informative_groups",
     "passed",
     "policy_loss",
+    "relative_rewards",
     "token_weights",
     "top_entropy_mask",
 ]

@@ -87,7 +87,7 @@ def policy_loss(
     if off_policy_mask_threshold is not None:
         gap = (log_ratio.detach() + sampler_gap).neg()  # log of sampled / policy
         kept = off_policy_mask(gap, advantages, mask, off_policy_mask_threshold)
-        metrics["off_policy_masked"] = _masked(~kept & mask.any(1, keepdim=True), mask.any(1, keepdim=True))
+        metrics["off_policy_masked"] = _masked((~kept & mask).any(1), mask.any(1))
         per_token_loss = per_token_loss * kept
     if policy_mask is not None:
         per_token_loss = per_token_loss * policy_mask
@@ -270,12 +270,11 @@ CORRECTED = {"vespo"}  # use the correction for the sampler by themselves
 
 
 def off_policy_mask(gap: Tensor, advantages: Tensor, mask: Tensor, threshold: float) -> Tensor:
-    """False for completions with negative advantage that have drifted: whose mean log(pi_sampled / pi) per token is
-    above the threshold, in nats. (B, 1), from gap, advantages and mask (B, T). DeepSeek-V3.2, arXiv 2512.02556,
-    "Off-Policy Sequence Masking"."""
+    """False where the advantage is negative in completions that have drifted: whose mean log(pi_sampled / pi) per
+    token is above the threshold, in nats. (B, T), from gap, advantages and mask (B, T). DeepSeek-V3.2, arXiv
+    2512.02556, "Off-Policy Sequence Masking"."""
     drift = (gap * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
-    negative = (advantages < 0).any(1, keepdim=True)
-    return ~negative | (drift <= threshold)
+    return (advantages >= 0) | (drift <= threshold)
 
 
 def kl_k1(ref_log_ratio: Tensor, ratio: Tensor) -> Tensor:

@@ -154,7 +154,7 @@ def recipe_yaml(trainer: Any) -> str:
     values, objective = args.to_dict(), args.objective
     changed = [name for name in _changed(args, values) if name not in {*objective, *(recipe or {})}]
     # what the row says is said by its name: with it as an entry, another --variant would change nothing
-    row = args.row | ({"epsilon_high": args.epsilon} if args.row["epsilon_high"] is None else {})
+    row = args.row
     of_its_own = [name for name in GOVERNED if objective[name] != row[name]]
     source = _entries(recipe) if recipe is not None else _comments(_described(trainer))
     lines = [

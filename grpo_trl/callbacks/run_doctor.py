@@ -288,8 +288,9 @@ RULES = (
         "In {share:.0%} of the recent groups all completions had the same reward, so they have no gradient (mean "
         "reward {reward_mean:.3g}).",
         "If the prompts are too hard (reward near its minimum), use easier ones, more num_generations or a reward "
-        "with partial credit; if too easy, use harder ones. dynamic_sampling: true draws until a batch is full of "
-        "groups with a gradient.",
+        "with partial credit; if too easy, use harder ones. dynamic_sampling: true, where it is not on, draws until a "
+        "batch is full of groups with a gradient; skip_solved_after and skip_hopeless_after pass over prompts that "
+        "stay as they are.",
     ),
     Rule(
         "constant reward",

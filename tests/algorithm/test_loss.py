@@ -36,7 +36,9 @@ def test_completions_that_drifted_by_hand():
     mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [1, 0, 0, 0]]).bool()
     gap, advantages = torch.tensor([[0.25] * 4, [0.5, 0, 0, 0], [0.5, 0, 0, 0]]), torch.tensor([-1.0, -1.0, 1.0])
     kept = off_policy_mask(gap, advantages[:, None].expand(3, 4), mask, 0.25)
-    assert kept.flatten().tolist() == [True, False, True]
+    assert kept[mask].tolist() == [True] * 4 + [False, True]
+    mixed = torch.tensor([[1.0, 1.0, -1.0, 1.0]])  # an advantage per token
+    assert off_policy_mask(torch.ones(1, 4), mixed, mask[:1], 0.25).tolist() == [[True, True, False, True]]
     assert off_policy_mask(0 * gap, -torch.ones(3, 4), mask, 0.0).all()  # on-policy
 
 

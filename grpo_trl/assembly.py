@@ -65,7 +65,7 @@ def config_for(model: Any, args: Any) -> GRPOConfig:
 def reward_specs(reward_funcs: Any, processing_classes: Any, args: GRPOConfig) -> tuple[list[Any], Any]:
     """One or several `reward_funcs` as a list, with their tokenizers and the overlong penalty where it is on."""
     several = isinstance(reward_funcs, list | tuple)
-    specs = list(reward_funcs) if several else [reward_funcs] if reward_funcs else []
+    specs = list(reward_funcs) if several else [] if reward_funcs in (None, "") else [reward_funcs]
     if args.overlong_penalty:
         return with_overlong_penalty(specs, processing_classes, args)
     return specs, processing_classes

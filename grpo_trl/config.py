@@ -42,8 +42,8 @@ from .config_vllm import (
     vllm_generation_kwargs,
     vllm_kwargs_problems,
 )
+from .generation_kwargs import AS_IT_IS, generation_problems
 from .generation_kwargs import FIELDS as GENERATION_FIELDS
-from .generation_kwargs import generation_problems
 from .refused import UNUSED, raise_all, refuse, unused
 
 logger = logging.getLogger(__name__)
@@ -212,7 +212,7 @@ class GRPOConfig(VLLMArguments):
     vespo_lambda_neg: float = about("vespo: lambda for negative advantages.")
     beta: float = about("Weight of the KL penalty; 0: no reference model is loaded. Default: 0.01 (TRL: 0).")
     kl_estimator: str = about("k1, k2, k3, or k3_ratio, whose gradient is that of the reverse KL.")
-    use_bias_correction_kl: bool | None = about("TRL's name for kl_estimator: true is k3_ratio, false is k3.")
+    use_bias_correction_kl: bool = about("TRL's name for kl_estimator: true is k3_ratio, false is k3.")
     multi_objective_aggregation: str = about(
         "Several rewards: sum_then_normalize, or normalize_then_sum (each within its group first)."
     )
@@ -447,6 +447,7 @@ class GRPOConfig(VLLMArguments):
         options = mapping(self.generation_kwargs)
         if isinstance(biases := options.get("sequence_bias"), dict):  # keys that JSON does not know
             options["sequence_bias"] = [[list(ids) if isinstance(ids, tuple) else ids, b] for ids, b in biases.items()]
+        options = {name: value for name, value in options.items() if (name, value) not in AS_IT_IS.items()}
         for name, own in GENERATION_FIELDS.items():
             if name in options:
                 setattr(self, own, options.pop(name))

@@ -37,6 +37,9 @@ USABLE = (
     "use_cache",
 )
 
+# what happens anyway
+AS_IT_IS = {"do_sample": True, "num_beams": 1, "num_beam_groups": 1, "num_return_sequences": 1}
+
 # why -> names
 _REASONS = {
     "each completion is one sample, there are no beams; use num_generations": (

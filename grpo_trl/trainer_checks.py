@@ -65,6 +65,11 @@ def problems(
             f"metric_for_best_model={args.metric_for_best_model!r}: with several eval sets each has its own; set "
             f"eval_{named[0]}_{best}, say."
         )
+    if hasattr(model, "_orig_mod"):
+        found.append(
+            "model was compiled by torch.compile(model), under which its weights are saved by other names; pass the "
+            "model itself, with torch_compile=True or after model.compile()."
+        )
     if not isinstance(model, str) and not model.can_generate():
         found.append(
             f"model is a {type(model).__name__}, which cannot generate text; pass a causal LM, or a path to one."

@@ -28,7 +28,7 @@ def test_every_option_of_transformers_is_decided_on():
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_what_has_no_effect_or_does_harm_is_refused_with_the_reason(tmp_path, name):
     with pytest.raises(ValueError) as error:
-        config(tmp_path, **{name: 1, "min_new_tokens": 2})
+        config(tmp_path, **{name: 2, "min_new_tokens": 2})
     assert f"generation_kwargs {name} cannot be used ({name}: {REFUSED[name]})" in str(error.value)
     assert "min_new_tokens" not in str(error.value).replace(REFUSED[name], "")
 
@@ -76,6 +76,12 @@ def test_values_of_several_parts(tmp_path):
 def test_trackers_can_write_the_arguments(tmp_path, options):
     (name,) = options
     assert name in json.loads(config(tmp_path, **options).to_json_string())["generation_kwargs"]
+
+
+def test_values_that_say_what_happens_anyway(tmp_path):
+    assert config(tmp_path, do_sample=True, num_beams=1, num_return_sequences=1).generation_kwargs is None
+    with pytest.raises(ValueError, match="do_sample, num_beams cannot be used"):
+        config(tmp_path, do_sample=False, num_beams=2)
 
 
 def test_all_problems_are_said_at_once(tmp_path):

@@ -313,6 +313,47 @@ def reward_run(path, rewards, tokenizers, **options) -> GRPOTrainer:
     )  # fmt: skip
 
 
+def test_one_tokenizer_serves_one_reward_model(tmp_path, judge):
+    tokenizer = tiny_tokenizer(chat=False, pair=True)
+    assert reward_run(tmp_path, [judge, "length"], tokenizer).scorer.reward_funcs[0].tokenizer is tokenizer
+    with pytest.raises(ValueError, match="one tokenizer for several reward models; give a list with one each"):
+        reward_run(tmp_path, [judge, judge], tokenizer)
+
+
+class Logging:
+    """A reward function that has a length, which is 0 at first."""
+
+    __name__ = "logging"
+
+    def __init__(self):
+        self.log = []
+
+    def __len__(self):
+        return len(self.log)
+
+    def __call__(self, completions, **kwargs):
+        self.log += completions
+        return [0.0] * len(completions)
+
+
+def test_a_reward_that_is_false_is_one(tmp_path):
+    assert reward_run(tmp_path, Logging(), None).reward_names == ["logging"]
+    with pytest.raises(ValueError, match="reward_funcs is empty"):
+        reward_run(tmp_path, "", None)
+
+
+def test_a_compiled_reward_model(tmp_path):
+    compiled = torch.compile(tiny_reward_model(), backend="eager")
+    run = reward_run(tmp_path, compiled, tiny_tokenizer(chat=False, pair=True), max_steps=1)
+    run.train()
+    assert logged(run, "reward")
+
+
+def test_a_policy_that_is_wrapped_by_compile_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"compiled by torch.compile\(model\).*torch_compile=True"):
+        trainer(tmp_path, torch.compile(tiny_model("qwen3"), backend="eager"))
+
+
 def test_options_of_reward_models_reach_them(tmp_path, judge):
     options = {
         "reward_batch_size": 3, "reward_max_length": 40, "reward_input_format": "text",
@@ -331,8 +372,6 @@ def test_tokenizers_of_reward_models_reach_them(tmp_path, judge):
     run = reward_run(tmp_path, [judge, reward_vowels, judge], [own, None, None])
     first, _, second = run.scorer.reward_funcs
     assert first.tokenizer is own and second.tokenizer is not own
-    one_for_all = reward_run(tmp_path, [judge, judge], own)
-    assert all(reward.tokenizer is own for reward in one_for_all.scorer.reward_funcs)
 
 
 # ---- Devices ----

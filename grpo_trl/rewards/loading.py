@@ -54,6 +54,11 @@ def check_rewards(specs: Sequence[RewardSpec], processing_classes: Any, args: GR
             f"reward_processing_classes has {len(processing_classes)} entries for {len(specs)} rewards; give one each "
             "(None for functions)."
         )
+    if isinstance(processing_classes, PreTrainedTokenizerBase) and sum(map(is_reward_model, specs)) > 1:
+        raise ValueError(
+            "reward_processing_classes is one tokenizer for several reward models; give a list with one each (None: "
+            "the model's own)."
+        )
     check_weights(args.reward_weights, len(specs))
 
 

@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,13 +23,15 @@ from trl.scripts.utils import TrlParser
 from trl.trainer.model_config import ModelConfig
 from trl.trainer.utils import get_peft_config, get_quantization_config
 
+from .assembly import reward_specs
 from .checkpoint import check_resumable
 from .config import GRPOConfig, mapping
 from .config_types import type_problems
 from .data import load_datasets, parse_entries
 from .manifest import ResumeError
 from .refused import raise_all, refuse
-from .trainer_checks import check_path
+from .rollouts import check_engine
+from .trainer_checks import errors_of, model_problems
 
 logger = logging.get_logger(__name__)
 
@@ -363,12 +366,12 @@ def plan(argv: Sequence[str]) -> None:
     with _said(ImportError):
         memory = None if options.memory is None else parse_size(options.memory)
         script_args, args, model_args = parse_recipe(rest, "grpo-trl plan", "[--memory 24GiB] ")
-        check_path(model_args.model_name_or_path)
+        path, adapter = str(model_args.model_name_or_path), get_peft_config(model_args)
+        rewards, _ = reward_specs(list(script_args.rewards), None, args)
+        found = model_problems(path, args, rewards, None, adapter is not None)
+        raise_all(found if args.use_vllm else found + errors_of(partial(check_engine, args.rollout_engine)))
         args.model_init_kwargs = _model_init_kwargs(args, model_args)
-        spec = PolicySpec(
-            str(model_args.model_name_or_path), get_quantization_config(model_args), get_peft_config(model_args)
-        )
-        run = Run(spec, tuple(script_args.rewards), args)
+        run = Run(PolicySpec(path, get_quantization_config(model_args), adapter), tuple(script_args.rewards), args)
         planned = plan_run(run, memory)
         ranked = ranked_changes(run, planned, memory)
     console = Console(highlight=False)

@@ -362,7 +362,8 @@ def _of_the_objective(args: Any) -> Rows:
 
 def _is_on_cpu(*places: str | dict[str, Any] | None) -> bool:
     """Whether one of these devices, or device maps, names the CPU."""
-    return any("cpu" in (place.values() if isinstance(place, dict) else [place]) for place in places)
+    devices = [device for place in places for device in (place.values() if isinstance(place, dict) else [place])]
+    return any(str(device).split(":")[0] == "cpu" for device in devices)
 
 
 def json_problems(args: Any, dict_fields: list[str]) -> list[str]:

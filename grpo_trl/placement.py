@@ -71,7 +71,7 @@ def _usable(device: Any, policy_device: torch.device, num_gpus: int, num_local_r
     if chosen.type not in ("cpu", "cuda", "meta", policy_device.type):
         raise ValueError(f"device {device!r} is none that this run has; use auto, same, cpu, cuda:N or a map of them.")
     if chosen.type != "cuda":
-        return chosen
+        return torch.device("cpu") if chosen.type == "cpu" else chosen  # there is one, whatever its number
     if (chosen.index or 0) >= num_gpus:
         raise ValueError(
             f"device {device!r} does not exist: {num_gpus} GPU(s) are visible to this process. Use auto (a spare GPU, "

@@ -51,8 +51,6 @@ def problems(
         for name, value in refused.items()
         if value not in (None, [])
     ]
-    has_adapter = with_adapter or (isinstance(model, str) and holds_adapter(model))
-    found += reference_problems(model, args, has_adapter)
     if args.evaluates and datasets.keys() == {"train_dataset"}:
         found.append(
             "eval_strategy or eval_on_start asks for evaluation, but there is no eval_dataset; pass one, or set "
@@ -65,10 +63,34 @@ def problems(
             f"metric_for_best_model={args.metric_for_best_model!r}: with several eval sets each has its own; set "
             f"eval_{named[0]}_{best}, say."
         )
+    found += gold_problems(rewards, list(datasets.values()), args.remove_unused_columns)
+    if isinstance(datasets["train_dataset"], IterableDataset) and args.max_steps <= 0:
+        found.append("train_dataset is a stream, whose length is not known; set max_steps.")
+    found += model_problems(model, args, rewards, reward_processing_classes, with_adapter)
+    return found + errors_of(
+        partial(check_output_dir, args.output_dir),
+        partial(check_services, args),
+        partial(check_set_names, sets, args.log_completions),
+        partial(check_engine, args.rollout_engine),
+        *(partial(check_prompt_dataset, dataset, where=name) for name, dataset in datasets.items()),
+    )
+
+
+def model_problems(
+    model: Any, args: GRPOConfig, rewards: list[Any], reward_processing_classes: Any, with_adapter: bool
+) -> list[str]:
+    """What is wrong with the models, their devices and the rewards. `with_adapter`: the policy is given one here."""
+    has_adapter = with_adapter or (isinstance(model, str) and holds_adapter(model))
+    found = reference_problems(model, args, has_adapter)
     if hasattr(model, "_orig_mod"):
         found.append(
             "model was compiled by torch.compile(model), under which its weights are saved by other names; pass the "
             "model itself, with torch_compile=True or after model.compile()."
+        )
+    if isinstance(model, str) and with_adapter and holds_adapter(model):
+        found.append(
+            f"model {model!r} has an adapter already, beside which peft_config (use_peft) would put another: leave it "
+            "out to train that adapter, or merge it first (model.merge_and_unload())."
         )
     if not isinstance(model, str) and not model.can_generate():
         found.append(
@@ -81,25 +103,16 @@ def problems(
         )
     if is_zero3(args.deepspeed_plugin):
         found += zero3_problems(args.ref_device)
-    found += gold_problems(rewards, list(datasets.values()), args.remove_unused_columns)
-    if isinstance(datasets["train_dataset"], IterableDataset) and args.max_steps <= 0:
-        found.append("train_dataset is a stream, whose length is not known; set max_steps.")
-    found += _errors_of(
-        partial(check_output_dir, args.output_dir),
-        partial(check_services, args),
-        partial(check_set_names, sets, args.log_completions),
+    return found + errors_of(
         partial(check_path, model),
         partial(check_architecture, model, "model"),
         partial(check_reference, args),
         partial(device_map, args, "ref_device"),
         partial(device_map, args, "reward_device"),
-        partial(check_engine, args.rollout_engine),
         partial(_check_sampling_options, args),
         partial(check_rewards, rewards, reward_processing_classes, args),
         *([partial(filter_named, args.dynamic_sampling_filter)] if args.dynamic_sampling_filter else []),
-        *(partial(check_prompt_dataset, dataset, where=name) for name, dataset in datasets.items()),
     )
-    return found
 
 
 def reference_problems(model: Any, args: GRPOConfig, has_adapter: bool) -> list[str]:
@@ -229,7 +242,7 @@ def prompt_problems(
     for name, dataset in datasets.items():
         rows = first_rows(dataset)
         checks = [partial(encode_prompt, row, tokenizer, **chat_options) for row in rows]
-        errors = _errors_of(*checks, partial(check_template_kwargs, dataset))
+        errors = errors_of(*checks, partial(check_template_kwargs, dataset))
         found += [f"{name}: {error}" for error in dict.fromkeys(errors)]
         taken = [] if remove_unused_columns else sorted(set(RESERVED) & set(rows[0]))
         if taken:
@@ -242,7 +255,8 @@ def prompt_problems(
     return found
 
 
-def _errors_of(*checks: Callable[[], Any]) -> list[str]:
+def errors_of(*checks: Callable[[], Any]) -> list[str]:
+    """What checks say of what is wrong."""
     errors = []
     for check in checks:
         try:

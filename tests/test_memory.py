@@ -186,6 +186,35 @@ def test_a_reference_has_its_own_dtype(run):
     assert half["frozen models"] < full["frozen models"] * 0.51 and half["parameters"] == full["parameters"]
 
 
+def test_rollouts_with_generation_kwargs_are_those_of_generate(run):
+    found = [items(run(**options)) for options in ({"rollout_engine": "hf_generate"},
+             {"generation_kwargs": {"no_repeat_ngram_size": 3}}, {})]  # fmt: skip
+    assert found[0] == found[1] != found[2]
+
+
+def test_what_is_not_quantised_of_a_policy_has_the_dtype_that_it_is_loaded_in(run, qwen3, monkeypatch):
+    quantised = {"quantization_config": {"load_in_4bit": True, "bnb_4bit_compute_dtype": "bfloat16"}}
+    dtypes = ("float32", "bfloat16")
+    runs = [run(ADAPTER, model_init_kwargs=quantised | {"dtype": dtype}, cuda_graphs=False) for dtype in dtypes]
+    monkeypatch.setattr(GRPOConfig, "device", torch.device("cuda:0"))
+    found = [plan_run(planned, 2**30).devices["cuda:0"].items for planned in runs]
+    full, half = (items["parameters"] - items["gradients"] for items in found)
+    rest = [qwen3.lm_head.weight, *(p for p in qwen3.parameters() if p is not qwen3.lm_head.weight and p.dim() == 1)]
+    halved = sum(p.nbytes for p in (*rest, qwen3.model.embed_tokens.weight)) // 2
+    assert full - half == pytest.approx(halved, rel=0.01)
+
+
+def test_a_reward_model_has_its_dtype_by_its_former_name_too_and_its_adapter(run, reward_model_dir, tmp_path):
+    def frozen(path=reward_model_dir, **options):
+        return items(run(beta=0.0, rewards=(path,), reward_model_init_kwargs=options or None))["frozen models"]
+
+    assert frozen(torch_dtype="bfloat16") == frozen(dtype="bfloat16") < frozen()
+    base = DebertaV2ForSequenceClassification.from_pretrained(reward_model_dir)
+    adapter = get_peft_model(base, LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["query_proj"]))
+    adapter.save_pretrained(tmp_path / "adapter")
+    assert frozen(str(tmp_path / "adapter")) == sum(x.nbytes for x in (*adapter.parameters(), *adapter.buffers()))
+
+
 def test_a_frozen_model_in_4_bit_has_small_linear_layers(run, reward_model_dir):
     options = {"quantization_config": {"load_in_4bit": True}}
     full, small = (items(run(rewards=(reward_model_dir,), reward_model_init_kwargs=o)) for o in (None, options))
@@ -227,6 +256,8 @@ def test_what_a_step_of_the_optimizer_takes():
 def test_an_optimizer_that_is_not_known_and_a_missing_prompt_length_are_said(run):
     said = " ".join(plan_run(run(optim="ademamix", max_prompt_length=None), 2**30).assumptions)
     assert "AdamW" in said and "512 tokens" in said
+    said = plan_run(run(optim="sgd", optim_args="momentum=0.9"), 2**30).assumptions
+    assert said == ["for optim=sgd without its optim_args"]
     assert plan_run(run(), 2**30).assumptions == []
 
 
@@ -508,12 +539,36 @@ def test_command_ends_with_code_1_where_it_does_not_fit(recipe, capsys):
         (["--ref_device", "cuda:9"], "'cuda:9' does not exist"),
         (["--model_name_or_path", "models/of/mine"], "no such folder"),
         (["--load_in_4bit"], "cannot be trained on the CPU"),
+        (["--model_init_kwargs", '{"dtype": "fp32"}'], "dtype='fp32' is unknown; use auto, float32"),
+        # what a trainer would refuse too
+        (["--reward_funcs", "accuracyy"], "'accuracyy' is unknown"),
+        (["--reward_weights", "1", "2"], "reward_weights has 2 values for 1 reward functions"),
+        (["--use_peft", "--sync_ref_model"], "a policy with an adapter is its own reference"),
+        (["--rollout_engine", "warp"], "rollout_engine='warp' is unknown"),
+        (["--dynamic_sampling_filter", "a.b"], "dynamic_sampling_filter='a.b' leads to nothing"),
     ],
 )
 def test_command_refuses(recipe, capsys, options, message):
     with pytest.raises(SystemExit) as exit_:
         cli.main([*recipe, *options])
     assert exit_.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_command_refuses_models_that_a_trainer_refuses(recipe, capsys, model_dir, reward_model_dir, tmp_path):
+    adapter, two_labels = str(tmp_path / "adapter"), str(tmp_path / "two")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(model_dir), ADAPTER).save_pretrained(adapter)
+    shutil.copytree(reward_model_dir, two_labels)
+    config = json.loads((tmp_path / "two" / "config.json").read_text())
+    labels = {"id2label": {"0": "a", "1": "b"}, "label2id": {"a": 0, "b": 1}}
+    (tmp_path / "two" / "config.json").write_text(json.dumps(config | labels))
+    for options, message in (
+        (["--model_name_or_path", adapter, "--use_peft"], "has an adapter already, beside which peft_config"),
+        (["--reward_funcs", two_labels], "has 2 labels; expected one"),
+        (["--model_name_or_path", reward_model_dir], "which cannot generate text"),
+    ):
+        with pytest.raises(SystemExit) as exit_:
+            cli.main([*recipe, *options])
+        assert exit_.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_table_has_a_column_for_each_device(run):

@@ -40,6 +40,7 @@ def cuda(index):
         (None, CPU, 0, 1, CPU),
         ("auto", CPU, 0, 2, CPU),
         ("cpu", CPU, 0, 1, CPU),
+        ("cpu:1", CPU, 0, 1, CPU),
         # one GPU: shared
         ("auto", cuda(0), 1, 1, cuda(0)),
         ("same", cuda(0), 1, 1, cuda(0)),

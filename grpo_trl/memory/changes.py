@@ -87,7 +87,7 @@ def _lora(run: Run) -> Suggestion:
     if run.policy.peft_config is not None:
         return None
     adapter = LoraConfig(task_type="CAUSAL_LM", r=16, target_modules="all-linear")
-    text = "use_peft: true, lora_r: 16, lora_target_modules: all-linear, lora_dropout: 0"
+    text = "use_peft: true, lora_r: 16, lora_target_modules: all-linear, lora_dropout: 0 (no other lora_* option)"
     return text, replace(run, policy=replace(run.policy, peft_config=adapter))
 
 

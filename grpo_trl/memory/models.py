@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
@@ -55,7 +55,6 @@ def policy_of(spec: PolicySpec, args: GRPOConfig) -> Any:
         model = _from_config(AutoModelForCausalLM, path, options)
         quantization = spec.quantization_config or quantization_of(options, model.config)
         if quantization is not None:
-            model.to(dtype=_compute_dtype(quantization, model.dtype))
             # what is known of quantised weights by their names; their layers stay plain, and are counted by `weights`
             model.is_loaded_in_4bit, model.is_loaded_in_8bit = quantization.load_in_4bit, quantization.load_in_8bit
         policy = load_policy(model, taken, peft_config=peft_config)
@@ -98,9 +97,12 @@ def unknown_quantization(config: Any) -> str | None:
 
 def reward_model_of(path: str, args: GRPOConfig) -> Any:
     """A reward model, in its own dtype unless `reward_model_init_kwargs` name one."""
-    options = {"dtype": "auto", "trust_remote_code": args.trust_remote_code} | mapping(args.reward_model_init_kwargs)
+    options = {"trust_remote_code": args.trust_remote_code} | mapping(args.reward_model_init_kwargs)
+    options.setdefault("dtype", options.pop("torch_dtype", "auto"))  # the latter is its former name in transformers
     with META:
         model = _from_config(AutoModelForSequenceClassification, base_model(path), options, num_labels=1)
+        if base_model(path) != path:
+            model = get_peft_model(model, PeftConfig.from_pretrained(path))
     return model.requires_grad_(False)
 
 
@@ -114,12 +116,11 @@ def _from_config(auto_class: Any, path: str, options: dict[str, Any], **changes:
     dtype = options.get("dtype", "float32")
     if dtype in ("auto", None):
         dtype = getattr(config, "dtype", None) or torch.float32
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    if isinstance(dtype, str):
+        if not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ValueError(f"{path}: dtype={dtype!r} is unknown; use auto, float32, bfloat16 or float16.")
+        dtype = getattr(torch, dtype)
     return auto_class.from_config(config, dtype=dtype, attn_implementation=options.get("attn_implementation"), **trust)
-
-
-def _compute_dtype(quantization: BitsAndBytesConfig, own: torch.dtype) -> torch.dtype:
-    return quantization.bnb_4bit_compute_dtype if quantization.load_in_4bit else own
 
 
 def unique_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -25,23 +25,19 @@ STATES: dict[str, tuple[int, int | None]] = {
 
 def is_known(optim: str) -> bool:
     """Whether what an optimizer keeps is in the table; others are taken for AdamW."""
-    return _name(optim) in STATES
+    return optim in STATES
 
 
 def optimizer_bytes(optim: str, trained: Sequence[nn.Parameter]) -> int:
     """Of the states of these parameters."""
-    count, size = STATES.get(_name(optim), STATES["adamw_torch"])
+    count, size = STATES.get(optim, STATES["adamw_torch"])
     return sum(count * parameter.numel() * (size or parameter.dtype.itemsize) for parameter in trained)
 
 
 def step_bytes(optim: str, trained: Sequence[nn.Parameter], device: str) -> int:
     """What a step takes besides. Fused: nothing; `adamw_torch` has a list of all denominators on CUDA (foreach), and
     one at a time on the CPU."""
-    if _name(optim) != "adamw_torch":
+    if optim != "adamw_torch":
         return 0
     sizes = [parameter.nbytes for parameter in trained]
     return sum(sizes) if device == "cuda" else max(sizes, default=0)
-
-
-def _name(optim: str) -> str:
-    return str(getattr(optim, "value", optim))

@@ -4,10 +4,12 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from psutil import virtual_memory
+from transformers.training_args import OptimizerNames
 
 from ..assembly import device_map
 from ..config import GRPOConfig, mapping
@@ -63,6 +65,11 @@ class Run:
     def prompt_length(self) -> int:
         """Tokens of the longest prompt."""
         return self.args.max_prompt_length or ASSUMED_PROMPT
+
+    @property
+    def optim(self) -> str:
+        """The optimizer's name."""
+        return OptimizerNames(self.args.optim).value
 
 
 @dataclass
@@ -134,17 +141,17 @@ def plan_run(run: Run, memory: int | None = None) -> Plan:
     quantization = run.policy.quantization_config or quantization_of(from_pretrained_options(args), policy.config)
     own["parameters"] = sum(weights(policy, quantization).values())
     own["gradients"] = sum(p.nbytes for p in trained)
-    own["optimizer"] = optimizer_bytes(args.optim, trained)
+    own["optimizer"] = optimizer_bytes(run.optim, trained)
     fake = FakeModel(policy)
     reference = reference_of(policy, run.policy, args)
-    with _named(f"{type(policy).__name__} ({policy.name_or_path})"):
+    runs_without_numbers = partial(_named, f"{type(policy).__name__} ({policy.name_or_path})")
+    with runs_without_numbers():
         update = update_bytes(fake, args, run.prompt_length) + _dequantized(policy, quantization)
-    if not args.on_policy or (args.beta and reference is None):
-        own["scoring"] = scoring_bytes(fake, args, run.prompt_length)
+        if not args.on_policy or (args.beta and reference is None):
+            own["scoring"] = scoring_bytes(fake, args, run.prompt_length)
 
     for frozen in _frozen_models(run, reference):
-        if isinstance(frozen.where, dict):
-            check_map(frozen.model, frozen.where)
+        check_map(frozen.model, frozen.where)
         for name, size in _split(weights(frozen.model, frozen.quantization), frozen.where).items():
             on(name)["frozen models"] += size
         items = on(_first(frozen.where))  # its passes are counted where they begin; they come one after the other
@@ -154,8 +161,9 @@ def plan_run(run: Run, memory: int | None = None) -> Plan:
             name = f"{type(frozen.model).__name__} ({frozen.model.name_or_path})"
             unknown.append(f"nothing for passes of {name}: it does not run without numbers ({type(error).__name__})")
 
-    own["activations"] = max(update - own["gradients"], step_bytes(args.optim, trained, args.device.type))
-    _add_rollout(run, fake, devices[device])
+    own["activations"] = max(update - own["gradients"], step_bytes(run.optim, trained, args.device.type))
+    with runs_without_numbers():
+        _add_rollout(run, fake, devices[device])
     return Plan(devices, _assumptions(run, policy) + unknown)
 
 
@@ -183,7 +191,7 @@ class _Frozen:
 
     model: Any
     quantization: Any
-    where: DeviceMap | Any
+    where: DeviceMap
     phase: str
     pass_bytes: Callable[[FakeModel], int]
 
@@ -224,7 +232,7 @@ def _add_rollout(run: Run, fake: FakeModel, device: DevicePlan) -> None:
             device.items[item] = int(args.vllm_gpu_memory_utilization * device.total)
         return
     on_device = args.device.type
-    native = args.rollout_engine == "native" and packed
+    native = args.rollout_engine == "native" and packed and not mapping(args.generation_kwargs)
     if native:
         device.items["weights for decoding"] = copied_bytes(fake, args, on_device)
     groups = prompts = args.completions_per_rank // args.num_generations
@@ -246,7 +254,8 @@ def _assumptions(run: Run, policy: Any) -> list[str]:
     sharded = args.deepspeed_plugin is not None or is_fsdp()
     said = {
         f"prompts of {ASSUMED_PROMPT} tokens: max_prompt_length is not set": args.max_prompt_length is None,
-        f"for optim={getattr(args.optim, 'value', args.optim)} the memory of AdamW": not is_known(args.optim),
+        f"for optim={run.optim} without its optim_args": bool(args.optim_args),
+        f"for optim={run.optim} the memory of AdamW": not is_known(run.optim),
         "the cache of transformers_cb as that of model.generate; it takes what is free": (
             args.rollout_engine == "transformers_cb" and not args.use_vllm
         ),
@@ -259,10 +268,8 @@ def _assumptions(run: Run, policy: Any) -> list[str]:
     return [text for text, applies in said.items() if applies]
 
 
-def _split(sizes: dict[str, int], where: DeviceMap | Any) -> dict[str, int]:
+def _split(sizes: dict[str, int], where: DeviceMap) -> dict[str, int]:
     """Bytes by device of tensors that an accelerate device map places; what is on disk is in no memory."""
-    if not isinstance(where, dict):
-        where = {"": where}
     result: Counter[str] = Counter()
     for name, size in sizes.items():
         prefixes = [p for p in where if not p or name == p or name.startswith(f"{p}.")]
@@ -270,9 +277,8 @@ def _split(sizes: dict[str, int], where: DeviceMap | Any) -> dict[str, int]:
     return {name: size for name, size in result.items() if name != "disk"}
 
 
-def _first(where: DeviceMap | Any) -> str:
-    devices = [_name(place) for place in where.values()] if isinstance(where, dict) else [_name(where)]
-    return next((name for name in devices if name != "disk"), "cpu")
+def _first(where: DeviceMap) -> str:
+    return next((_name(place) for place in where.values() if place != "disk"), "cpu")
 
 
 def _name(place: Any) -> str:

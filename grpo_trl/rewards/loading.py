@@ -11,7 +11,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from ..config import GRPOConfig, mapping
 from ..placement import DeviceMap, refuse_empty, whole_models
-from .model import RewardModel, base_model
+from .model import RewardModel, base_model, check_one_label
 from .registry import REWARDS, TRL_NAMES, RewardFunction, resolve_reward
 from .scoring import RewardScorer
 
@@ -22,15 +22,18 @@ def check_rewards(specs: Sequence[RewardSpec], processing_classes: Any, args: GR
     """Everything about the rewards that can be wrong before a model is loaded.
 
     Raises:
-        ValueError: no reward, a name or path that leads to no function, a reward model without a config, options for
-            reward models where none is loaded, another number of weights or tokenizers than rewards, a time-out on a
-            function that no process can import.
+        ValueError: no reward, a name or path that leads to no function, a reward model without a config or with
+            several labels, options for reward models where none is loaded, another number of weights or tokenizers
+            than rewards, a time-out on a function that no process can import.
     """
     if not specs:
         raise ValueError("reward_funcs is empty; pass at least one function, registered name or reward model.")
-    paths = [base_model(spec) for spec in specs if isinstance(spec, str) and is_reward_model(spec)]
-    for path in paths:
-        check_config(path, f"reward model {path!r}", args.reward_model_init_kwargs, args)
+    for spec in specs:
+        if isinstance(spec, str) and is_reward_model(spec):
+            path = base_model(spec)
+            config = check_config(path, f"reward model {path!r}", args.reward_model_init_kwargs, args)
+            if path == spec:  # the base of an adapter is often a causal LM
+                check_one_label(config, path)
     if args.reward_model_init_kwargs and not any(map(is_reward_model, specs)):
         raise ValueError(
             "reward_model_init_kwargs has no effect: no reward is a model that is loaded here (a RewardModel of one's "
@@ -62,11 +65,11 @@ def check_rewards(specs: Sequence[RewardSpec], processing_classes: Any, args: GR
     check_weights(args.reward_weights, len(specs))
 
 
-def check_config(path: str, what: str, options: Any, args: GRPOConfig) -> None:
-    """Raises ValueError unless the config at `path` can be loaded, with the `revision` of `options`."""
+def check_config(path: str, what: str, options: Any, args: GRPOConfig) -> Any:
+    """The config at `path`, of the `revision` of `options`. Raises ValueError where it cannot be loaded."""
     revision = mapping(options).get("revision", "main")
     try:
-        AutoConfig.from_pretrained(path, trust_remote_code=args.trust_remote_code, revision=revision)
+        return AutoConfig.from_pretrained(path, trust_remote_code=args.trust_remote_code, revision=revision)
     except (OSError, ValueError) as error:  # of which some do not name the model
         raise ValueError(f"{what} cannot be loaded: {error}") from error
 

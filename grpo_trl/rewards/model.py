@@ -78,7 +78,7 @@ class RewardModel:
             if isinstance(device_map, dict):
                 check_map(loaded, device_map)
         else:
-            _check_one_label(model.config, path or type(model).__name__)
+            check_one_label(model.config, path or type(model).__name__)
             loaded = _move(model, _as_device_map(device_map), dtype)
         if processing_class is None:
             if not path:
@@ -179,7 +179,7 @@ def _load(path: str, **kwargs: Any) -> PreTrainedModel:
         kwargs["num_labels"] = 1  # the base is often a causal LM, whose config does not know of labels
     else:
         config_kwargs = {key: value for key, value in kwargs.items() if key not in ("device_map", "dtype")}
-        _check_one_label(AutoConfig.from_pretrained(path, **config_kwargs), path)
+        check_one_label(AutoConfig.from_pretrained(path, **config_kwargs), path)
     model, info = AutoModelForSequenceClassification.from_pretrained(base, output_loading_info=True, **kwargs)
     missing = info["missing_keys"]
     if is_adapter:
@@ -200,7 +200,8 @@ def _load_adapter(model: Any, path: str, missing: set[str]) -> set[str]:
     return {key for key in missing if not key.startswith(saved)} | info.missing_keys
 
 
-def _check_one_label(config: Any, name: str) -> None:
+def check_one_label(config: Any, name: str) -> None:
+    """Raises a ValueError unless a classifier has one label, which is its score."""
     if config.num_labels != 1:
         raise ValueError(
             f"Reward model {name} has {config.num_labels} labels; expected one (a scalar reward). Use a reward model "

@@ -38,6 +38,7 @@ from .policy import (
     needs_frozen_adapter,
     prepare,
 )
+from .policy.support import dynamic_rope, dynamic_rope_begins
 from .prompt_memory import PromptMemory
 from .prompts import encode_prompt, limit_prompts
 from .rewards import RewardScorer, load_rewards
@@ -212,6 +213,14 @@ def load_models(
     if reason := prepare(policy, args.device.type):  # where an instance will be when it is trained
         logger.warning(
             f"The policy is run on padded rows, each with its whole prompt, and sampled by model.generate: {reason}."
+        )
+    config = causal_lm(policy).config.get_text_config()
+    longest, begins = (args.max_prompt_length or 0) + args.max_completion_length, dynamic_rope_begins(config)
+    if begins is not None and longest > begins:
+        logger.warning(
+            f"Beyond {begins} tokens the positions of this model ({dynamic_rope(config)} RoPE) depend on the longest "
+            "row of a pass, so that the log-probabilities of sampling and of the update differ. Keep "
+            "max_prompt_length + max_completion_length at or below that, or set sampler_correction."
         )
     if reference_model is not None:
         prepare(reference_model)

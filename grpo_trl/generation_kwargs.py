@@ -4,6 +4,7 @@
 belongs to the sampling, searching or speculating of `generate` itself does not.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from typing import Any
@@ -31,7 +32,6 @@ USABLE = (
     "max_cache_len",
     "min_new_tokens",
     "no_repeat_ngram_size",
-    "prefill_chunk_size",
     "sequence_bias",
     "suppress_tokens",
     "use_cache",
@@ -70,6 +70,7 @@ _REASONS = {
         "stop_strings"
     ),
     "it changes the prompt's tokens; leave it out": "token_healing",
+    "not every model can read a prompt in chunks; set max_concurrent_rows": "prefill_chunk_size",
     "a truncated completion would pass for a finished one; leave it out": "forced_eos_token_id",
     "another distribution than the policy's would be sampled; leave it out": "guidance_scale",
     "it would hide a policy that has diverged; leave it out": "remove_invalid_values",
@@ -88,9 +89,8 @@ def _are_ids(value: Any) -> bool:
 
 def _is_pair(value: Any, first: Callable[[Any], bool]) -> bool:
     """Of something and a number."""
-    return (
-        isinstance(value, list | tuple) and len(value) == 2 and first(value[0]) and isinstance(value[1], int | float)
-    )
+    is_pair = isinstance(value, list | tuple) and len(value) == 2
+    return is_pair and first(value[0]) and isinstance(value[1], int | float) and value[1] < math.inf
 
 
 def _are_biases(value: Any) -> bool:
@@ -101,7 +101,7 @@ def _are_biases(value: Any) -> bool:
 # name -> (whether a value can be used, what is expected); transformers looks at them in the middle of a rollout
 VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(
-        ("min_new_tokens", "no_repeat_ngram_size", "max_cache_len", "prefill_chunk_size"),
+        ("min_new_tokens", "no_repeat_ngram_size", "max_cache_len"),
         (_is_count, "a whole number of at least 0"),
     ),
     **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens"), (_are_ids, "a list of token ids")),

@@ -52,6 +52,8 @@ def test_unknown_options_are_refused_with_the_nearest_name(tmp_path, name, hint)
     [
         ("exponential_decay_length_penalty", [3]),
         ("exponential_decay_length_penalty", ["a", 1.0]),
+        ("exponential_decay_length_penalty", [3, float("nan")]),
+        ("sequence_bias", [[[5], float("inf")]]),
         ("sequence_bias", {"a": 1.0}),
         ("sequence_bias", []),
         ("sequence_bias", {(5,): 1.0, 6: 1.0}),

@@ -5,6 +5,7 @@ own logits. So an architecture that nobody thought of is either right or padded.
 """
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -60,31 +61,47 @@ def prepare(model: PreTrainedModel | PeftModel, device_type: str | None = None) 
 
 def obstacle(model: PreTrainedModel | PeftModel) -> str | None:
     """Why a model cannot be run on streams of groups, as far as its classes and configuration tell."""
+    return next(_obstacles(model), None)
+
+
+def _obstacles(model: PreTrainedModel | PeftModel) -> Iterator[str]:
     lm = causal_lm(model)
     config = lm.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    rope = dynamic_rope(config)
-    adapters = getattr(model, "peft_config", {}).values()
     # private, but the only place where a model class says whether its attention goes through AttentionInterface
-    exchangeable = type(lm)._can_set_attn_implementation()
-    reasons = {
-        "its attention cannot be exchanged": not exchangeable,
-        f"it has layers of the kind {', '.join(sorted(kinds - {'full_attention'}))}": kinds != {"full_attention"},
-        "its attention has a sliding window": bool(getattr(config, "sliding_window", None)),  # Qwen2-MoE: 0 for none
-        f"its positions ({rope} RoPE) depend on the longest row": rope is not None,
-        "its layers attend more than once": config.model_type == "diffllama",  # for where a trial has no weights
-        "its masks are learned": config.model_type == "doge",  # and constant at first, so that no trial tells
-        "its values have another size than its keys": _value_size(config) != _key_size(config),
-        "its adapter adds tokens to the prompt": any(adapter.is_prompt_learning for adapter in adapters),
-        "attn_implementation='eager' was asked for": exchangeable and lm.config._attn_implementation == "eager",
-    }
-    return next((reason for reason, applies in reasons.items() if applies), None)
+    if not type(lm)._can_set_attn_implementation():
+        yield "its attention cannot be exchanged"
+    if getattr(config, "is_heterogeneous", False):  # Gemma 4; such a config refuses to say the sizes below
+        yield "its layers are configured one by one"
+    if kinds := sorted(set(getattr(config, "layer_types", None) or []) - {"full_attention"}):
+        yield f"it has layers of the kind {', '.join(kinds)}"
+    if getattr(config, "sliding_window", None):  # Qwen2-MoE: 0 for none
+        yield "its attention has a sliding window"
+    if rope := dynamic_rope(config):
+        yield f"its positions ({rope} RoPE) depend on the longest row"
+    if config.model_type == "diffllama":  # for where a trial has no weights
+        yield "its layers attend more than once"
+    if config.model_type == "doge":  # constant at first, so that no trial tells
+        yield "its masks are learned"
+    if _value_size(config) != _key_size(config):
+        yield "its values have another size than its keys"
+    if any(adapter.is_prompt_learning for adapter in getattr(model, "peft_config", {}).values()):
+        yield "its adapter adds tokens to the prompt"
+    if lm.config._attn_implementation == "eager":
+        yield "attn_implementation='eager' was asked for"
 
 
 def dynamic_rope(config: Any) -> str | None:
     """The kind of a rotation that depends on the longest row beside a token's own; None: it does not."""
     kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
     return kind if kind in ("dynamic", "longrope") else None
+
+
+def dynamic_rope_begins(config: Any) -> int | None:
+    """The length, in tokens, beyond which that rotation depends on the longest row; None: it never does."""
+    if dynamic_rope(config) is None:
+        return None
+    places = (config.rope_parameters.get("original_max_position_embeddings"), config.max_position_embeddings)
+    return getattr(config, "original_max_position_embeddings", None) or next(filter(None, places))
 
 
 class _Counting:
@@ -149,7 +166,7 @@ def _trouble(lm: Any, expected: Tensor | None) -> str | None:
         return None
     try:
         gap = float((_trial(lm) - expected).abs().max())  # pyright: ignore[reportOptionalOperand]
-    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
     # a wrong mask or position makes differences of order 1 nat, rounding in 16 bit or less up to some 0.1
     exact = expected.dtype == torch.float32 and next(lm.parameters()).dtype == torch.float32

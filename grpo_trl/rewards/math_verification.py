@@ -25,7 +25,7 @@ _WORD = re.compile(r"""(?<![^\s("'])[A-Za-z]{2,}(?![^\s,.:;!?'")])|[A-Za-z]{4,}"
 _OR = re.compile(r",?\s*(?:\\text\s*\{\s*(?:or|and)\s*\}|\b(?:or|and)\b)\s*")  # "71 or 72" is a list
 _UNIT = re.compile(r"(?<=\d)\s+[A-Za-z]{2}[A-Za-z/ ]*$")  # "72 clips", "72 km/h"
 _POWER = r"(?:\^\{?\d\}?)?"
-_ATTACHED_UNIT = re.compile(  # "25cm^2", "12\,cm", "30/hr"
+_ATTACHED_UNIT = re.compile(  # "25cm^2", "12\\,cm", "30/hr"
     rf"(?<=[\d}}%])(?:\s|\\[,; ]|~)*(?:[A-Za-z]{{2,}}{_POWER})?(?:/[A-Za-z]+{_POWER})?$"
 )
 

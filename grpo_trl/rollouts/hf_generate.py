@@ -108,7 +108,8 @@ class HFGenerateEngine:
             "cache_implementation": self.cache_implementation,
             "disable_compile": True,
         }
-        return GenerationConfig(**(options | sampling.generation_kwargs))
+        of_the_sampler = {"no_repeat_ngram_size": None}  # see `SamplingParams.history_processors`
+        return GenerationConfig(**(options | sampling.generation_kwargs | of_the_sampler))
 
 
 @contextlib.contextmanager

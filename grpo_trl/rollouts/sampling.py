@@ -16,6 +16,7 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     MinPLogitsWarper,
+    NoRepeatNGramLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -67,11 +68,13 @@ class SamplingParams:
 
     @property
     def history_processors(self) -> LogitsProcessorList:
-        """What changes the logits by what came before."""
-        penalty = (
-            [RepetitionPenaltyLogitsProcessor(float(self.repetition_penalty))] if self.repetition_penalty != 1 else []
-        )
-        return LogitsProcessorList([*self.logits_processors, *penalty])
+        """What changes the logits by what came before. `no_repeat_ngram_size` too: `generate` would see padding."""
+        chosen = LogitsProcessorList(self.logits_processors)
+        if self.repetition_penalty != 1:
+            chosen.append(RepetitionPenaltyLogitsProcessor(float(self.repetition_penalty)))
+        if size := self.generation_kwargs.get("no_repeat_ngram_size"):
+            chosen.append(NoRepeatNGramLogitsProcessor(size))
+        return chosen
 
 
 def row_keys(seed: int, stream: int, draws: Sequence[int], rows: Sequence[int]) -> Tensor:
@@ -155,7 +158,8 @@ class TokenSampler:
         if self.needs_history:
             scores = scores.clone()
             for rows, ids in histories:
-                scores[rows] = self.processors(ids, scores[rows])  # pyright: ignore[reportArgumentType]
+                processed = self.processors(ids, scores[rows])  # pyright: ignore[reportArgumentType]
+                scores[rows] = processed.to(scores.dtype)
         return sample(self.warpers(_NO_IDS, scores), u, greedy=self.greedy)
 
 

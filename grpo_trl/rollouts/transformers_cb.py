@@ -62,12 +62,14 @@ class TransformersCBEngine:
     def _generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Group]:
         count = sampling.num_distinct
         copies = sampling.num_generations // count
+        # a prompt's last token is read by each branch, so that of prompts of one token there would be nothing to begin
+        branches = count if any(len(prompt.ids) > 1 for prompt in prompts) else 1
         devices = [self.model.device] if self.model.device.type == "cuda" else []
         # a seed is the state of torch's generator, which is not to be touched
         with evaluation_mode(self.model), _plain(self.model), torch.random.fork_rng(devices):
             outputs = self.model.generate_batch(
-                [prompt.ids for prompt in prompts],
-                generation_config=_generation_config(sampling),
+                [prompt.ids for prompt in prompts for _ in range(count // branches)],
+                generation_config=_generation_config(sampling, branches),
                 continuous_batching_config=_batching_config(prompts, sampling),
                 warmup=False,
             )
@@ -101,11 +103,11 @@ def check_options(
         )
 
 
-def _generation_config(sampling: SamplingParams) -> GenerationConfig:
+def _generation_config(sampling: SamplingParams, branches: int) -> GenerationConfig:
     sampled = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
     return GenerationConfig(
         max_new_tokens=sampling.max_completion_length,
-        num_return_sequences=sampling.num_distinct,
+        num_return_sequences=branches,
         eos_token_id=list(sampling.eos_token_ids),
         pad_token_id=sampling.pad_token_id,
         do_sample=sampling.temperature > 0,

@@ -1,11 +1,14 @@
 import pytest
 import torch
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
+from transformers import CONFIG_MAPPING
 
 from grpo_trl.batch import Group, Prompt, RolloutBatch
 from grpo_trl.policy import per_token_logps, prepare
-from grpo_trl.policy.support import obstacle
-from tests.tiny import tiny_model
+from grpo_trl.policy.support import dynamic_rope_begins, obstacle
+from grpo_trl.rollouts.native.engine import key_value_bytes
+from tests.test_trainer import trainer
+from tests.tiny import VOCAB_SIZE, tiny_model
 
 GROUPS = [
     Group(Prompt([10, 11, 12, 13], {}, 0), [[20, 21, 22], [23]], [True, True]),
@@ -54,6 +57,35 @@ def test_a_model_that_cannot_be_packed_is_padded(kind):
     assert torch.equal(model(ids, use_cache=False).logits, plain(ids, use_cache=False).logits)
 
 
+OF_GEMMA_4 = {
+    "vocab_size_per_layer_input": VOCAB_SIZE, "head_dim": 8, "global_head_dim": 16, "num_hidden_layers": 6,
+    "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0,
+}  # fmt: skip
+
+
+@pytest.mark.skipif("gemma4_text" not in CONFIG_MAPPING, reason="this transformers has no Gemma 4")
+def test_layers_that_are_configured_one_by_one():
+    model = tiny_model("gemma4_text", **OF_GEMMA_4)
+    expected = logps_of(model)
+    assert any(text in prepare(model) for text in ("configured one by one", "of the kind sliding_attention"))
+    assert model.evaluation == "padded"
+    torch.testing.assert_close(logps_of(model), expected, rtol=1e-5, atol=1e-5)
+    keys = sum(
+        layer.self_attn.k_proj.out_features for layer in model.model.layers if hasattr(layer.self_attn, "k_proj")
+    )
+    if getattr(model.config, "is_heterogeneous", False):
+        assert key_value_bytes(model, 3) == 2 * 3 * keys * 4
+
+
+def test_a_model_that_is_its_own_base_gives_logits():
+    model = tiny_model(
+        "llama4_text", intermediate_size_mlp=64, num_local_experts=2, attention_chunk_size=64, head_dim=8
+    )
+    expected = logps_of(model)
+    assert "head cannot be run on chosen positions (AttributeError" in prepare(model)
+    assert model.evaluation == "logits" and torch.equal(logps_of(model), expected)
+
+
 def test_layers_that_attend_more_than_once_are_found_by_trying(monkeypatch):
     monkeypatch.setattr("grpo_trl.policy.support.obstacle", lambda model: None)
     model = tiny_model("diffllama")
@@ -74,6 +106,16 @@ def test_positions_that_depend_on_the_longest_row(rope_type):
     parameters = {"rope_type": rope_type, "rope_theta": 10000.0, "original_max_position_embeddings": 64, **extra}
     model = tiny_model("llama", rope_parameters=parameters)
     assert f"({rope_type} RoPE) depend on the longest row" in prepare(model)
+    assert dynamic_rope_begins(model.config) == 64 and dynamic_rope_begins(tiny_model("llama").config) is None
+
+
+def test_a_run_that_goes_beyond_where_positions_depend_on_the_longest_row(tmp_path, caplog):
+    parameters = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 64}
+    for longest in (48, 49):
+        caplog.clear()
+        model = tiny_model("llama", rope_parameters=parameters)
+        trainer(tmp_path, model, max_prompt_length=longest, max_completion_length=16)
+        assert ("Beyond 64 tokens the positions" in caplog.text) is (longest == 49)
 
 
 def test_eager_attention_that_was_asked_for_stays(qwen3):

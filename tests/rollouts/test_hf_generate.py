@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import LogitsProcessor
 
 from grpo_trl.batch import Prompt, RolloutBatch
 from grpo_trl.policy import per_token_logps
@@ -76,6 +77,32 @@ def test_history_and_the_global_generator_do_not_matter(qwen3):
     rollout(qwen3, sampling=replace(SAMPLING, stream=EVAL_STREAM, num_generations=2))  # an evaluation before
     assert ids_of(rollout(qwen3)) == expected
     assert torch.equal(torch.get_rng_state(), state)  # and what comes after is not affected either
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_repeats_are_looked_for_in_the_row_and_not_in_its_padding(qwen3, size):
+    """With a pad token that is EOS too, a padded row could never end."""
+    eos = tuple(range(1, VOCAB_SIZE, 3))
+    short, long = Prompt([10, 11], {}, 0), Prompt(list(range(10, 30)), {}, 1)
+    sampling = replace(SAMPLING, eos_token_ids=eos, generation_kwargs={"no_repeat_ngram_size": size})
+    pad = next(ids[-1] for ids in rollout(qwen3, [short], sampling)[0].completion_ids if ids[-1] in eos)
+    sampling = replace(sampling, pad_token_id=pad)
+    (alone,), (beside, _) = rollout(qwen3, [short], sampling), rollout(qwen3, [short, long], sampling)
+    assert alone.completion_ids == beside.completion_ids
+    assert any(ids[-1] == pad for ids in beside.completion_ids)
+    for ids in alone.completion_ids:
+        grams = [tuple([10, 11, *ids][i : i + size]) for i in range(len(ids) + 3 - size)]
+        assert len(set(grams)) == len(grams)
+
+
+def test_a_processor_may_give_another_dtype(qwen3):
+    class Doubles(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            return scores.double()
+
+    for engine in ("hf_generate", "native"):
+        changed = make_engine(engine, qwen3).generate(PROMPTS, replace(SAMPLING, logits_processors=(Doubles(),)))
+        assert ids_of(changed) == ids_of(rollout(qwen3))
 
 
 def test_seed_draw_and_stream_matter(qwen3):

@@ -32,6 +32,17 @@ def test_greedy_is_hf_generate(qwen3, rows):
         assert group.completion_ids == other.completion_ids and group.terminated == other.terminated
 
 
+@pytest.mark.parametrize("lengths", [[1], [1, 1], [1, 3], [3, 1]])
+@pytest.mark.parametrize("rows", [None, 4])
+def test_prompts_of_one_token(qwen3, lengths, rows):
+    prompts = [Prompt(list(range(9, 9 + length)), {}, draw) for draw, length in enumerate(lengths)]
+    batch = RolloutBatch.from_groups(rollout(qwen3, prompts=prompts, max_concurrent_rows=rows), pad_token_id=PAD)
+    logps, _ = per_token_logps(qwen3, batch)
+    mask = batch.completion_mask.bool()
+    torch.testing.assert_close(batch.sampling_per_token_logps[mask], logps[mask], rtol=0, atol=1e-4)
+    assert len({tuple(ids) for ids in batch.completion_ids.tolist()}) > len(prompts)
+
+
 @pytest.mark.parametrize("temperature", [0.6, 1.0])
 @pytest.mark.parametrize("kind", ["qwen3", "qwen3 with an adapter", "llama"])
 def test_log_probabilities_are_the_trainers(kind, temperature):

@@ -383,11 +383,17 @@ def groups_that_fit(model: Any, tokens: int, free: int) -> int:
 def key_value_bytes(model: Any, tokens: int, dtype: torch.dtype | None = None) -> int:
     """Of the keys and values of so many tokens, in all layers; `dtype`: default that of the model."""
     config = model.config.get_text_config()
+    differ = getattr(config, "is_heterogeneous", False)
+    layers = config.per_layer_config if differ else [config] * config.num_hidden_layers
+    return 2 * tokens * sum(map(_key_size, layers)) * (dtype or model.dtype).itemsize
+
+
+def _key_size(config: Any) -> int:
+    """Numbers of one token's keys in a layer."""
     if not (queries := getattr(config, "num_attention_heads", None)):
         return 0  # no attention
     heads = getattr(config, "num_key_value_heads", None) or queries
-    size = getattr(config, "head_dim", None) or config.hidden_size // queries
-    return 2 * tokens * config.num_hidden_layers * heads * size * (dtype or model.dtype).itemsize
+    return heads * (getattr(config, "head_dim", None) or config.hidden_size // queries)
 
 
 def close_gaps(items: list[Any], leaving: Sequence[int]) -> tuple[list[int], list[int]]:

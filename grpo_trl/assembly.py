@@ -101,7 +101,7 @@ def without_overlong(
         max_prompt_length=args.max_prompt_length,
         overlong_prompts=args.overlong_prompts,
         where=where,
-    )[0]
+    )
 
 
 def chat_options(args: GRPOConfig) -> dict[str, Any]:
@@ -138,12 +138,14 @@ def rollout_engine(policy: Any, args: GRPOConfig, accelerator: Accelerator) -> R
     )
 
 
-def policy_limit(args: GRPOConfig, accelerator: Accelerator) -> TokenLimit:
-    """Of the policy's passes. They are not cut when memory runs out where other processes take part in them, or where
-    tokens are picked from a whole micro-batch; nor where each is an update."""
+def policy_limit(args: GRPOConfig, accelerator: Accelerator, engine: Any) -> TokenLimit:
+    """Of the policy's passes, before whose first cut the native engine gives up what it keeps. They are not cut when
+    memory runs out where other processes take part in them, or where tokens are picked from a whole micro-batch; nor
+    where each is an update."""
     alone = accelerator.distributed_type == DistributedType.NO
     fixed = not alone or args.top_entropy_quantile < 1 or steps_in_backward(args)
-    return TokenLimit("the policy", args.max_tokens_per_microbatch, fixed=fixed)
+    release = getattr(engine, "release", None)
+    return TokenLimit("the policy", args.max_tokens_per_microbatch, fixed=fixed, release=release)
 
 
 def dynamic_sampler(args: GRPOConfig, sampling: SamplingParams, world_size: int) -> DynamicSampler:

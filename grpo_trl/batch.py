@@ -1,6 +1,6 @@
 """What flows through a step: `Prompt` -> `Group` (ragged) -> `RolloutBatch` ((B, T), padded).
 
-`RolloutBatch.from_groups` is the only place where ragged becomes padded: prompts left, completions right.
+`RolloutBatch.from_groups` is where ragged becomes padded: prompts left, completions right.
 Masks are carried, never guessed from pad ids: a tokenizer whose pad token is its EOS token loses no EOS.
 """
 

@@ -10,6 +10,7 @@ from typing import Any
 from peft import PeftConfig
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from . import manifest
@@ -66,7 +67,7 @@ def checked(folder: Path) -> Path:
     if found:  # not before: a complete one may lie on a disk that cannot be written
         manifest.recover(folder.parent)
         found = _obstacles(folder)
-    if found and not (folder / manifest.NAME).exists() and (folder / "trainer_state.json").exists():
+    if found and not (folder / manifest.NAME).exists() and (folder / TRAINER_STATE_NAME).exists():
         raise ResumeError(
             f"Cannot resume from {folder}: it was written by another trainer (TRL's, say), or its writing was "
             f"interrupted. Start from its weights, model={str(folder)!r}, without resume_from_checkpoint."

@@ -136,21 +136,30 @@ def _unquoted(value: Any) -> str:
     return ' ("no" in quotes: without them YAML reads it as False)' if value is False else ""
 
 
+def _by_option(argv: Sequence[str]) -> list[list[str]]:
+    """`["--a", "1", "--b=x"]` -> `[["--a", "1"], ["--b", "x"]]`; words before any option each by itself."""
+    parts: list[list[str]] = []
+    for arg in argv:
+        if arg.startswith("--"):
+            parts.append(arg.split("=", 1))
+        elif parts and parts[-1][0].startswith("--"):
+            parts[-1].append(arg)
+        else:
+            parts.append([arg])
+    return parts
+
+
 def _without_nulls(argv: list[str], names: set[str]) -> tuple[list[str], dict[str, None]]:
     """A command line without `--field null` (or none) of fields that may be None, and these fields: argparse would
     take the word for a text."""
     rest: list[str] = []
     nulls: dict[str, None] = {}
-    words = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--") else [arg])]
-    places = iter(range(len(words)))
-    for place in places:
-        name, following = words[place].removeprefix("--").replace("-", "_"), words[place + 1 : place + 3]
-        alone = len(following) == 1 or (len(following) == 2 and following[1].startswith("--"))
-        if words[place].startswith("--") and name in names and alone and following[0].lower() in ("null", "none"):
+    for option, *values in _by_option(argv):
+        name = option.removeprefix("--").replace("-", "_")
+        if option.startswith("--") and name in names and [value.lower() for value in values] in (["null"], ["none"]):
             nulls[name] = None
-            next(places)
         else:
-            rest.append(words[place])
+            rest += [option, *values]
     return (rest, nulls) if nulls else (argv, {})
 
 
@@ -226,15 +235,7 @@ def _from_json(name: str, value: Any) -> Any:
 
 def _options(unused: Sequence[str]) -> dict[str, Any]:
     """Command-line rest -> name -> value: `["--a", "1", "--b=x", "--c"]` -> `{"a": 1, "b": "x", "c": True}`."""
-    values: dict[str, list[str]] = {}
-    name = ""
-    for arg in unused:
-        if arg.startswith("--"):
-            name, *value = arg.removeprefix("--").split("=", 1)
-            values[name] = value
-        else:
-            values.setdefault(name or arg, []).append(arg)
-    return {name: _yaml_value(value) for name, value in values.items()}
+    return {option.removeprefix("--"): _yaml_value(values) for option, *values in _by_option(unused)}
 
 
 def _yaml_value(words: list[str]) -> Any:
@@ -299,23 +300,22 @@ def make_trainer(script_args: ScriptArguments, args: GRPOConfig, model_args: Mod
 
 def load_data(script_args: ScriptArguments, args: GRPOConfig) -> tuple[Any, Any]:
     """Training set and evaluation set: None without evaluation, a dict for named ones."""
-    train_entries: Any = script_args.train_datasets
-    if train_entries:
-        train_dataset = _load_entries("train_datasets", train_entries, args.seed)
-    else:
-        train_dataset = _load_trl_dataset(script_args, script_args.dataset_train_split)
-    eval_entries: Any = script_args.eval_datasets
+
+    def load(where: str, entries: Any, split: str) -> Any:
+        if entries:
+            return _load_entries(where, entries, args.seed)
+        name: Any = script_args.dataset_name
+        streaming: Any = script_args.dataset_streaming
+        return load_dataset(name, script_args.dataset_config, split=split, streaming=streaming)
+
+    train = load("train_datasets", script_args.train_datasets, script_args.dataset_train_split)
+    sets: Any = script_args.eval_datasets
     if not args.evaluates:
-        eval_dataset = None
-    elif isinstance(eval_entries, dict):
-        eval_dataset = {
-            name: _load_entries(f"eval_datasets[{name}]", entries, args.seed) for name, entries in eval_entries.items()
-        }
-    elif eval_entries:
-        eval_dataset = _load_entries("eval_datasets", eval_entries, args.seed)
-    else:
-        eval_dataset = _load_trl_dataset(script_args, script_args.dataset_test_split)
-    return train_dataset, eval_dataset
+        return train, None
+    if isinstance(sets, dict):
+        named = {name: _load_entries(f"eval_datasets[{name}]", entries, args.seed) for name, entries in sets.items()}
+        return train, named
+    return train, load("eval_datasets", sets, script_args.dataset_test_split)
 
 
 def _load_entries(where: str, entries: Any, seed: int) -> Dataset:
@@ -323,12 +323,6 @@ def _load_entries(where: str, entries: Any, seed: int) -> Dataset:
         return load_datasets(entries, seed=seed)
     except (ValueError, OSError) as error:
         raise ValueError(f"{where}: {error}") from error
-
-
-def _load_trl_dataset(script_args: ScriptArguments, split: str) -> Any:
-    name: Any = script_args.dataset_name
-    streaming: Any = script_args.dataset_streaming
-    return load_dataset(name, script_args.dataset_config, split=split, streaming=streaming)
 
 
 def _named_eval_sets(script_args: ScriptArguments) -> dict[str, Any]:

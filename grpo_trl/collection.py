@@ -31,24 +31,20 @@ from .token_limit import TokenLimit
 logger = get_logger(__name__)  # of accelerate: speaks on the main process only
 
 # Nats between a log-probability as sampled and that of the update, up to which the first stands for the second
-SAMPLING_GAP = 1e-4
+ROUNDING_GAP = 1e-4
 
 
 class CollectingTrainer(TrainerHooks):
     """The half of `GRPOTrainer` that makes batches: `collect` and its parts, in the order in which it calls them."""
 
     scorer: RewardScorer
-    reward_names: list[str]
     reward_weights: Tensor
     train_sampling: SamplingParams
     sampling: SamplingParams  # of training or evaluation, whichever runs
     rollout: Callable[[list[Prompt]], Iterable[Group]]
     extra_columns: dict[str, list[Any]]
-    completions_log: list[dict[str, Any]]
     collected: list[Group]  # of the latest batch, its groups
-    reference: Reference | None
     policy_limit: TokenLimit  # of the update's passes, and of those before it that must equal them
-    _sampling_is_exact: bool | None
     _by_group: ScoredByGroup | None = None  # in `collect`, of a reference with a device of its own
 
     @property
@@ -75,16 +71,11 @@ class CollectingTrainer(TrainerHooks):
         """`collect` with dynamic sampling: of as many prompts as it takes, the groups that carry a gradient."""
         args, step, size = self.args, self.state.global_step, self.args.num_generations
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
-        sampled: list[tuple[list[Group], Tensor]] = []
-        columns: dict[str, list[Any]] = {}
+        sampled: list[tuple[list[Group], Tensor, dict[str, list[Any]]]] = []
 
         def sample(count: int) -> list[Scored]:
             groups, rewards_per_func, compared, verdicts = self._sample_and_score(take(count))
-            rows_before = sum(len(rewards) for _, rewards in sampled)
-            sampled.append((groups, rewards_per_func))
-            for column in {**columns, **self.extra_columns}:  # one that a round left out is None there
-                values = self.extra_columns.get(column, [None] * len(rewards_per_func))
-                columns.setdefault(column, [None] * rows_before).extend(values)
+            sampled.append((groups, rewards_per_func, self.extra_columns))
             rows = zip(groups, compared.view(-1, size), verdicts.view(-1, size), strict=True)
             return [Scored(group, row.tolist(), step, bool(seen.nanmean() == 1)) for group, row, seen in rows]
 
@@ -112,11 +103,14 @@ class CollectingTrainer(TrainerHooks):
         draws = [scored.group.prompt.draw for scored in batch_of]
         pairs = list(zip(draws, batch.advantages.view(-1, size).tolist(), strict=True))
         advantages = dict(gather_object(pairs)) if args.log_completions else {}  # of what other ranks sampled too
-        groups = [group for part, _ in sampled for group in part]
+        groups = [group for part, _, _ in sampled for group in part]
         if groups:
-            self.extra_columns = columns
+            self.extra_columns = {  # one that a round left out is None there
+                name: [value for _, rewards, extra in sampled for value in extra.get(name, [None] * len(rewards))]
+                for name in dict.fromkeys(name for _, _, extra in sampled for name in extra)
+            }
             of_rows = [x for group in groups for x in advantages.get(group.prompt.draw, [None] * size)]
-            self._log_completions(groups, torch.cat([rewards for _, rewards in sampled]), of_rows)
+            self._log_completions(groups, torch.cat([rewards for _, rewards, _ in sampled]), of_rows)
         return batch
 
     def replay(self, prompts: Any) -> RolloutBatch:
@@ -286,7 +280,7 @@ class CollectingTrainer(TrainerHooks):
         compared = batch.loss_mask.bool()  # nothing of a blank place
         if carried is not None:
             compared &= ~carried[:, None]
-        far = (sampled - logps).abs().gt(SAMPLING_GAP) & compared
+        far = (sampled - logps).abs().gt(ROUNDING_GAP) & compared
         # of all ranks: they run the same passes
         number, too_far = self.all_reduce(torch.stack([compared.sum(), far.sum()])).tolist()
         if not number:
@@ -331,21 +325,24 @@ class CollectingTrainer(TrainerHooks):
     def _policy_logps(self, batch: RolloutBatch) -> Tensor:
         """(B, T) of the policy, in the micro-batches (and their pieces) of the update."""
         size = self.args.per_device_train_batch_size
-        micro_batches = [batch.rows(slice(start, start + size)) for start in range(0, len(batch), size)]
+        starts = range(0, len(batch), size)
+
+        def cut(tokens: int | None) -> list[slice]:
+            pieces = [(start, self._pieces(batch.rows(slice(start, start + size)), tokens)) for start in starts]
+            return [slice(start + rows.start, start + rows.stop) for start, part in pieces for rows in part]
 
         def score() -> Tensor:
             result = torch.zeros_like(batch.completion_ids, dtype=torch.float32)
-            for number, micro_batch in enumerate(micro_batches):
-                for rows in self._pieces(micro_batch, self.policy_limit.tokens):
-                    # autocast as in the update, so that the first ratio is exact; dropout off
-                    with self.accelerator.autocast(), evaluation_mode(self.model):
-                        part = micro_batch.rows(rows)
-                        logps = per_token_logps(self.model, part, temperature=self.train_sampling.temperature)[0]
-                    start = number * size
-                    result[start + rows.start : start + rows.stop, : logps.shape[1]] = logps.float()
+            for rows in cut(self.policy_limit.tokens):
+                # autocast as in the update, so that the first ratio is exact; dropout off
+                with self.accelerator.autocast(), evaluation_mode(self.model):
+                    logps, _ = per_token_logps(
+                        self.model, batch.rows(rows), temperature=self.train_sampling.temperature
+                    )
+                result[rows, : logps.shape[1]] = logps.float()
             return result
 
-        return self.policy_limit.run(score, partial(self._all_pieces, micro_batches))
+        return self.policy_limit.run(score, cut)
 
     def _pieces(self, micro_batch: RolloutBatch, tokens: int | None) -> list[slice]:
         return pieces(micro_batch, tokens, packed=is_packed(self.model))

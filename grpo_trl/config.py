@@ -33,10 +33,9 @@ from .config_checks import (
     trainer_problems,
     value_problems,
 )
-from .config_types import type_problems
+from .config_types import about, type_problems
 from .config_vllm import (
     VLLMArguments,
-    about,
     length_problems,
     resolve_vllm,
     vllm_generation_kwargs,

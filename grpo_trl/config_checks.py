@@ -1,4 +1,5 @@
-"""What a `GRPOConfig` must be, as tables: ranges, names, combinations. Nothing here changes a value."""
+"""What a `GRPOConfig` must be, as tables: ranges, names, combinations. What cannot be used is
+set back, so that reading goes on."""
 
 import json
 import math

@@ -1,5 +1,7 @@
-"""Whether a value of a config has the type of its field. Reads the annotations, so a new field needs nothing here."""
+"""The fields of a config: how they are written, and whether a value has the type of its field. That is read from the
+annotations, so a new field needs nothing here."""
 
+import dataclasses
 import math
 import os
 from collections.abc import Iterable
@@ -28,6 +30,11 @@ MAY_BE_INFINITE = ("max_grad_norm",)
 LARGEST = 2**63 - 1  # of torch's integers
 
 _WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text", dict: "a mapping"}
+
+
+def about(text: str, default: Any = None) -> Any:
+    """A field with its help."""
+    return dataclasses.field(default=default, metadata={"help": text})
 
 
 def type_problems(args: Any, names: Iterable[str]) -> list[str]:

@@ -1,11 +1,12 @@
 """Options of vLLM, by TRL's names and with TRL's meanings. All but `use_vllm` act only where vLLM samples."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from transformers import TrainingArguments
 
 from .config_checks import Range, value_problems
+from .config_types import about
 
 VLLM_RANGES = {
     "vllm_server_port": Range(1, 65535),
@@ -29,11 +30,6 @@ SET_BY_TRAINER = {
     "ignore_eos": "the tokenizer's and the generation config's EOS tokens",
     "truncate_prompt_tokens": "max_prompt_length with overlong_prompts",
 }
-
-
-def about(text: str, default: Any = None) -> Any:
-    """A field with its help."""
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass

@@ -13,6 +13,7 @@ from itertools import count, islice
 from math import ceil
 from typing import Any, Protocol
 
+import torch
 from accelerate.logging import get_logger
 from datasets import IterableDataset
 from torch import Tensor
@@ -24,7 +25,6 @@ from .config import GRPOConfig
 from .fingerprint import data_fingerprint
 from .manifest import ResumeError
 from .prompt_memory import PromptMemory
-from .prompts import epoch_order
 
 logger = get_logger(__name__)  # of accelerate: speaks on the main process only
 
@@ -348,3 +348,12 @@ class _Length(TorchDataset):
         if self.length is None:
             raise TypeError("a stream of prompts has no length")
         return self.length
+
+
+def epoch_order(num_prompts: int, seed: int, epoch: int, shuffle: bool) -> list[int]:
+    """The order of the prompts in an epoch: a permutation of range(num_prompts) that depends on (seed, epoch) only."""
+    if not shuffle:
+        return list(range(num_prompts))
+    # a plain seed + epoch would give (42, 1) and (43, 0) the same order
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    return torch.randperm(num_prompts, generator=generator).tolist()

@@ -104,8 +104,9 @@ def create_model_card(
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag=None if is_encoder_decoder(trainer.model) else "text-generation",
         model_name=name,
-        tags=list(dict.fromkeys(["grpo_trl", "grpo", args.variant, "reinforcement-learning", *_listed(tags)])),
+        tags=list(dict.fromkeys([*trainer._tag_names, args.variant, "reinforcement-learning", *_listed(tags)])),
     )
+    weights = {name: f"{x:g}" for name, x in zip(trainer.reward_names, trainer.reward_weights, strict=True)}
     card = ModelCard.from_template(
         card_data,
         template_str=TEMPLATE,
@@ -115,7 +116,7 @@ def create_model_card(
         variant=args.variant,
         paper=args.objective["paper"],
         data=_data(entries, hub_datasets) or ("Local files." if recipe.get("dataset_name") else "Given in code."),
-        rewards=_table(("reward", "weight"), _reward_weights(trainer.reward_names, args.reward_weights)),
+        rewards=_table(("reward", "weight"), weights),
         objective=_table(("setting", "value"), _known(args.objective)),
         training=_table(("", ""), _training_facts(trainer)),
         plot=_plot(folder, Path(args.output_dir)),
@@ -170,10 +171,6 @@ def _data(entries: Sequence[Mapping[str, Any]], hub_datasets: Sequence[str]) -> 
 
 def _dataset_link(name: str) -> str:
     return f"[{name}](https://huggingface.co/datasets/{name})"
-
-
-def _reward_weights(names: Sequence[str], weights: Sequence[float] | None) -> dict[str, float]:
-    return dict(zip(names, weights or [1.0] * len(names), strict=True))
 
 
 def _training_facts(trainer: Any) -> dict[str, Any]:

@@ -23,7 +23,8 @@ class NonFiniteUpdates(TrainerCallback):
     inside its backward pass: there the next rollout says that the weights have diverged.
 
     Args:
-        trainer: its `optimizer`, `metrics`, `state`, `args`, `last_checkpoint` and `all_reduce` are used.
+        trainer: its `optimizer`, `metrics`, `state`, `args`, `last_checkpoint`, `all_reduce` and what it
+            runs on are used.
     """
 
     def __init__(self, trainer: Any):

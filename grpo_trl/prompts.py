@@ -4,7 +4,6 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
-import torch
 from datasets import Dataset, IterableDataset
 from jinja2 import TemplateError
 from torch.utils.data import Subset
@@ -259,40 +258,35 @@ def limit_prompts(
     max_prompt_length: int | None,
     overlong_prompts: str = "drop",
     where: str = "dataset",
-) -> tuple[Any, int | None]:
-    """Applies `overlong_prompts` to a dataset, which messages call `where`; returns (dataset, number of overlong
-    prompts).
+) -> Any:
+    """Applies `overlong_prompts` to a dataset, which messages call `where`; returns what is left of it.
 
     length_of: row -> prompt length in tokens. `drop` removes the overlong rows, `error` raises ValueError with the
     first of them, `truncate` only counts them: `truncate_prompt` cuts when a prompt is encoded.
-    Map-style datasets are scanned before training and the count is logged. A streamed one is filtered on the fly, and
-    its count is None. Nothing happens if `max_prompt_length` is None.
+    Map-style datasets are scanned before training and the count is logged. A streamed one is filtered on the fly.
+    Nothing happens if `max_prompt_length` is None.
     """
     if max_prompt_length is None:
-        return dataset, 0
+        return dataset
     limit = max_prompt_length
     if isinstance(dataset, IterableDataset):
-        return _limit_stream(dataset, length_of, limit, overlong_prompts, where), None
+        return _limit_stream(dataset, length_of, limit, overlong_prompts, where)
 
-    overlong = {}
-    for index in range(len(dataset)):
-        length = length_of(dataset[index])
-        if length > limit:
-            overlong[index] = length
+    overlong = {index: n for index in range(len(dataset)) if (n := length_of(dataset[index])) > limit}
     if not overlong:
-        return dataset, 0
+        return dataset
     if overlong_prompts == "error":
         rows = ", ".join(f"row {i + 1}: {n} tokens" for i, n in list(overlong.items())[:5])
         raise ValueError(_overlong_message(f"{where}: {len(overlong)} of {len(dataset)} prompts are ({rows})", limit))
     count = f"{where}: {len(overlong)} of {len(dataset)} prompts are longer than max_prompt_length={limit} tokens"
     if overlong_prompts == "truncate":
         logger.warning(f"{count} and are truncated to their ends.")
-        return dataset, len(overlong)
+        return dataset
     if len(overlong) == len(dataset):
         raise ValueError(_overlong_message(f"{where}: all {len(dataset)} prompts are", limit, drop=True))
     logger.warning(f"{count} and are dropped.")
     kept = [index for index in range(len(dataset)) if index not in overlong]
-    return dataset.select(kept) if isinstance(dataset, Dataset) else Subset(cast(Any, dataset), kept), len(overlong)
+    return dataset.select(kept) if isinstance(dataset, Dataset) else Subset(cast(Any, dataset), kept)
 
 
 def _limit_stream(
@@ -311,12 +305,3 @@ def _limit_stream(
 def _overlong_message(what: str, limit: int, drop: bool = False) -> str:
     remedy = "or use overlong_prompts: truncate" if drop else "or use overlong_prompts: drop or truncate"
     return f"{what} longer than max_prompt_length={limit}. Raise max_prompt_length, {remedy}."
-
-
-def epoch_order(num_prompts: int, seed: int, epoch: int, shuffle: bool) -> list[int]:
-    """The order of the prompts in an epoch: a permutation of range(num_prompts) that depends on (seed, epoch) only."""
-    if not shuffle:
-        return list(range(num_prompts))
-    # a plain seed + epoch would give (42, 1) and (43, 0) the same order
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-    return torch.randperm(num_prompts, generator=generator).tolist()

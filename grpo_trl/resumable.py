@@ -231,7 +231,7 @@ class ResumableTrainer(Trainer):
         self._initial_global_step = state["initial_step"]
         self._earlier_seconds = state["seconds"]
         if self._resumes_here():  # else the steps are of another folder
-            self._saved_steps = set(state.get("saved_steps", [self.state.global_step]))
+            self._saved_steps = set(state["saved_steps"])
         self.state.compute_steps(self.args, self.state.max_steps)  # or the checkpoint's would go on
         self.state.best_model_checkpoint = self._moved_best()
         if state["evaluation_is_due"]:
@@ -240,7 +240,7 @@ class ResumableTrainer(Trainer):
             self.control.should_evaluate = self.control.should_save = True
             epoch = self.state.epoch or 0.0
             # with "best", transformers decides after the evaluation
-            self._save_is_extra = not state.get("saving_is_due", True) and self.args.save_strategy != "best"
+            self._save_is_extra = not state["saving_is_due"] and self.args.save_strategy != "best"
             self._maybe_log_save_evaluate(self._tr_loss, None, self.model_wrapped, None, epoch, None, self._began)
             self._save_is_extra = False
 

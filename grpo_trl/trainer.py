@@ -131,7 +131,7 @@ class GRPOTrainer(CollectingTrainer):
         policy, reference_model, adapter = load_models(model, args, quantization_config, peft_config)
         self.scorer = reward_scorer(specs, reward_processing_classes, args)
         self.reward_names = self.scorer.names
-        self.reward_weights = torch.tensor(args.reward_weights or [1.0] * len(self.reward_names))
+        self.reward_weights = self.scorer.weights
 
         # what an encoder reads ends as its tokenizer ends texts
         self._ending = ending(processing_class) if is_encoder_decoder(policy) else []
@@ -162,10 +162,9 @@ class GRPOTrainer(CollectingTrainer):
                 rows_per_pass=args.per_device_train_batch_size,
                 max_tokens=args.max_tokens_per_microbatch,
             )
-        self.policy_limit = policy_limit(args, self.accelerator)
         self.replica = make_replica(self.model, self.accelerator)
         self.engine = rollout_engine(self.accelerator.unwrap_model(self.model), args, self.accelerator)
-        self.policy_limit.release = getattr(self.engine, "release", None)  # the native one's
+        self.policy_limit = policy_limit(args, self.accelerator, self.engine)
         self._vllm_is_of: int | None = None  # the step whose weights vLLM has; engines on the policy itself have none
         self._sampling_is_exact = self._sampling_may_be_exact(own_rollout=type(self).rollout is GRPOTrainer.rollout)
         self.metrics = Metrics()

@@ -14,8 +14,7 @@ from grpo_trl import checkpoint
 from grpo_trl.batch import Group, Prompt, RolloutBatch
 from grpo_trl.config import GRPOConfig
 from grpo_trl.fingerprint import data_fingerprint
-from grpo_trl.loader import IndexedPrompts, RolloutLoader, StreamedPrompts
-from grpo_trl.prompts import epoch_order
+from grpo_trl.loader import IndexedPrompts, RolloutLoader, StreamedPrompts, epoch_order
 
 G = 4
 
@@ -663,3 +662,12 @@ def test_datasets_are_told_apart_by_their_rows():
     rows = [{"prompt": "a", "extra": {1: 2, "b": [(3, None)]}}]
     same = [{"extra": {"b": [[3, None]], 1: 2}, "prompt": "a"}]
     assert data_fingerprint(rows) == data_fingerprint(same) != data_fingerprint([{"prompt": "a", "extra": {1: 3}}])
+
+
+def test_epoch_order():
+    order = epoch_order(100, seed=42, epoch=1, shuffle=True)
+    assert sorted(order) == list(range(100))
+    assert order == epoch_order(100, seed=42, epoch=1, shuffle=True)
+    assert epoch_order(100, seed=42, epoch=2, shuffle=True) != order
+    assert epoch_order(100, seed=43, epoch=0, shuffle=True) != order  # not a function of seed + epoch
+    assert epoch_order(5, seed=42, epoch=1, shuffle=False) == [0, 1, 2, 3, 4]

@@ -1,4 +1,5 @@
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer
@@ -10,9 +11,11 @@ from tests.tiny import tiny_encoder_decoder
 
 
 class PlainTrainer(Trainer):
-    """transformers' Trainer with the two attributes of GRPOTrainer that the card reads."""
+    """transformers' Trainer with the attributes of GRPOTrainer that the card reads."""
 
+    _tag_names = ["grpo_trl", "grpo"]
     recipe: dict | None = None
+    reward_weights = torch.tensor([1.0, 0.2])
     reward_names = ["accuracy", "think_format"]
 
 
@@ -40,7 +43,6 @@ def test_card_says_what_was_trained_and_how(tmp_path, qwen3):
         recipe=recipe,
         variant="deepseekmath",
         hub_model_id="me/my-model",
-        reward_weights=[1.0, 0.2],
         card_options={"tags": "math"},
     )
     data = card.data.to_dict()
@@ -55,7 +57,7 @@ def test_card_says_what_was_trained_and_how(tmp_path, qwen3):
         'pipeline("text-generation", model="me/my-model")',
         "- [openai/gsm8k](https://huggingface.co/datasets/openai/gsm8k) (hub, input `question`, output `answer`",
         "- `more.jsonl` (jsonl, input `question`)",
-        "| accuracy | 1.0 |\n| think_format | 0.2 |",
+        "| accuracy | 1 |\n| think_format | 0.2 |",
         "| scale_rewards | group |",
         "| beta | 0.04 |",
         "| optimizer steps | 120 |",

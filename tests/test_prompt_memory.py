@@ -13,8 +13,8 @@ from datasets import Dataset
 from grpo_trl import checkpoint
 from grpo_trl.batch import Group, Prompt
 from grpo_trl.callbacks import read_parquet, write_parquet
+from grpo_trl.loader import epoch_order
 from grpo_trl.prompt_memory import PromptMemory, key_of
-from grpo_trl.prompts import epoch_order
 from tests.test_loader import G, Rollouts, assert_same, epochs, flat, loader, stream
 
 NAN = float("nan")

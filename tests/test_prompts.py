@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from grpo_trl.prompts import encode_prompt, epoch_order, limit_prompts, truncate_prompt
+from grpo_trl.prompts import encode_prompt, limit_prompts, truncate_prompt
 from tests.tiny import BOS, IM_START, tiny_tokenizer
 
 USER = {"role": "user", "content": "Hi"}
@@ -229,12 +229,11 @@ def length_of(example):
 @pytest.mark.parametrize("dataset", FORMS, ids=["Dataset", "list"])
 def test_overlong_prompts_of_map_style_datasets(dataset, caplog):
     limited = {"max_prompt_length": 3}
-    kept, count = limit_prompts(dataset, length_of, **limited)
+    kept = limit_prompts(dataset, length_of, **limited)
     assert [kept[i]["prompt"] for i in range(len(kept))] == ["ab", "abc"]
-    assert count == 2
     assert "2 of 4 prompts are longer than max_prompt_length=3 tokens and are dropped" in caplog.text
 
-    assert limit_prompts(dataset, length_of, overlong_prompts="truncate", **limited) == (dataset, 2)
+    assert limit_prompts(dataset, length_of, overlong_prompts="truncate", **limited) is dataset
     assert "2 of 4 prompts are longer than max_prompt_length=3 tokens and are truncated" in caplog.text
 
     with pytest.raises(
@@ -250,7 +249,7 @@ def test_no_limit_and_nothing_overlong(caplog):
     caplog.set_level(logging.INFO)
     for limit in (None, 6):
         for what in ("drop", "error", "truncate"):
-            assert limit_prompts(ROWS, length_of, max_prompt_length=limit, overlong_prompts=what) == (ROWS, 0)
+            assert limit_prompts(ROWS, length_of, max_prompt_length=limit, overlong_prompts=what) is ROWS
     assert caplog.text == ""
 
 
@@ -258,23 +257,10 @@ def test_overlong_prompts_of_a_stream():
     def stream():
         return IterableDataset.from_generator(lambda: iter(ROWS))
 
-    kept, count = limit_prompts(stream(), length_of, max_prompt_length=3)
-    assert count is None
+    kept = limit_prompts(stream(), length_of, max_prompt_length=3)
     assert [row["prompt"] for row in kept] == ["ab", "abc"]
-    every, _ = limit_prompts(stream(), length_of, max_prompt_length=3, overlong_prompts="truncate")
+    every = limit_prompts(stream(), length_of, max_prompt_length=3, overlong_prompts="truncate")
     assert len(list(every)) == 4
-    strict, _ = limit_prompts(stream(), length_of, max_prompt_length=3, overlong_prompts="error")
+    strict = limit_prompts(stream(), length_of, max_prompt_length=3, overlong_prompts="error")
     with pytest.raises(ValueError, match=r"^dataset: the prompt 'abcd' is \(4 tokens\) longer"):
         list(strict)
-
-
-# --- order
-
-
-def test_epoch_order():
-    order = epoch_order(100, seed=42, epoch=1, shuffle=True)
-    assert sorted(order) == list(range(100))
-    assert order == epoch_order(100, seed=42, epoch=1, shuffle=True)
-    assert epoch_order(100, seed=42, epoch=2, shuffle=True) != order
-    assert epoch_order(100, seed=43, epoch=0, shuffle=True) != order  # not a function of seed + epoch
-    assert epoch_order(5, seed=42, epoch=1, shuffle=False) == [0, 1, 2, 3, 4]

@@ -121,7 +121,7 @@ def test_sampling_log_probs_that_stand_for_the_old_ones(tmp_path, engine):
 
 def test_sampling_log_probs_that_are_too_far_off_do_not_stand(tmp_path, monkeypatch):
     exact = run(tmp_path / "exact", num_iterations=2, beta=0.1)
-    monkeypatch.setattr(grpo_trl.collection, "SAMPLING_GAP", 0.0)
+    monkeypatch.setattr(grpo_trl.collection, "ROUNDING_GAP", 0.0)
     result = run(tmp_path, num_iterations=2, beta=0.1)
     assert result.scored == {"policy": 4 + 2, "reference": 2}
     assert logged(result, "importance_ratio/token")[0] == pytest.approx(1, abs=1e-7)

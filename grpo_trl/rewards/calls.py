@@ -1,4 +1,4 @@
-"""One call of a reward function: `Call`."""
+"""One call of a reward function, `Call`, and what several of them become together."""
 
 import asyncio
 import time

@@ -78,7 +78,7 @@ class RewardScorer:
         for func, name in zip(self.reward_funcs, self.names, strict=True):
             if isinstance(func, RewardModel):
                 func.__name__ = name  # what its own metrics are called: two models of one name would share them
-        self._counts = torch.tensor(weights or [1.0] * len(self.names)) != 0
+        self.weights = torch.tensor(weights or [1.0] * len(self.names))
         self.timeout = timeout
         self.wait_seconds = self.busy_seconds = 0.0
         self._calls = [self._callable(func, name) for func, name in zip(self.reward_funcs, self.names, strict=True)]
@@ -324,11 +324,11 @@ class RewardScorer:
                 future.cancel()
 
     def _warn_if_all_none(self, rewards_per_func: Tensor, groups: Sequence[Group]) -> None:
-        all_none = rewards_per_func[:, self._counts].isnan().all(1)
-        if self._warned_all_none or not (self._counts.any() and all_none.any()):
+        all_none = rewards_per_func[:, (self.weights != 0)].isnan().all(1)
+        if self._warned_all_none or not ((self.weights != 0).any() and all_none.any()):
             return
         self._warned_all_none = True
-        counted = [name for name, counts in zip(self.names, self._counts.tolist(), strict=True) if counts]
+        counted = [name for name, counts in zip(self.names, (self.weights != 0).tolist(), strict=True) if counts]
         row = int(all_none.nonzero()[0])
         logger.warning(
             f"All reward functions ({', '.join(counted)}) returned None for the following row:\n"

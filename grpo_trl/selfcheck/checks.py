@@ -12,7 +12,7 @@ from ..algorithm import KL_ESTIMATORS
 from ..assembly import declared_eos
 from ..batch import Prompt
 from ..callbacks.run_doctor import SAMPLER_GAP
-from ..collection import SAMPLING_GAP
+from ..collection import ROUNDING_GAP
 from ..placement import input_device
 from ..policy import FrozenReference, causal_lm, evaluation_mode, is_packed, per_token_logps
 from ..prompts import encode_prompt
@@ -255,7 +255,7 @@ def _smallest(values: Tensor) -> float:
 def _compare(trial: Trial, ours: Tensor, theirs: Tensor, *, exact: bool) -> tuple[bool, str]:
     """Whether log-probabilities (B, T) agree; in fp32 the largest gap counts, elsewhere the mean."""
     gaps = (ours - theirs).abs()[trial.batch.completion_mask.bool()]
-    kind, gap, limit = ("largest", gaps.max(), SAMPLING_GAP) if exact else ("mean", gaps.mean(), SAMPLER_GAP)
+    kind, gap, limit = ("largest", gaps.max(), ROUNDING_GAP) if exact else ("mean", gaps.mean(), SAMPLER_GAP)
     return bool(gap <= limit), f"{kind} gap {float(gap):.2g} nats per token, at most {limit:g}"
 
 

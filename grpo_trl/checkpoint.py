@@ -4,10 +4,12 @@ Per rank: tensors as safetensors, numbers as JSON. Loading executes no code.
 """
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
+from safetensors import safe_open
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
@@ -56,6 +58,37 @@ NOT_OF_ADAPTER = (
     *("peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version"),
     *("auto_mapping", "runtime_config", "init_lora_weights", "init_weights", "ensure_weight_tying"),
 )
+
+
+# ---- Weights ----
+
+
+def weights_left_out(model: nn.Module, folder: Path) -> list[str]:
+    """Names in a model's state that a folder's safetensors do not have, nor the weight that they are tied to; [] where
+    it has none."""
+    saved: set[str] = set()
+    for path in folder.glob("model*.safetensors"):
+        with safe_open(path, "pt") as file:
+            saved |= set(file.keys())
+    state = model.state_dict()
+    there = {tensor.data_ptr() for name, tensor in state.items() if name in saved}
+    return [name for name, tensor in state.items() if saved and name not in saved and tensor.data_ptr() not in there]
+
+
+def load_weights(model: Any, folder: Path, names: Collection[str]) -> None:
+    """Copies these weights from a folder into a model, in place, by way of `from_pretrained`, which knows under which
+    names a class is saved.
+
+    Raises:
+        ResumeError: some are not in the folder.
+    """
+    loaded, info = type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
+    if missing := sorted(set(names) & set(info["missing_keys"])):
+        raise ResumeError(
+            f"Cannot load the weights of {folder}: it lacks {', '.join(missing[:5])}{' ...' if missing[5:] else ''}."
+        )
+    state = loaded.state_dict()
+    model.load_state_dict({name: state[name] for name in names}, strict=False)
 
 
 # ---- Which folder ----

@@ -244,6 +244,29 @@ class ResumableTrainer(Trainer):
             self._maybe_log_save_evaluate(self._tr_loss, None, self.model_wrapped, None, epoch, None, self._began)
             self._save_is_extra = False
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_renamed(Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._load_renamed(Path(str(self.state.best_model_checkpoint)))
+
+    def _load_renamed(self, folder: Path) -> None:
+        """The weights that transformers saves by other names, or in other pieces, than the model has them (experts,
+        GPT-NeoX's head), and so leaves as they are when it loads a checkpoint."""
+        if self._saves_by_other_names and (left := checkpoint.weights_left_out(self.model, folder)):
+            checkpoint.load_weights(self.model, folder, left)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        if not self._saves_by_other_names:  # else of what `_load_renamed` loads it would say that it is missing
+            super()._issue_warnings_after_load(load_result)
+
+    @property
+    def _saves_by_other_names(self) -> bool:
+        """As `save_pretrained` does; adapters, FSDP and DeepSpeed load by the names that they save."""
+        return not (isinstance(self.model, PeftModel) or self.is_fsdp_enabled or self.is_deepspeed_enabled)
+
     def _resumes_here(self) -> bool:
         """Whether the checkpoint that is resumed lies in output_dir."""
         assert self._last_checkpoint is not None

@@ -3,11 +3,15 @@
 import json
 
 import pytest
+import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import TrainerCallback
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from grpo_trl import GRPOTrainer
+from grpo_trl.checkpoint import load_weights, weights_left_out
+from grpo_trl.manifest import ResumeError
 from tests.resuming import differences, outcome
 from tests.test_trainer import PROMPTS, dataset, logged, trained_adapter, trainer
 from tests.test_trainer_dynamic import some_equal
@@ -70,6 +74,9 @@ CASES = {
         },
         (2, 3),
     ),
+    # what transformers saves by other names, or in other pieces, than the model has it
+    "experts": ({"model": lambda: tiny_model("qwen3_moe"), "num_iterations": 2}, (2,)),
+    "a head of another name": ({"model": lambda: tiny_model("gpt_neox"), "num_iterations": 2}, (2,)),
     "a table of completions": ({"log_completions": True, "num_iterations": 4}, (1,)),
 }  # fmt: skip
 
@@ -79,6 +86,32 @@ def build(path, **options):
     made = {"data": dataset, "model": lambda: None, "max_steps": 6, "logging_steps": 3} | options
     made |= {name: made[name]() for name in ("data", "model")}
     return trainer(path, **made)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_neox", "qwen3"])
+def test_the_best_model_is_loaded_whole(tmp_path, kind):
+    run = build(
+        tmp_path, model=lambda: tiny_model(kind), max_steps=3, num_iterations=1, eval_strategy="steps", eval_steps=1,
+        save_strategy="steps", save_steps=1, load_best_model_at_end=True, eval_dataset=dataset(2),
+    )  # fmt: skip
+    run.train()
+    for step in (1, 3):
+        run.state.best_model_checkpoint = str(tmp_path / f"checkpoint-{step}")
+        run._load_best_model()  # what the end of a run calls
+        best = AutoModelForCausalLM.from_pretrained(run.state.best_model_checkpoint).state_dict()
+        assert all(torch.equal(best[name], weight) for name, weight in run.model.state_dict().items())
+
+
+def test_a_checkpoint_that_lacks_weights_is_named(tmp_path):
+    run = build(tmp_path, model=lambda: tiny_model("qwen3_moe"), max_steps=1)
+    run.save_model(str(tmp_path / "saved"))
+    path = tmp_path / "saved" / "model.safetensors"
+    state = {name: weight for name, weight in load_file(path).items() if "layers.1.mlp.experts" not in name}
+    save_file(state, path, metadata={"format": "pt"})
+    left = weights_left_out(run.model, tmp_path / "saved")
+    assert [name for name in left if "layers.1.mlp.experts" in name]
+    with pytest.raises(ResumeError, match=r"Cannot load the weights of .*saved: it lacks model.layers.1.mlp.experts"):
+        load_weights(run.model, tmp_path / "saved", left)
 
 
 @pytest.mark.parametrize("name", CASES)

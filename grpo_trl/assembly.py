@@ -38,7 +38,7 @@ from .policy import (
     needs_frozen_adapter,
     prepare,
 )
-from .policy.support import dynamic_rope, dynamic_rope_begins
+from .policy.support import dynamic_rope, dynamic_rope_begins, padding_gap
 from .prompt_memory import PromptMemory
 from .prompts import encode_prompt, limit_prompts
 from .rewards import RewardScorer, load_rewards
@@ -215,6 +215,11 @@ def load_models(
     if reason := prepare(policy, args.device.type):  # where an instance will be when it is trained
         logger.warning(
             f"The policy is run on padded rows, each with its whole prompt, and sampled by model.generate: {reason}."
+        )
+    if (gap := padding_gap(policy)) is not None:
+        logger.warning(
+            f"In {type(causal_lm(policy)).__name__} padding or explicit positions change log-probabilities, by "
+            f"{gap:.2g} nats: updates are of another model than the one that reads a row alone."
         )
     config = causal_lm(policy).config.get_text_config()
     longest, begins = (args.max_prompt_length or 0) + args.max_completion_length, dynamic_rope_begins(config)

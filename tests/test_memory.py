@@ -15,7 +15,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 from grpo_trl import GRPOConfig, GRPOTrainer, cli
 from grpo_trl.batch import Group, Prompt, RolloutBatch
 from grpo_trl.memory import PolicySpec, Run, advice_lines, parse_size, plan_run, plan_table, ranked_changes
-from grpo_trl.memory.dry_run import FakeModel, rollout_bytes, update_bytes
+from grpo_trl.memory.dry_run import FakeModel, countable_experts, rollout_bytes, update_bytes
 from grpo_trl.memory.models import policy_of, quantized_bytes, reference_options
 from grpo_trl.memory.optimizer import optimizer_bytes, step_bytes
 from grpo_trl.memory.plan import DevicePlan, Plan, _split
@@ -131,13 +131,6 @@ def test_a_reward_model_that_does_not_run_without_numbers_is_named(run, reward_m
     assert len(plan.assumptions) == 1
     assert f"DebertaV2ForSequenceClassification ({reward_model_dir})" in plan.assumptions[0]
     assert "does not run without numbers" in plan.assumptions[0]
-
-
-def test_experts_are_planned_in_bf16_and_refused_in_fp32(run, tmp_path):
-    tiny_model("qwen3_moe", **KINDS["qwen3_moe"]).save_pretrained(path := str(tmp_path / "experts"))
-    assert items(run(path=path, model_init_kwargs={"dtype": "bfloat16"}))["activations"] > 0
-    with pytest.raises(ValueError, match=r"Qwen3MoeForCausalLM .* cannot be planned"):
-        plan_run(run(path=path), 2**30)
 
 
 def test_a_policy_that_was_quantised_before(run, model_dir, tmp_path, monkeypatch):
@@ -332,19 +325,26 @@ def test_vllm_takes_its_share_of_the_device_or_nothing(run):
     assert not {"kept cache", "key-value cache", "decoding"} & items(run(use_vllm=True, vllm_mode="server")).keys()
 
 
-def test_update_counts_what_a_real_update_allocates(run, qwen3):
+@pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe", "mixtral"])
+def test_update_counts_what_a_real_update_allocates(run, kind, tmp_path):
     """The same passes on real tensors, under the same counter, hold the same bytes."""
     from grpo_trl.policy import per_token_logps
 
-    prepare(qwen3)
+    model = tiny_model(kind, **KINDS.get(kind, {}))
+    model.save_pretrained(path := str(tmp_path / kind))
+    prepare(model)
     groups = [Group(Prompt([1] * 32, {}, n), [[1] * 64] * 4, [True] * 4) for n in range(2)]
     batch = RolloutBatch.from_groups(groups, pad_token_id=0)
-    qwen3.train()
-    with LiveBytes([*qwen3.parameters(), *qwen3.buffers()]) as memory:
-        logps, _ = per_token_logps(qwen3, batch, with_entropy=True)
+    model.train()
+    with LiveBytes([*model.parameters(), *model.buffers()]) as memory:
+        logps, _ = per_token_logps(model, batch, with_entropy=True)
         logps.sum().backward()
-    planned = update_bytes(FakeModel(policy_of(run().policy, run().args)), run().args, 32)
+    made = run(path=path)
+    with countable_experts():
+        planned = update_bytes(FakeModel(policy_of(made.policy, made.args)), made.args, 32)
     assert planned == pytest.approx(memory.peak, rel=0.02)
+    found = plan_run(made, 2**30).devices["cpu"].items
+    assert found["gradients"] + found["activations"] == planned
 
 
 @pytest.mark.parametrize(

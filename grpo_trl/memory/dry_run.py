@@ -1,14 +1,15 @@
 """Runs of the project's own code on fake tensors, which have shapes and lifetimes but no numbers: what each phase
 allocates besides weights and optimizer."""
 
+import contextlib
 import inspect
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers.integrations import moe
 
 from ..batch import Group, Prompt, RolloutBatch
 from ..config import GRPOConfig, mapping
@@ -20,6 +21,18 @@ from ..rollouts.native.decoder import Runner
 from ..rollouts.native.engine import LOW_PRECISION_ON, Memory, Rollout, key_value_bytes
 from ..rollouts.sampling import TokenSampler
 from .tracker import LiveBytes
+
+
+@contextlib.contextmanager
+def countable_experts() -> Iterator[None]:
+    """In here transformers multiplies by experts with its own operator, which knows of fake tensors of every dtype;
+    torch's, which it prefers and which allocates as much, knows of bf16 alone."""
+    able = moe._can_use_grouped_mm  # private, but the one place where it chooses
+    moe._can_use_grouped_mm = lambda *args, **kwargs: False
+    try:
+        yield
+    finally:
+        moe._can_use_grouped_mm = able
 
 
 class FakeModel:
@@ -82,7 +95,7 @@ def largest_stream(args: GRPOConfig, prompt_length: int, *, packed: bool) -> tup
 def autocast(args: GRPOConfig) -> Any:
     """The mixed precision of the run. Fake tensors are on the CPU, so it is the CPU's."""
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-    return torch.autocast("cpu", dtype) if dtype else nullcontext()
+    return torch.autocast("cpu", dtype) if dtype else contextlib.nullcontext()
 
 
 def update_bytes(fake: FakeModel, args: GRPOConfig, prompt_length: int) -> int:

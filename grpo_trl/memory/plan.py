@@ -23,6 +23,7 @@ from .dry_run import (
     FakeModel,
     autocast,
     copied_bytes,
+    countable_experts,
     generate_bytes,
     reward_bytes,
     rollout_bytes,
@@ -115,6 +116,7 @@ class Plan:
         return max(self.devices.values(), key=lambda device: device.strain)
 
 
+@countable_experts()
 def plan_run(run: Run, memory: int | None = None) -> Plan:
     """The plan of one rank, whose policy is whole on `args.device`.
 

@@ -65,6 +65,11 @@ def load_policy(
             "The model has an adapter of transformers' own (model.add_adapter), from whose checkpoints a run could "
             "not be resumed: pass the base model with peft_config, or a PeftModel."
         )
+    if args.gradient_checkpointing and not model.supports_gradient_checkpointing:
+        raise ValueError(
+            f"{type(model).__name__} does not support gradient checkpointing, which is on by default; set "
+            "gradient_checkpointing=False."
+        )
     adapter = peft_config or getattr(model, "active_peft_config", None)
     check_adapter(adapter, args, is_encoder_decoder=model.config.is_encoder_decoder)
     if peft_config is not None:

@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from torch import nn
 from trl.trainer.utils import disable_dropout_in_model
 
+# of Switch Transformers and Mixtral, and of DBRX. PhiMoE's is part of its routing in evaluation too.
+ROUTING_NOISE = {"jitter_noise", "input_jitter_noise", "moe_jitter_eps"}
+
 
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
@@ -22,9 +25,10 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 def disable_dropout(model: nn.Module) -> None:
     """Every dropout rate to 0: of `nn.Dropout` modules, and of those that layers keep as a number and apply by
-    `nn.functional` (attention dropout, layer drop), which TRL's helper leaves on."""
+    `nn.functional` (attention dropout, layer drop), which TRL's helper leaves on; and the noise that routers of
+    experts add in train mode."""
     disable_dropout_in_model(model)
     for module in model.modules():
         for name, value in vars(module).items():
-            if isinstance(value, float) and ("dropout" in name or "layerdrop" in name):
+            if isinstance(value, float) and ("dropout" in name or "layerdrop" in name or name in ROUTING_NOISE):
                 setattr(module, name, 0.0)

@@ -168,9 +168,41 @@ def _trouble(lm: Any, expected: Tensor | None) -> str | None:
         gap = float((_trial(lm) - expected).abs().max())  # pyright: ignore[reportOptionalOperand]
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
-    # a wrong mask or position makes differences of order 1 nat, rounding in 16 bit or less up to some 0.1
-    exact = expected.dtype == torch.float32 and next(lm.parameters()).dtype == torch.float32
-    return None if gap <= (1e-3 if exact else 0.3) else f"log-probabilities differ by {gap:.2g}"
+    return None if gap <= _tolerance(lm) else f"log-probabilities differ by {gap:.2g}"
+
+
+def _tolerance(lm: Any) -> float:
+    """In nats. A wrong mask or position makes differences of order 1, rounding in 16 bit or less up to some 0.1."""
+    return 1e-3 if next(lm.parameters()).dtype == torch.float32 else 0.3
+
+
+@torch.no_grad()
+def padding_gap(model: PreTrainedModel | PeftModel) -> float | None:
+    """How far, in nats, log-probabilities are from those of a row that the model reads alone, without mask and
+    positions, where that is more than rounding; None: it is not, or cannot be tried.
+
+    Raises:
+        ValueError: a token of the model sees those after it.
+    """
+    lm = causal_lm(model)
+    if is_encoder_decoder(lm) or is_fsdp() or (ours := _trial(lm)) is None:
+        return None
+    alone = torch.zeros_like(ours)
+    with evaluation_mode(lm):
+        rows = [(group.prompt.ids, ids) for group in _trial_groups(lm) for ids in group.completion_ids]
+        for row, (prompt, ids) in enumerate(rows):
+            tokens = torch.tensor([[*prompt, *ids]], device=ours.device)
+            logits = lm(input_ids=tokens, use_cache=False).logits[0].float()
+            changed = lm(input_ids=torch.cat([tokens[:, :-1], tokens[:, :1]], 1), use_cache=False).logits[0].float()
+            if (ahead := float((logits - changed)[:-1].abs().max())) > _tolerance(lm):
+                raise ValueError(
+                    f"A token of {type(lm).__name__} sees those after it (they change its logits by {ahead:.2g}), so "
+                    "it cannot learn to predict them; load it as a decoder (is_decoder: true in its config.json)."
+                )
+            scored = logits[len(prompt) - 1 : -1].log_softmax(-1)
+            alone[row, : len(ids)] = scored.gather(1, tokens[0, len(prompt) :, None])[:, 0]
+    gap = float((ours - alone).abs().max())
+    return gap if gap > _tolerance(lm) else None
 
 
 @torch.no_grad()
@@ -178,11 +210,15 @@ def _trial(lm: Any) -> Tensor | None:
     """Log-probabilities of two small groups; None where weights are not all there (ZeRO-3, other ranks of FSDP)."""
     if any(parameter.is_meta or hasattr(parameter, "ds_id") for parameter in lm.parameters()):
         return None
+    batch = RolloutBatch.from_groups(_trial_groups(lm), pad_token_id=0).to(input_device(lm))
+    with evaluation_mode(lm):
+        return per_token_logps(lm, batch)[0]
+
+
+def _trial_groups(lm: Any) -> list[Group]:
     vocabulary = lm.get_input_embeddings().weight.shape[0]
     ids = [number * 7 % (vocabulary - 1) + 1 for number in range(16)]
-    groups = [
+    return [
         Group(Prompt(ids[:4], {}, 0), [ids[4:7], ids[7:8]], [True, True]),
         Group(Prompt(ids[8:9], {}, 1), [ids[9:12], ids[12:16]], [True, True]),
     ]
-    with evaluation_mode(lm):
-        return per_token_logps(lm, RolloutBatch.from_groups(groups, pad_token_id=0).to(input_device(lm)))[0]

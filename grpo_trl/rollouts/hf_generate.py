@@ -149,7 +149,7 @@ def check_positions(config: Any, prompt_length: int, completion_length: int) -> 
     positions = getattr(text_config, "max_position_embeddings", None)
     lengths = (prompt_length, completion_length)
     needed = max(lengths) if config.is_encoder_decoder else sum(lengths)
-    if positions is None or getattr(text_config, "rope_parameters", None) or needed <= positions:
+    if positions is None or positions < 0 or getattr(text_config, "rope_parameters", None) or needed <= positions:
         return
     raise ValueError(
         f"A prompt of {prompt_length} tokens and max_completion_length={completion_length} need more than the "

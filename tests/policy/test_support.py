@@ -1,11 +1,13 @@
+import re
+
 import pytest
 import torch
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from transformers import CONFIG_MAPPING
 
 from grpo_trl.batch import Group, Prompt, RolloutBatch
-from grpo_trl.policy import per_token_logps, prepare
-from grpo_trl.policy.support import dynamic_rope_begins, obstacle
+from grpo_trl.policy import disable_dropout, per_token_logps, prepare
+from grpo_trl.policy.support import dynamic_rope_begins, obstacle, padding_gap
 from grpo_trl.rollouts.native.engine import key_value_bytes
 from tests.test_trainer import trainer
 from tests.tiny import VOCAB_SIZE, tiny_model
@@ -55,6 +57,40 @@ def test_a_model_that_cannot_be_packed_is_padded(kind):
     torch.testing.assert_close(logps_of(model), logps_of(plain), rtol=1e-5, atol=1e-5)
     ids = torch.arange(10, 30)[None]
     assert torch.equal(model(ids, use_cache=False).logits, plain(ids, use_cache=False).logits)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gemma2", "gpt2", "mamba", "qwen3_moe"])
+def test_padding_changes_nothing_in_most_models(kind):
+    model = tiny_model(kind)
+    assert padding_gap(model) is None
+    prepare(model)
+    assert padding_gap(model) is None
+
+
+def test_a_model_that_padding_changes_is_named(tmp_path, caplog):
+    """BART's decoder counts positions from the left, the padding too."""
+    trainer(tmp_path, tiny_model("bart"), gradient_checkpointing=False)
+    assert re.search(r"In BartForCausalLM padding or explicit positions change log-probabilities, by \d", caplog.text)
+
+
+def test_a_model_whose_tokens_see_those_after_them_is_refused(tmp_path):
+    assert padding_gap(tiny_model("bert", is_decoder=True)) is None
+    with pytest.raises(ValueError, match=r"A token of BertLMHeadModel sees those after it .*is_decoder: true"):
+        trainer(tmp_path, tiny_model("bert"))
+
+
+def test_a_model_without_gradient_checkpointing(tmp_path):
+    model = tiny_model("ctrl")
+    with pytest.raises(ValueError, match=r"CTRLLMHeadModel does not support gradient checkpointing, .*set gradient"):
+        trainer(tmp_path, model, gradient_checkpointing=True)
+    assert trainer(tmp_path, model, gradient_checkpointing=False)
+
+
+def test_routers_are_without_noise():
+    model = tiny_model("mixtral", router_jitter_noise=0.5, sliding_window=None).train()
+    assert not torch.equal(logps_of(model), logps_of(model))
+    disable_dropout(model)
+    assert torch.equal(logps_of(model), logps_of(model))
 
 
 OF_GEMMA_4 = {

@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import json
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -44,6 +45,7 @@ REFUSED_SCRIPT_OPTIONS = {
 }
 
 
+SECRET = re.compile("TOKEN|KEY|SECRET|PASSW", re.IGNORECASE)  # in the name of an environment variable
 ALIASES = {"model": ["model_name_or_path"]}  # what users take a field for
 
 
@@ -69,6 +71,7 @@ class ScriptArguments(TRLScriptArguments):
         default=None, metadata={"help": "Registered names, dotted paths, or ids and paths of reward models."}
     )
     ignore_bias_buffers: bool = field(default=False, init=False)  # REFUSED_SCRIPT_OPTIONS
+    env: dict[str, str] = field(default_factory=dict, init=False)  # of the YAML file: set while it is read
 
     def __post_init__(self):
         for name in ("train_datasets", "eval_datasets"):
@@ -186,6 +189,12 @@ def parse_recipe(argv: Sequence[str], prog: str = "grpo-trl train", own_options:
     switches: dict[str, Any] = {"true": True, "false": False}
     resume = args.resume_from_checkpoint
     args.resume_from_checkpoint = switches.get(str(resume).lower(), resume)
+    if "--config" in argv:
+        recipe = yaml.safe_load(Path(argv[argv.index("--config") + 1]).read_text(encoding="utf-8")) or {}
+        script_args.env = recipe.get("env") or {}
+    target = model_args.lora_target_modules
+    if isinstance(target, str) and target != "all-linear" and re.fullmatch(r"[\w.]+", target):
+        model_args.lora_target_modules = [target]  # of which TRL makes a text, and PEFT a pattern for whole names
     raise_all(_problems(script_args, args, model_args))
     _say_what_adapters_lack(model_args)
     return script_args, args, model_args
@@ -284,6 +293,8 @@ def make_trainer(script_args: ScriptArguments, args: GRPOConfig, model_args: Mod
     train_dataset, eval_dataset = load_data(script_args, args)
     # with the model_init_kwargs of the recipe, not the resolved ones, which would win over a later `--dtype`
     recipe = _changed(script_args) | _changed(model_args) | {"model_init_kwargs": args.model_init_kwargs}
+    if public := {name: value for name, value in script_args.env.items() if not SECRET.search(name)}:
+        recipe = {"env": public} | recipe
     args.model_init_kwargs = _model_init_kwargs(args, model_args)
     trainer = GRPOTrainer(
         model=str(model_args.model_name_or_path),

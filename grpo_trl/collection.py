@@ -115,7 +115,8 @@ class CollectingTrainer(TrainerHooks):
 
     def replay(self, prompts: Any) -> RolloutBatch:
         """`collect` without sampling, scoring and reference: the batch that `log_rollouts` wrote for this collection
-        and rank. The metrics of rollouts are those of its groups.
+        and rank. The metrics of rollouts are those of its groups; advantages are made anew where what they depend on
+        is set otherwise now.
 
         Raises:
             FileNotFoundError, ValueError: there is none, it is of another size, or lacks what this run needs.
@@ -130,7 +131,11 @@ class CollectingTrainer(TrainerHooks):
             pad_token_id=self.processing_class.pad_token_id,
             mask_truncated_completions=args.mask_truncated_completions,
         )
-        raise_all(dump.replay_problems(rollout.batch, args, path))
+        raise_all(dump.replay_problems(rollout, args, self.reward_names, path))
+        if rollout.differs(dump.settings_of(args, self.reward_weights), dump.OF_ADVANTAGES):
+            rewards_per_func = torch.cat([group.rewards_per_func for group in rollout.groups])  # pyright: ignore[reportArgumentType, reportCallIssue]
+            rollout.rewards = combine_rewards(rewards_per_func, self.reward_weights)
+            rollout.batch.advantages = self._advantages(self._compared(rewards_per_func)).cpu()
         sampled = [group.prompt.draw >= 0 for group in rollout.groups]  # not the places that were left empty
         groups = [group for group, real in zip(rollout.groups, sampled, strict=True) if real]
         self._count_tokens(groups)
@@ -138,7 +143,9 @@ class CollectingTrainer(TrainerHooks):
             real = torch.tensor(sampled).repeat_interleave(args.num_generations)
             rewards_per_func = torch.cat([group.rewards_per_func for group in groups])  # pyright: ignore[reportArgumentType, reportCallIssue]
             rewards, advantages = rollout.rewards[real], rollout.batch.advantages[real]  # pyright: ignore[reportOptionalSubscript]
-            record_rollout(self.metrics, groups, rewards_per_func, rewards, advantages, rollout.reward_names)
+            record_rollout(self.metrics, groups, rewards_per_func, rewards, advantages, self.reward_names)
+            self.extra_columns = {}
+            self._log_completions(groups, rewards_per_func, advantages.tolist())
         return rollout.batch.to(args.device)
 
     def _dumped(self, collect: Callable[[Any], RolloutBatch], prompts: Any) -> RolloutBatch:
@@ -157,7 +164,8 @@ class CollectingTrainer(TrainerHooks):
         )
         rewards = combine_rewards(rewards_per_func, self.reward_weights)
         name = dump.file_name(collection, self.accelerator.process_index)
-        rollout = dump.Rollout(self.collected, batch, rewards, self.reward_names)
+        settings = dump.settings_of(self.args, self.reward_weights)
+        rollout = dump.Rollout(self.collected, batch, rewards, self.reward_names, settings)
         path = Path(str(self.args.output_dir)) / dump.FOLDER / name
         dump.write_rollout(path, rollout, step=step, ranks=self.accelerator.num_processes)
         return batch
@@ -167,8 +175,7 @@ class CollectingTrainer(TrainerHooks):
         of them passed (B,)."""
         groups = self.sample(prompts)
         rewards_per_func = self.score(groups, self.metrics)
-        aggregate = AGGREGATIONS[self.args.multi_objective_aggregation]
-        compared = aggregate(rewards_per_func, self.reward_weights, self.args.num_generations)
+        compared = self._compared(rewards_per_func)
         rewards = combine_rewards(rewards_per_func, self.reward_weights)
         for group, rows in zip(groups, rewards_per_func.split(self.args.num_generations), strict=True):
             group.rewards_per_func = rows
@@ -236,13 +243,7 @@ class CollectingTrainer(TrainerHooks):
             pad_token_id=self.processing_class.pad_token_id,
             mask_truncated_completions=self.args.mask_truncated_completions,
         )
-        batch.advantages = group_advantages(
-            compared.to(self.args.device),
-            self.args.num_generations,
-            self.args.scale_rewards,
-            baseline=self.args.advantage_baseline,
-            all_reduce=self.all_reduce,
-        )
+        batch.advantages = self._advantages(compared)
         batch = batch.to(self.args.device)
         if self.args.sampler_correction and batch.sampling_per_token_logps is None:
             raise ValueError(
@@ -250,6 +251,20 @@ class CollectingTrainer(TrainerHooks):
                 "and the rollout gave none; set Group.sampling_per_token_logps, or leave the option out."
             )
         return batch
+
+    def _compared(self, rewards_per_func: Tensor) -> Tensor:
+        """(B, F) -> (B,): what is compared of the rewards."""
+        aggregate = AGGREGATIONS[self.args.multi_objective_aggregation]
+        return aggregate(rewards_per_func, self.reward_weights, self.args.num_generations)
+
+    def _advantages(self, compared: Tensor) -> Tensor:
+        return group_advantages(
+            compared.to(self.args.device),
+            self.args.num_generations,
+            self.args.scale_rewards,
+            baseline=self.args.advantage_baseline,
+            all_reduce=self.all_reduce,
+        )
 
     def _sampling_may_be_exact(self, *, own_rollout: bool) -> bool | None:
         """Whether log-probabilities of sampling stand for the old ones: those of our own engines in fp32, from the

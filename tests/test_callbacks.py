@@ -7,6 +7,7 @@ import sys
 import types
 from importlib.machinery import ModuleSpec
 from pathlib import Path
+from unittest import mock
 
 import matplotlib
 import numpy as np
@@ -426,10 +427,20 @@ def test_an_earlier_run_is_replaced_and_a_killed_one_cleaned_up(tmp_path, qwen3,
 def test_an_incomplete_folder_is_not_seen(tmp_path, qwen3, script, monkeypatch):
     trainer = make_trainer(tmp_path / "out", qwen3, num_train_epochs=1)
     trainer.add_callback(EpochExportCallback(trainer))
-    script.write_bytes(b"\xff\xfe")  # no text: the export fails after the weights are written
-    with pytest.raises(UnicodeDecodeError):
+    full = OSError(28, "No space left on device")  # after the weights are written
+    monkeypatch.setattr("grpo_trl.callbacks.epoch_export.recipe_yaml", mock.Mock(side_effect=full))
+    with pytest.raises(OSError, match="No space left"):
         trainer.train()
     assert [path.name for path in (tmp_path / "out").glob("*epoch_*")] == ["_epoch_1"]
+
+
+def test_the_script_is_the_one_that_ran_byte_for_byte(tmp_path, qwen3, script):
+    trainer = make_trainer(tmp_path / "out", qwen3, num_train_epochs=1)
+    script.write_bytes(text := b"# -*- coding: latin-1 -*-\n# gr\xfc\xdfe\n")
+    trainer.add_callback(EpochExportCallback(trainer))
+    script.write_text("# edited while the run goes on")
+    trainer.train()
+    assert (tmp_path / "out" / "epoch_1" / "train_script.py").read_bytes() == text
 
 
 def test_lora_folder_holds_the_trained_adapter_only(tmp_path, model_dir, script):
@@ -676,6 +687,8 @@ def test_reference_on_another_device_follows():
         ({"loss": -2.0}, False),
         ({"loss": math.nan}, False),
         ({"eval_reward": 0.0}, False),
+        ({"loss": 0.0, "grad_norm": 0.3}, True),
+        ({"loss": 0.0, "grad_norm": 0.0}, False),  # nothing cancels
     ],
 )
 def test_loss_note(logs, noted):
@@ -691,4 +704,8 @@ def test_loss_note_is_said_once(tmp_path, caplog):
         callback.on_log(make_args(tmp_path), TrainerState(), None, logs=logs)
     assert len(caplog.records) == 1
     assert "loss=0.0001 is near 0 by construction" in caplog.text
+    caplog.clear()
+    LossNoteCallback().on_log(make_args(tmp_path, variant="cispo"), TrainerState(), None, logs={"loss": 1e-4})
+    assert not caplog.records
+    LossNoteCallback().on_log(make_args(tmp_path), TrainerState(), None, logs={"loss": 1e-4})
     assert "grad_norm" in caplog.text

@@ -95,9 +95,12 @@ def test_a_value_of_the_models_fields_has_their_type(write, name, value, expecte
         cli.parse_recipe(write(**{name: value}))
 
 
-@pytest.mark.parametrize("modules", ["all-linear", ["all-linear"], ["q_proj", "v_proj"], None])
+@pytest.mark.parametrize(
+    "modules", ["all-linear", ["all-linear"], ["q_proj", "v_proj"], ["q_proj"], [r".*q_proj"], None]
+)
 def test_modules_of_an_adapter(write, modules):
-    expected = "all-linear" if modules == ["all-linear"] else modules
+    # a pattern may stand for all
+    expected = modules[0] if modules in (["all-linear"], [r".*q_proj"]) else modules
     assert cli.parse_recipe(write(lora_target_modules=modules, model_revision=None))[2].lora_target_modules == expected
 
 
@@ -501,14 +504,16 @@ def test_script_trains_from_a_recipe_and_its_resolved_recipe_repeats_it(write, t
     resolved = str(out / "epoch_1" / "recipe.yaml")
     script_args, args, model_args = cli.parse_recipe(["--config", resolved, "--dtype", "bfloat16"])
     first = cli.parse_recipe(argv)
+    first[0].env.pop("GRPO_TRL_API_KEY")
     assert script_args == first[0]
     assert args.objective == first[1].objective and args.num_iterations == 2
     assert model_args.model_name_or_path == model_dir
+    assert script_args.env == {"GRPO_TRL_TEST": "1"}  # and not the key
     # a later --dtype is not shadowed by the resolved arguments of from_pretrained
     assert args.model_init_kwargs == {"use_cache": True}
 
 
-ENV = {"env": {"GRPO_TRL_TEST": "1"}}
+ENV = {"env": {"GRPO_TRL_TEST": "1", "GRPO_TRL_API_KEY": "secret"}}
 
 
 def run_script(argv, cwd):

@@ -187,6 +187,54 @@ def test_another_objective_on_the_same_rollouts(tmp_path):
     assert any(not torch.equal(weights(first)[name], weight) for name, weight in weights(second).items())
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"scale_rewards": "none"},
+        {"advantage_baseline": "leave_one_out"},
+        {"multi_objective_aggregation": "normalize_then_sum"},
+        {"reward_weights": [0.2, 1.0]},
+        {"variant": "dr_grpo", "beta": 0.01},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_other_advantages_on_the_same_rollouts(tmp_path, options):
+    """The replay of a first rollout is what a run with these options makes of it, which samples the same."""
+    one = {"num_iterations": 1, "max_steps": 1}
+    recorded(tmp_path / "a", **one)
+    fresh = trainer(tmp_path / "b", rewards=[reward, rarely], **one, **options)
+    fresh.train()
+    again = replayed(tmp_path / "c", tmp_path / "a", **one, **options)
+    assert_same(weights(again), weights(fresh))
+    assert logs(again, "rollout/")[0]["reward"] == logs(fresh)[0]["reward"]
+
+
+def test_a_replay_of_other_rewards_temperature_or_groups_is_refused(tmp_path):
+    one = {"num_iterations": 1, "max_steps": 1}
+    recorded(tmp_path / "a", **one)
+    for options, message in (
+        ({"temperature": 0.5}, r"at temperature=1.0; set that, not 0.5"),
+        (
+            {"overlong_penalty": True},
+            "holds rewards of reward, rarely, and this run has reward, rarely, soft_overlong",
+        ),
+        ({"num_generations": 2}, "does not hold groups of num_generations=2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            replayed(tmp_path / "b", tmp_path / "a", **one, **options)
+
+
+def test_a_replay_shows_completions_and_leaves_the_prompt_memory(tmp_path):
+    one = {"num_iterations": 1, "max_steps": 1, "log_completions": True}
+    recorded(tmp_path, **one)
+    table = (tmp_path / "completions" / "completions_00001.parquet").read_bytes()
+    memory = (tmp_path / "prompt_memory.parquet").read_bytes()
+    (tmp_path / "completions" / "completions_00001.parquet").unlink()
+    replayed(tmp_path, tmp_path, **one)
+    assert (tmp_path / "completions" / "completions_00001.parquet").read_bytes() == table
+    assert (tmp_path / "prompt_memory.parquet").read_bytes() == memory
+
+
 def test_what_a_replay_lacks_is_said(tmp_path):
     recorded(tmp_path / "a", num_iterations=1, beta=0.0, max_steps=2)
     with pytest.raises(FileNotFoundError, match=r"000002_rank_0.parquet does not exist: .* collections 0 to 1"):

@@ -107,13 +107,18 @@ NOT_PROVOKED = {
     "drowned rewards: accuracy": [
         {"rewards/accuracy/std": 1.0},
         {"rewards/format/std": 0.0, "rewards/format/mean": 1.0},  # constant: nothing to drown
+        {"rewards/format/std": 0.04, "rewards/format/mean": 0.998},  # nearly always right: it has been learned
     ],
     "reward reads a part: accuracy": [{"rewards/accuracy/truncated": 0.04}],
     "ratio is not 1": [{"importance_ratio/first_step_gap": 0.005}, {"importance_ratio/first_step_gap": None}],
     "sampler disagrees": [{"sampling/logp_gap": 0.02}, {"sampling/logp_gap": None}],
     "KL runs away": [{"kl": 0.5}, {"kl": late(0.1, 1.5, at=1.0)}, {"kl": None}],
     "entropy collapses": [{"entropy": 0.05}, {"entropy": lambda share: 0.4 - 0.25 * share}],
-    "no gradient": [{"grad_norm": late(0.0, 0.1)}, {"grad_norm": 0.0, "frac_reward_zero_std": 1.0}],
+    "no gradient": [
+        {"grad_norm": late(0.0, 0.1)},
+        {"grad_norm": 0.0, "frac_reward_zero_std": 1.0},
+        {"grad_norm": 0.0, "frac_reward_zero_std": None},  # not enough rollouts yet to tell
+    ],
     "always clipped": [{"grad_norm": late(7.0, 0.9, at=0.9)}],
     "learning rate is 0": [{"learning_rate": late(1e-6, 0.0, at=1.0)}],  # the last step of a schedule
 }
@@ -178,6 +183,19 @@ def test_what_the_configuration_explains_is_not_said(args):
     masked = args(mask_truncated_completions=True)
     assert found(history(grad_norm=0.0, **TRUNCATED), masked) == ["EOS never appears"]
     assert found(history(grad_norm=7.0), args(max_grad_norm=0.0)) == []
+
+
+def test_what_is_well_about_a_reward_is_not_said(args):
+    penalty = {"accuracy": 1.0, "soft_overlong": 1.0}
+    silent = history(**{"rewards/soft_overlong/mean": 0.0, "rewards/soft_overlong/std": 0.0})
+    assert found(silent, args(), penalty) == []
+    assert found(silent, args(), {"soft_overlong": 1.0}) == ["constant reward: soft_overlong"]  # nothing else to learn
+    one = history(**{"rewards/soft_overlong/mean": -0.01, "rewards/soft_overlong/std": 0.1})
+    assert found(one, args(), penalty) == []
+    watched = history(**{"rewards/format/mean": 3.0, "rewards/format/std": 0.0})
+    assert found(watched, args(), {"accuracy": 1.0, "format": 0.0}) == []
+    corrected = args(sampler_correction="token_truncate")
+    assert found(history(**{"sampling/logp_gap": 0.5}), corrected) == []
 
 
 def test_a_reward_of_negative_weight_drowns_others_too(args):

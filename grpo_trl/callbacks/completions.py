@@ -49,8 +49,8 @@ def log_completions(rows: Sequence[Mapping[str, Any]], *, args: Any, state: Trai
         print_prompt_completions_sample(
             _entries(shown["prompt"]),  # pyright: ignore[reportArgumentType] - messages, of which TRL knows one form
             _entries(shown["completion"]),  # pyright: ignore[reportArgumentType]
-            {escape(name): [math.nan if value is None else value for value in shown[name]] for name in rewards},
-            None if None in shown["advantage"] else shown["advantage"],  # an evaluation has none
+            {escape(name): _numbers(shown[name]) for name in rewards},
+            _numbers(shown["advantage"]) if any(a is not None for a in shown["advantage"]) else None,  # an evaluation
             escape(f"{state.global_step} {mark}".strip()),  # pyright: ignore[reportArgumentType] - printed as it is
             extra={escape(name): _entries(shown[name]) for name in extra},
         )
@@ -60,6 +60,10 @@ def log_completions(rows: Sequence[Mapping[str, Any]], *, args: Any, state: Trai
     name = "_".join(filter(None, ("completions", f"{state.global_step:05d}", mark))).replace("/", "_")
     write_parquet(table, Path(args.output_dir) / FOLDER / f"{name}.parquet")
     _log_to_trackers(table, args, "_".join(filter(None, (mark, "completions"))))
+
+
+def _numbers(values: list[float | None]) -> list[float]:
+    return [math.nan if value is None else value for value in values]
 
 
 def write_parquet(table: Mapping[str, list], path: Path) -> None:

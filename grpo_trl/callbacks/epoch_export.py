@@ -76,6 +76,7 @@ class EpochExportCallback(TrainerCallback):
 
     def __init__(self, trainer: Any):
         self.trainer = trainer
+        self._script = train_script()  # now: the file may change while it runs
         self._said_no_script = False
 
     def on_epoch_end(self, args, state, control, **kwargs):
@@ -119,9 +120,8 @@ class EpochExportCallback(TrainerCallback):
                 folder.name.removeprefix("_"),
             )
         (folder / RECIPE_NAME).write_text(recipe_yaml(self.trainer), encoding="utf-8")
-        script = train_script()
-        if script is not None:
-            (folder / SCRIPT_NAME).write_text(script, encoding="utf-8")
+        if self._script is not None:
+            (folder / SCRIPT_NAME).write_bytes(self._script)
         elif not self._said_no_script:
             logger.warning("No %s in the epoch folders: this run was not started from a script.", SCRIPT_NAME)
             self._said_no_script = True
@@ -132,13 +132,13 @@ def inactive_adapters(model: Any) -> list[str]:
     return sorted(set(model.peft_config) - set(model.active_adapters)) if isinstance(model, PeftModel) else []
 
 
-def train_script() -> str | None:
-    """The text of the script that runs; for the command `grpo-trl` one that repeats the run from `recipe.yaml`; None
+def train_script() -> bytes | None:
+    """The script that runs; for the command `grpo-trl` one that repeats the run from `recipe.yaml`; None
     when there is neither (a notebook, `python -c`)."""
     path = Path(getattr(sys.modules["__main__"], "__file__", None) or "").absolute()
     if path.stem == "grpo-trl" or path.is_relative_to(PACKAGE):
-        return COMMAND_SCRIPT
-    return path.read_text(encoding="utf-8") if path.suffix == ".py" and path.is_file() else None
+        return COMMAND_SCRIPT.encode()
+    return path.read_bytes() if path.suffix == ".py" and path.is_file() else None
 
 
 def recipe_yaml(trainer: Any) -> str:
@@ -157,8 +157,9 @@ def recipe_yaml(trainer: Any) -> str:
     row = args.row
     of_its_own = [name for name in GOVERNED if objective[name] != row[name]]
     source = _entries(recipe) if recipe is not None else _comments(_described(trainer))
+    by_script = f"python {SCRIPT_NAME}, with the arguments that it was given"
     lines = [
-        f"# A run as resolved; to repeat it: {'python ' + SCRIPT_NAME if recipe is None else REPEAT}",
+        f"# A run as resolved; to repeat it: {by_script if recipe is None else REPEAT}",
         "# " + ", ".join(f"{name} {version(name)}" for name in ("transformers", "trl", "torch")),
         f"# ranks: {args.world_size}",
         *["", "# Model, data and rewards", *source],

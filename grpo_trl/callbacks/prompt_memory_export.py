@@ -21,7 +21,7 @@ class PromptMemoryCallback(TrainerCallback):
         self.trainer = trainer
 
     def on_save(self, args, state, control, **kwargs):
-        if args.should_save:
+        if args.should_save and self.trainer.args.replay_rollouts is None:  # a replay has none
             name = f"_{PROMPT_MEMORY_NAME}" if args.push_to_hub else PROMPT_MEMORY_NAME
             write_parquet(self.trainer.prompt_memory.table(), Path(str(args.output_dir)) / name)
 

@@ -23,6 +23,8 @@ DEAD_SHARE = 0.8  # of the groups without gradient: then four fifths of the samp
 DROWNED_BY = 20.0  # how many times the spread of all other rewards together
 CUT = 0.05  # of the rows of a reward model
 RATIO_GAP = 0.01  # nats per token; rounding in bf16 stays below, dropout of 0.1 is ten times as much
+SETTLED = 0.1  # of its mean: a reward that varies by less, a format that is nearly always right, needs no attention
+PENALTIES = ("soft_overlong",)  # whose 0 is what is wanted
 SAMPLER_GAP = 0.05  # nats per token; bf16 stays below, a wrong position or mask is of order 1
 KL_LIMIT = 1.0  # nats per token
 ENTROPY_LIMIT = 0.1  # nats per token, and a fifth of what it was
@@ -140,7 +142,8 @@ def _dead_groups(course: Course) -> list[Found]:
 
 
 def _constant_reward(course: Course) -> list[Found]:
-    return [{"reward": name, "value": fmean(_means(course, name))} for name in _constant(course)]
+    names = [name for name in _constant(course) if course.reward_weights[name] and not _is_silent(course, name)]
+    return [{"reward": name, "value": fmean(_means(course, name))} for name in names]
 
 
 def _drowned_rewards(course: Course) -> list[Found]:
@@ -152,7 +155,8 @@ def _drowned_rewards(course: Course) -> list[Found]:
         if _stds(course, name) and name not in _constant(course)
     }
     largest = max(spreads, key=lambda name: spreads[name], default="")
-    others = sum(spreads.values()) - spreads.get(largest, 0.0)
+    varying = [name for name in spreads if fmean(_stds(course, name)) > SETTLED * abs(fmean(_means(course, name)))]
+    others = sum(spreads[name] for name in varying if name != largest and name not in PENALTIES)
     if not others or spreads[largest] < DROWNED_BY * others:
         return []
     return [{"reward": largest, "spread": spreads[largest], "others": others}]
@@ -170,6 +174,8 @@ def _ratio_is_not_one(course: Course) -> list[Found]:
 
 
 def _sampler_disagrees(course: Course) -> list[Found]:
+    if course.args.sampler_correction:
+        return []
     return _gap_above(SAMPLER_GAP, course, "sampling/logp_gap")
 
 
@@ -193,8 +199,10 @@ def _entropy_collapses(course: Course) -> list[Found]:
 
 def _no_gradient(course: Course) -> list[Found]:
     norms, dead = course.recent("grad_norm"), course.recent("frac_reward_zero_std")
+    if not dead:
+        return []  # not known yet whether rewards differ: of a rollout there is one log, of updates there are more
     masked = course.args.mask_truncated_completions and _never_ended(course)
-    explained = masked or _no_reward_varies(course) or (dead and min(dead) == 1)  # which other rules say
+    explained = masked or _no_reward_varies(course) or min(dead) == 1  # which other rules say
     return [{"count": len(norms)}] if norms and max(norms) == 0 and not explained else []
 
 
@@ -239,6 +247,11 @@ def _constant(course: Course) -> list[str]:
         if means and stds and max(stds) <= size and max(means) - min(means) <= size:
             found.append(name)
     return found
+
+
+def _is_silent(course: Course, name: str) -> bool:
+    """A penalty beside other rewards that nothing has called for."""
+    return name in PENALTIES and len(course.reward_weights) > 1 and not any(_means(course, name))
 
 
 def _no_reward_varies(course: Course) -> bool:

@@ -9,7 +9,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from ..batch import Group, Prompt, RolloutBatch, pad_rows
 from ..config import GRPOConfig
 
 FOLDER = "rollouts"
-RANKS = b"ranks"  # in the metadata of each file: a rank's is one of so many
+RANKS, SETTINGS = b"ranks", b"settings"  # in the metadata of each file: a rank's is one of so many; `settings_of`
+OF_ADVANTAGES = ("scale_rewards", "advantage_baseline", "multi_objective_aggregation", "reward_weights")
 REWARD = "rewards/"  # columns of the reward functions: this and their name
 NAME = re.compile(r"rollout_(\d+)_rank_(\d+)\.parquet")
 # (B, T) fields of a `RolloutBatch` that are stored, and their columns
@@ -38,13 +39,25 @@ class Rollout:
     """What was collected at once on one rank.
 
     `groups` are those of the batch, with their text; a group whose draw is -1 fills a place that dynamic sampling left
-    empty. `rewards` is (B,), the weighted sums. `batch` holds advantages and log-probabilities.
+    empty. `rewards` is (B,), the weighted sums. `batch` holds advantages and log-probabilities. `settings` are those
+    of the run (`settings_of`).
     """
 
     groups: list[Group]
     batch: RolloutBatch
     rewards: Tensor
     reward_names: list[str]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def differs(self, settings: dict[str, Any], names: Sequence[str]) -> bool:
+        """Whether one of these settings is another here; one that a file does not say is taken for the same."""
+        return any(self.settings.get(name, settings[name]) != settings[name] for name in names)
+
+
+def settings_of(args: GRPOConfig, reward_weights: Tensor) -> dict[str, Any]:
+    """What stored completions and advantages depend on."""
+    names = ("num_generations", "temperature", *OF_ADVANTAGES)
+    return {name: getattr(args, name) for name in names} | {"reward_weights": reward_weights.tolist()}
 
 
 def file_name(collection: int, rank: int) -> str:
@@ -77,8 +90,8 @@ def write_rollout(path: Path, rollout: Rollout, *, step: int, ranks: int = 1) ->
             pa.list_(pa.int8()),
         ),
     }
-    for field, column in LOGPS.items():
-        values = getattr(batch, field)
+    for name, column in LOGPS.items():
+        values = getattr(batch, name)
         ragged = None if values is None else [row[:n] for row, n in zip(values.tolist(), lengths, strict=True)]
         columns[column] = pa.array(ragged or [None] * len(rows), pa.list_(pa.float32()))
     for index, name in enumerate(rollout.reward_names):
@@ -89,9 +102,10 @@ def write_rollout(path: Path, rollout: Rollout, *, step: int, ranks: int = 1) ->
         columns[f"{REWARD}{name}"] = pa.array(values, pa.float32(), from_pandas=True)  # NaN: null, not applicable
     columns["reward"] = pa.array(rollout.rewards.tolist(), pa.float32(), from_pandas=True)
     columns["advantage"] = pa.array(batch.advantages.tolist(), pa.float32())
+    metadata = {RANKS: str(ranks), SETTINGS: json.dumps(rollout.settings)}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"_{path.name}")  # `_*` is what a push to the Hub leaves out
-    parquet.write_table(pa.table(columns).replace_schema_metadata({RANKS: str(ranks)}), temporary)
+    parquet.write_table(pa.table(columns).replace_schema_metadata(metadata), temporary)
     os.replace(temporary, path)
 
 
@@ -104,13 +118,17 @@ def read_rollout(path: Path, *, num_generations: int, pad_token_id: int, mask_tr
     """
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: {_held(path.parent)}. Set max_steps so that it suffices.")
-    table = parquet.read_table(path).to_pydict()
+    read = parquet.read_table(path)
+    table, settings = read.to_pydict(), json.loads((read.schema.metadata or {}).get(SETTINGS, b"{}"))
     missing = {"draw", "prompt_ids", "completion_ids", "terminated", "loss_mask", "advantage"} - table.keys()
     if missing:
         raise ValueError(f"{path} is no rollout that log_rollouts wrote: it lacks {', '.join(sorted(missing))}.")
     starts = range(0, len(table["draw"]), num_generations)
-    if any(len(set(table["draw"][start : start + num_generations])) > 1 for start in starts) or (
-        len(table["draw"]) % num_generations
+    whole = all(len(set(table["draw"][start : start + num_generations])) == 1 for start in starts)
+    if (
+        not whole
+        or len(table["draw"]) % num_generations
+        or settings.get("num_generations", num_generations) != (num_generations)
     ):
         raise ValueError(
             f"{path} does not hold groups of num_generations={num_generations}; set what it was written with."
@@ -121,10 +139,10 @@ def read_rollout(path: Path, *, num_generations: int, pad_token_id: int, mask_tr
         groups, pad_token_id=pad_token_id, mask_truncated_completions=mask_truncated_completions
     )
     batch.advantages = torch.tensor(table["advantage"], dtype=torch.float32)
-    for field, column in LOGPS.items():
+    for name, column in LOGPS.items():
         if None not in table[column]:
-            setattr(batch, field, pad_rows(table[column], 0.0))
-    return Rollout(groups, batch, _tensor(table["reward"]), names)
+            setattr(batch, name, pad_rows(table[column], 0.0))
+    return Rollout(groups, batch, _tensor(table["reward"]), names, settings)
 
 
 def check_ranks(folder: Path, collection: int, world_size: int) -> None:
@@ -139,10 +157,20 @@ def check_ranks(folder: Path, collection: int, world_size: int) -> None:
         )
 
 
-def replay_problems(batch: RolloutBatch, args: GRPOConfig, path: Path) -> list[str]:
-    """Why a batch that was read cannot be trained on with this configuration."""
-    expected = args.completions_per_rank
+def replay_problems(rollout: Rollout, args: GRPOConfig, reward_names: Sequence[str], path: Path) -> list[str]:
+    """Why a rollout that was read cannot be trained on with this configuration."""
+    expected, batch = args.completions_per_rank, rollout.batch
     found = []
+    if rollout.reward_names != list(reward_names):
+        found.append(
+            f"{path} holds rewards of {', '.join(rollout.reward_names)}, and this run has {', '.join(reward_names)} "
+            "(overlong_penalty is one); give those, in that order."
+        )
+    if (temperature := rollout.settings.get("temperature", args.temperature)) != args.temperature:
+        found.append(
+            f"{path} was sampled, and its log-probabilities taken, at temperature={temperature}; set that, not "
+            f"{args.temperature}."
+        )
     if len(batch) != expected:
         found.append(
             f"{path} holds {len(batch)} completions, but "

@@ -162,7 +162,8 @@ def reference(trial: Trial) -> Result:
     detail = f"first KL {kl:.2g} nats per token"
     if args.ref_model_name_or_path or args.ref_model_init_kwargs:
         what = "the reference is another model, or loaded otherwise"
-        return Result(kl < torch.inf, f"{detail}; {what}", "Use a reference with the policy's tokens.")
+        remedy = "" if kl < torch.inf else "Use a reference with the policy's tokens."
+        return Result(kl < torch.inf, f"{detail}; {what}", remedy)
     if _same_passes(trial):
         passed, bound = bool((log_ratio == 0).all()), "it must be exactly 0"
     else:

@@ -192,12 +192,12 @@ def padding_gap(model: PreTrainedModel | PeftModel) -> float | None:
         rows = [(group.prompt.ids, ids) for group in _trial_groups(lm) for ids in group.completion_ids]
         for row, (prompt, ids) in enumerate(rows):
             tokens = torch.tensor([[*prompt, *ids]], device=ours.device)
-            logits = lm(input_ids=tokens, use_cache=False).logits[0].float()
-            changed = lm(input_ids=torch.cat([tokens[:, :-1], tokens[:, :1]], 1), use_cache=False).logits[0].float()
+            logits = lm(input_ids=tokens).logits[0].float()
+            changed = lm(input_ids=torch.cat([tokens[:, :-1], tokens[:, :1]], 1)).logits[0].float()
             if (ahead := float((logits - changed)[:-1].abs().max())) > _tolerance(lm):
                 raise ValueError(
                     f"A token of {type(lm).__name__} sees those after it (they change its logits by {ahead:.2g}), so "
-                    "it cannot learn to predict them; load it as a decoder (is_decoder: true in its config.json)."
+                    "it cannot learn to predict them; take another model, or load it as a decoder where its config has is_decoder."
                 )
             scored = logits[len(prompt) - 1 : -1].log_softmax(-1)
             alone[row, : len(ids)] = scored.gather(1, tokens[0, len(prompt) :, None])[:, 0]

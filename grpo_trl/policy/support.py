@@ -197,7 +197,8 @@ def padding_gap(model: PreTrainedModel | PeftModel) -> float | None:
             if (ahead := float((logits - changed)[:-1].abs().max())) > _tolerance(lm):
                 raise ValueError(
                     f"A token of {type(lm).__name__} sees those after it (they change its logits by {ahead:.2g}), so "
-                    "it cannot learn to predict them; take another model, or load it as a decoder where its config has is_decoder."
+                    "it cannot learn to predict them; take another model, or load it as a decoder, where its config "
+                    "has is_decoder."
                 )
             scored = logits[len(prompt) - 1 : -1].log_softmax(-1)
             alone[row, : len(ids)] = scored.gather(1, tokens[0, len(prompt) :, None])[:, 0]

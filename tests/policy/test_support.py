@@ -76,7 +76,7 @@ def test_a_model_that_padding_changes_is_named(tmp_path, caplog):
 def test_a_model_whose_tokens_see_those_after_them_is_refused(tmp_path):
     assert padding_gap(tiny_model("bert", is_decoder=True)) is None
     with pytest.raises(
-        ValueError, match=r"A token of BertLMHeadModel sees those after it .*its config has is_decoder"
+        ValueError, match=r"A token of BertLMHeadModel sees those after it .*where its config has is_decoder"
     ):
         trainer(tmp_path, tiny_model("bert"))
 

@@ -135,7 +135,7 @@ def test_push_to_hub_uploads_the_model_and_its_card(tmp_path, hub, save_strategy
     assert hub.requests == (PUSH if save_strategy == "no" else [*PUSH, *PUSH[1:]])
     for files in hub.commits:
         assert {"model.safetensors", "config.json", "tokenizer.json", "training_args.bin", "README.md"} <= set(files)
-        assert b"| digits | 1.0 |" in files["README.md"]
+        assert b"| digits | 1 |" in files["README.md"]
         assert not [name for name, content in files.items() if b"hf_token" in content]
     assert "lm_head.weight" in load(files["model.safetensors"])
     card = ModelCard(files["README.md"].decode())

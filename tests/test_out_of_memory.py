@@ -89,7 +89,7 @@ def test_what_picks_tokens_or_updates_in_each_pass_is_not_cut(options, fixed):
     args = SimpleNamespace(top_entropy_quantile=1.0, optim="adamw_torch", max_tokens_per_microbatch=None)
     vars(args).update(options)
     args.optim = OptimizerNames(args.optim)
-    assert policy_limit(args, SimpleNamespace(distributed_type=DistributedType.NO)).fixed == fixed
+    assert policy_limit(args, SimpleNamespace(distributed_type=DistributedType.NO), None).fixed == fixed
 
 
 def test_scoring_that_ran_out_of_memory_gives_the_same_log_probabilities(tmp_path, enough):

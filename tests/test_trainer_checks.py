@@ -150,8 +150,17 @@ def test_a_change_of_the_arguments_does_not_part_training_from_sampling(tmp_path
 def test_what_is_overridden_or_read_of_transformers_trainer_is_still_there():
     """Private names of its Trainer, which a release may change."""
     overridden = {
-        *("_evaluate", "_finalize_training", "_get_grad_norm", "_get_output_dir", "_load_optimizer_and_scheduler"),
-        *("_load_rng_state", "_maybe_log_save_evaluate", "_push_from_checkpoint", "_run_epoch", "_save"),
+        *("_evaluate", "_finalize_training", "_get_grad_norm", "_get_output_dir", "_issue_warnings_after_load"),
+        *(
+            "_load_best_model",
+            "_load_from_checkpoint",
+            "_load_optimizer_and_scheduler",
+            "_load_rng_state",
+            "_maybe_log_save_evaluate",
+            "_push_from_checkpoint",
+            "_run_epoch",
+            "_save",
+        ),
         *("_save_checkpoint", "_save_optimizer_and_scheduler", "_set_signature_columns_if_needed"),
         "_track_num_input_tokens",
     }

@@ -5,9 +5,11 @@ Per rank: tensors as safetensors, numbers as JSON. Loading executes no code.
 
 import json
 from collections.abc import Collection
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, load_model, save_file, save_model
@@ -82,7 +84,9 @@ def load_weights(model: Any, folder: Path, names: Collection[str]) -> None:
     Raises:
         ResumeError: some are not in the folder.
     """
-    loaded, info = type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
+    own = model.state_dict()
+    dtype = reduce(torch.promote_types, (own[name].dtype for name in names))
+    loaded, info = type(model).from_pretrained(folder, dtype=dtype, output_loading_info=True)
     if missing := sorted(set(names) & set(info["missing_keys"])):
         raise ResumeError(
             f"Cannot load the weights of {folder}: it lacks {', '.join(missing[:5])}{' ...' if missing[5:] else ''}."

@@ -45,7 +45,6 @@ REFUSED_SCRIPT_OPTIONS = {
 }
 
 
-SECRET = re.compile("TOKEN|KEY|SECRET|PASSW", re.IGNORECASE)  # in the name of an environment variable
 ALIASES = {"model": ["model_name_or_path"]}  # what users take a field for
 
 
@@ -181,6 +180,7 @@ def parse_recipe(argv: Sequence[str], prog: str = "grpo-trl train", own_options:
     Raises:
         ValueError: unknown fields, refused TRL options, values that do not fit; no model, data or rewards.
     """
+    sys.path.insert(0, os.getcwd())  # a dotted path may name a module of the current folder, as in TRL
     argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
     if argv[-1:] == ["--config"]:
         raise ValueError("--config needs the path of a recipe's YAML file.")
@@ -289,12 +289,11 @@ def make_trainer(script_args: ScriptArguments, args: GRPOConfig, model_args: Mod
     """The `GRPOTrainer` of a recipe. Data come first: what is wrong with them shows before any model is loaded."""
     from .trainer import GRPOTrainer
 
-    sys.path.insert(0, os.getcwd())  # a dotted path may name a module of the current folder, as in TRL
     train_dataset, eval_dataset = load_data(script_args, args)
     # with the model_init_kwargs of the recipe, not the resolved ones, which would win over a later `--dtype`
     recipe = _changed(script_args) | _changed(model_args) | {"model_init_kwargs": args.model_init_kwargs}
-    if public := {name: value for name, value in script_args.env.items() if not SECRET.search(name)}:
-        recipe = {"env": public} | recipe
+    if script_args.env:
+        recipe["env"] = list(script_args.env)  # values may be secrets
     args.model_init_kwargs = _model_init_kwargs(args, model_args)
     trainer = GRPOTrainer(
         model=str(model_args.model_name_or_path),

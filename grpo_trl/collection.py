@@ -75,7 +75,7 @@ class CollectingTrainer(TrainerHooks):
 
         def sample(count: int) -> list[Scored]:
             groups, rewards_per_func, compared, verdicts = self._sample_and_score(take(count))
-            sampled.append((groups, rewards_per_func, self.extra_columns))
+            sampled.append((groups, rewards_per_func, {name: [*x] for name, x in self.extra_columns.items()}))
             rows = zip(groups, compared.view(-1, size), verdicts.view(-1, size), strict=True)
             return [Scored(group, row.tolist(), step, bool(seen.nanmean() == 1)) for group, row, seen in rows]
 

@@ -41,7 +41,7 @@ from .config_vllm import (
     vllm_generation_kwargs,
     vllm_kwargs_problems,
 )
-from .generation_kwargs import AS_IT_IS, generation_problems
+from .generation_kwargs import AS_IT_IS, generation_problems, is_compile_config
 from .generation_kwargs import FIELDS as GENERATION_FIELDS
 from .refused import UNUSED, raise_all, refuse, unused
 
@@ -361,9 +361,9 @@ class GRPOConfig(VLLMArguments):
         if self.use_bias_correction_kl is not None:
             shorthand["kl_estimator"] = "k3_ratio" if self.use_bias_correction_kl else "k3"
         row = {name: shorthand.get(name, getattr(variant, name)) for name in GOVERNED}
-        bounds_the_ratio = variant.surrogate == "cispo"  # whose epsilon_high is no clip range
-        if bounds_the_ratio and (self.surrogate or row["surrogate"]) != "cispo":
-            row["epsilon_high"] = None
+        bounded = row["surrogate"] if "epsilon_high" in shorthand else variant.surrogate
+        if bounded == "cispo" != (self.surrogate or row["surrogate"]):
+            row["epsilon_high"] = None  # a bound of the ratio is no clip range
         if row["epsilon_high"] is None:
             row["epsilon_high"] = row["epsilon"] if self.epsilon is None else self.epsilon
         return row
@@ -450,6 +450,8 @@ class GRPOConfig(VLLMArguments):
         for name, own in GENERATION_FIELDS.items():
             if name in options:
                 setattr(self, own, options.pop(name))
+        if is_compile_config(compiles := options.get("compile_config")) and isinstance(compiles, dict):
+            options["compile_config"] = CompileConfig(**compiles)
         self.generation_kwargs = vllm_generation_kwargs(self) | options or None
         of_fields = type_problems(self, self._typed() & set(GENERATION_FIELDS.values()))
         of_options = vllm_kwargs_problems(self) if self.use_vllm else generation_problems(options)

@@ -331,7 +331,10 @@ def _of_the_objective(args: Any) -> Rows:
             "pieces; leave one of them out.",
         ),
         (
-            args.dynamic_sampling_tolerance and args.multi_objective_aggregation == "normalize_then_sum",
+            args.dynamic_sampling
+            and args.dynamic_sampling_tolerance
+            and args.dynamic_sampling_filter is None
+            and args.multi_objective_aggregation == "normalize_then_sum",
             f"dynamic_sampling_tolerance={args.dynamic_sampling_tolerance} compares with the size of rewards, which "
             "normalize_then_sum brings to the same spread first; set it to 0, or use dynamic_sampling_filter.",
         ),

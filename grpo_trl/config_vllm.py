@@ -117,12 +117,13 @@ def vllm_kwargs_problems(args: Any) -> list[str]:
 
 def length_problems(longest: int | None, what: str, args: Any) -> list[str]:
     """Too few tokens (None: unknown) for a prompt and its completion: vLLM cuts completions that do not fit."""
-    completion = max(args.max_completion_length, args.eval_max_completion_length or 0)
+    of_evaluation = args.eval_max_completion_length if args.evaluates else None
+    completion = max(args.max_completion_length, of_evaluation or 0)
     needed = (args.max_prompt_length or 1) + completion
     if longest is None or longest >= needed:
         return []
     return [
-        f"{what} has room for {longest} tokens, prompt included, and max_completion_length is {completion}, "
+        f"{what} has room for {longest} tokens, prompt included, and the longest completion has {completion}, "
         f"max_prompt_length {args.max_prompt_length}: completions would be cut. Lower these, or give it {needed} or "
         "more (vllm_max_model_length; of a server: --max-model-len)."
     ]

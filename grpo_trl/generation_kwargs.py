@@ -98,6 +98,12 @@ def _are_biases(value: Any) -> bool:
     return pairs and all(isinstance(bias, float) for _, bias in value)
 
 
+def is_compile_config(value: Any) -> bool:
+    """One, or its fields."""
+    of_fields = isinstance(value, dict) and value.keys() <= CompileConfig().to_dict().keys()
+    return isinstance(value, CompileConfig) or of_fields
+
+
 # name -> (whether a value can be used, what is expected); transformers looks at them in the middle of a rollout
 VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(
@@ -108,7 +114,7 @@ VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "bad_words_ids": (lambda v: isinstance(v, list) and bool(v) and all(map(_are_ids, v)), "a list of lists of ids"),
     "exponential_decay_length_penalty": (lambda v: _is_pair(v, _is_count), "[a number of tokens, a factor]"),
     "sequence_bias": (_are_biases, "a list of [ids, bias], each bias with a point (-5.0)"),
-    "compile_config": (lambda v: isinstance(v, CompileConfig), "a transformers.CompileConfig"),
+    "compile_config": (is_compile_config, "a transformers.CompileConfig, or a mapping of its fields"),
     **dict.fromkeys(("use_cache", "disable_compile"), (lambda v: isinstance(v, bool), "True or False")),
 }
 

@@ -171,6 +171,7 @@ class GRPOTrainer(CollectingTrainer):
         self._step_began = time.perf_counter()  # when its micro-batches were asked for
         self._share_of_micro_batch = 1.0  # what `compute_loss` sees of one; see `training_step`
         self.num_tokens = 0
+        self.extra_columns = {}
         self.completions_log: list[dict[str, Any]] = []
         self.recipe: dict[str, Any] | None = None  # set by the command line: model, data and reward sections
         self.model.add_model_tags(self._tag_names)

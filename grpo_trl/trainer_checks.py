@@ -16,6 +16,7 @@ from .config import GRPOConfig, mapping
 from .evaluation import check_set_names
 from .placement import is_zero3
 from .policy import holds_adapter
+from .policy.reference import reference_options
 from .prompts import check_prompt_dataset, check_template_kwargs, encode_prompt, first_rows
 from .rewards import check_rewards
 from .rewards.loading import check_config
@@ -106,7 +107,7 @@ def model_problems(
     return found + errors_of(
         partial(check_path, model),
         partial(check_architecture, model, "model"),
-        partial(check_reference, args),
+        partial(check_reference, model, args),
         partial(device_map, args, "ref_device"),
         partial(device_map, args, "reward_device"),
         partial(_check_sampling_options, args),
@@ -205,7 +206,7 @@ def check_architecture(model: Any, name: str) -> None:
         )
 
 
-def check_reference(args: GRPOConfig) -> None:
+def check_reference(model: Any, args: GRPOConfig) -> None:
     """Raises ValueError for a `ref_model_name_or_path` that cannot be loaded, is a classifier or has an adapter
     alone."""
     path = args.ref_model_name_or_path
@@ -217,7 +218,8 @@ def check_reference(args: GRPOConfig) -> None:
             f"ref_model_name_or_path={path!r} has an adapter and no model: merge it into its base "
             "(model.merge_and_unload()), save that, and give its path."
         )
-    check_config(path, f"ref_model_name_or_path={path!r}", args.ref_model_init_kwargs, args)
+    options = reference_options(args, model if isinstance(model, str) else None)
+    check_config(path, f"ref_model_name_or_path={path!r}", options, args)
 
 
 def check_path(model: Any) -> None:

@@ -4,7 +4,7 @@ import re
 import runpy
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -504,16 +504,26 @@ def test_script_trains_from_a_recipe_and_its_resolved_recipe_repeats_it(write, t
     resolved = str(out / "epoch_1" / "recipe.yaml")
     script_args, args, model_args = cli.parse_recipe(["--config", resolved, "--dtype", "bfloat16"])
     first = cli.parse_recipe(argv)
-    first[0].env.pop("GRPO_TRL_API_KEY")
-    assert script_args == first[0]
+    assert replace(script_args) == replace(first[0])  # but for `env`
     assert args.objective == first[1].objective and args.num_iterations == 2
     assert model_args.model_name_or_path == model_dir
-    assert script_args.env == {"GRPO_TRL_TEST": "1"}  # and not the key
+    text = Path(resolved).read_text()
+    assert "env, to be set again (values are not written): GRPO_TRL_API_KEY, GRPO_TRL_TEST" in text
+    assert "secret" not in text
     # a later --dtype is not shadowed by the resolved arguments of from_pretrained
     assert args.model_init_kwargs == {"use_cache": True}
 
 
 ENV = {"env": {"GRPO_TRL_TEST": "1", "GRPO_TRL_API_KEY": "secret"}}
+
+
+def test_a_plan_finds_rewards_in_the_current_folder(tmp_path, write, model_dir, monkeypatch, capsys):
+    (tmp_path / "rewards_beside_the_recipe.py").write_text("def shorter(completions, **kwargs):\n    return [0.0]\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", str(tmp_path))])
+    argv = write(reward_funcs=["rewards_beside_the_recipe.shorter"], model_name_or_path=model_dir)
+    cli.main(["plan", *argv, "--memory", "1GiB"])
+    assert "yes" in capsys.readouterr().out
 
 
 def run_script(argv, cwd):

@@ -298,6 +298,7 @@ def test_bf16_is_off_where_it_was_not_asked_for(config):
         ({"variant": "cispo", "loss_type": "dapo"}, {"surrogate": "clip", "epsilon_high": 0.2}),
         ({"variant": "cispo", "surrogate": "clip", "epsilon": 0.1}, {"surrogate": "clip", "epsilon_high": 0.1}),
         ({"variant": "cispo", "loss_type": "dapo", "epsilon_high": 0.3}, {"epsilon_high": 0.3}),
+        ({"loss_type": "cispo", "surrogate": "clip"}, {"surrogate": "clip", "epsilon_high": 0.2}),
         # ... and loses to the explicit field
         ({"loss_type": "dr_grpo", "token_weighting": "token"}, {"token_weighting": "token"}),
         (
@@ -556,7 +557,7 @@ def test_a_second_gpu_that_is_seen_is_not_used(config, monkeypatch):
             "top_entropy_quantile picks tokens from a whole micro-batch",
         ),
         (
-            {"variant": "gdpo", "dynamic_sampling_tolerance": 0.1},
+            {"variant": "gdpo", "dynamic_sampling": True, "dynamic_sampling_tolerance": 0.1},
             "normalize_then_sum brings to the same spread first; set it to 0, or use dynamic_sampling_filter",
         ),
         (

@@ -60,7 +60,7 @@ def test_unknown_options_are_refused_with_the_nearest_name(tmp_path, name, hint)
         ("sequence_bias", {(5,): -10}),
         ("sequence_bias", [[[5], -10]]),
         ("sequence_bias", [[[1, 2], "b"]]),
-        ("compile_config", {"fullgraph": False}),
+        ("compile_config", {"fulgraph": False}),
     ],
 )
 def test_values_that_transformers_would_find_in_a_rollout(tmp_path, name, value):
@@ -77,7 +77,8 @@ def test_values_of_several_parts(tmp_path):
 @pytest.mark.parametrize("options", [{"sequence_bias": {(20,): -5.0}}, {"compile_config": CompileConfig()}])
 def test_trackers_can_write_the_arguments(tmp_path, options):
     (name,) = options
-    assert name in json.loads(config(tmp_path, **options).to_json_string())["generation_kwargs"]
+    written = json.loads(config(tmp_path, **options).to_json_string())["generation_kwargs"]
+    assert name in written and config(tmp_path, **written)
 
 
 def test_values_that_say_what_happens_anyway(tmp_path):

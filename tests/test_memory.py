@@ -21,11 +21,12 @@ from grpo_trl.memory.optimizer import optimizer_bytes, step_bytes
 from grpo_trl.memory.plan import DevicePlan, Plan, _split
 from grpo_trl.memory.tracker import LiveBytes
 from grpo_trl.policy import prepare
+from grpo_trl.rewards import RewardModel
 from grpo_trl.rollouts import SamplingParams, make_engine
 from tests.conftest import ROOT
 from tests.policy.test_packed import KINDS
 from tests.test_trainer import trainer
-from tests.tiny import tiny_model, tiny_reward_model
+from tests.tiny import tiny_model, tiny_reward_model, tiny_tokenizer
 
 ADAPTER = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
 
@@ -205,7 +206,8 @@ def test_a_reward_model_has_its_dtype_by_its_former_name_too_and_its_adapter(run
     base = DebertaV2ForSequenceClassification.from_pretrained(reward_model_dir)
     adapter = get_peft_model(base, LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["query_proj"]))
     adapter.save_pretrained(tmp_path / "adapter")
-    assert frozen(str(tmp_path / "adapter")) == sum(x.nbytes for x in (*adapter.parameters(), *adapter.buffers()))
+    own = RewardModel(str(tmp_path / "adapter"), tiny_tokenizer(chat=False, pair=True)).model
+    assert frozen(str(tmp_path / "adapter")) == sum(x.nbytes for x in (*own.parameters(), *own.buffers()))
 
 
 def test_a_frozen_model_in_4_bit_has_small_linear_layers(run, reward_model_dir):

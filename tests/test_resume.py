@@ -102,6 +102,17 @@ def test_the_best_model_is_loaded_whole(tmp_path, kind):
         assert all(torch.equal(best[name], weight) for name, weight in run.model.state_dict().items())
 
 
+def test_weights_keep_the_bits_that_a_model_has_more_of_than_its_first(tmp_path):
+    model = tiny_model("gpt_neox").to(torch.bfloat16)
+    head = model.get_output_embeddings().to(torch.float32)
+    torch.nn.init.normal_(head.weight)
+    model.save_pretrained(tmp_path)
+    before = head.weight.detach().clone()
+    torch.nn.init.zeros_(head.weight)
+    load_weights(model, tmp_path, weights_left_out(model, tmp_path))
+    assert torch.equal(head.weight, before)
+
+
 def test_a_checkpoint_that_lacks_weights_is_named(tmp_path):
     run = build(tmp_path, model=lambda: tiny_model("qwen3_moe"), max_steps=1)
     run.save_model(str(tmp_path / "saved"))

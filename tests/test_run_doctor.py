@@ -195,7 +195,11 @@ def test_what_is_well_about_a_reward_is_not_said(args):
     watched = history(**{"rewards/format/mean": 3.0, "rewards/format/std": 0.0})
     assert found(watched, args(), {"accuracy": 1.0, "format": 0.0}) == []
     corrected = args(sampler_correction="token_truncate")
-    assert found(history(**{"sampling/logp_gap": 0.5}), corrected) == []
+    assert found(history(**{"sampling/logp_gap": 0.4}), corrected) == []
+    assert found(history(**{"sampling/logp_gap": 3.0}), corrected) == ["sampler disagrees"]
+    assert found(history(**{"sampling/logp_gap": 3.0}), args(sampler_correction="token_truncate", top_k=5)) == []
+    offset = history(**{"rewards/accuracy/mean": 8.0, "rewards/format/mean": -300.0, "rewards/format/std": 50.0})
+    assert found(offset, args()) == ["drowned rewards: format"]
 
 
 def test_a_reward_of_negative_weight_drowns_others_too(args):

@@ -156,7 +156,7 @@ def recipe_yaml(trainer: Any) -> str:
     # what the row says is said by its name: with it as an entry, another --variant would change nothing
     row = args.row
     of_its_own = [name for name in GOVERNED if objective[name] != row[name]]
-    source = _entries(recipe) if recipe is not None else _comments(_described(trainer))
+    source = _recipe_entries(recipe) if recipe is not None else _comments(_described(trainer))
     by_script = f"python {SCRIPT_NAME}, with the arguments that it was given"
     lines = [
         f"# A run as resolved; to repeat it: {by_script if recipe is None else REPEAT}",
@@ -187,6 +187,13 @@ def _changed(args: Any, values: Mapping[str, Any]) -> list[str]:
         if value != default and value not in ([], {}) and not normalised:
             names.append(field.name)
     return names
+
+
+def _recipe_entries(recipe: Mapping[str, Any]) -> list[str]:
+    """Of `env` the names alone: values may be secrets."""
+    lines = _entries({name: value for name, value in recipe.items() if name != "env"})
+    names = recipe.get("env")
+    return lines + _comments({"env, to be set again (values are not written)": ", ".join(names)}) if names else lines
 
 
 def _described(trainer: Any) -> dict[str, Any]:

@@ -23,8 +23,9 @@ DEAD_SHARE = 0.8  # of the groups without gradient: then four fifths of the samp
 DROWNED_BY = 20.0  # how many times the spread of all other rewards together
 CUT = 0.05  # of the rows of a reward model
 RATIO_GAP = 0.01  # nats per token; rounding in bf16 stays below, dropout of 0.1 is ten times as much
-SETTLED = 0.1  # of its mean: a reward that varies by less, a format that is nearly always right, needs no attention
-PENALTIES = ("soft_overlong",)  # whose 0 is what is wanted
+SETTLED = 0.1  # of its mean: a reward in [0, 1] that varies by less, as a format that is nearly learned, is no concern
+PENALTIES, RARE = ("soft_overlong",), 0.05  # whose 0 is what is wanted; and about 0
+CORRECTED_GAP = 0.5  # what `sampler_correction` cannot be meant for
 SAMPLER_GAP = 0.05  # nats per token; bf16 stays below, a wrong position or mask is of order 1
 KL_LIMIT = 1.0  # nats per token
 ENTROPY_LIMIT = 0.1  # nats per token, and a fifth of what it was
@@ -155,8 +156,11 @@ def _drowned_rewards(course: Course) -> list[Found]:
         if _stds(course, name) and name not in _constant(course)
     }
     largest = max(spreads, key=lambda name: spreads[name], default="")
-    varying = [name for name in spreads if fmean(_stds(course, name)) > SETTLED * abs(fmean(_means(course, name)))]
-    others = sum(spreads[name] for name in varying if name != largest and name not in PENALTIES)
+    others = sum(
+        spread
+        for name, spread in spreads.items()
+        if name != largest and not _is_silent(course, name) and not _is_settled(course, name)
+    )
     if not others or spreads[largest] < DROWNED_BY * others:
         return []
     return [{"reward": largest, "spread": spreads[largest], "others": others}]
@@ -174,9 +178,12 @@ def _ratio_is_not_one(course: Course) -> list[Found]:
 
 
 def _sampler_disagrees(course: Course) -> list[Found]:
-    if course.args.sampler_correction:
-        return []
-    return _gap_above(SAMPLER_GAP, course, "sampling/logp_gap")
+    args = course.args
+    truncates = args.top_k or args.top_p < 1 or args.min_p or args.repetition_penalty != 1 or args.generation_kwargs
+    if args.sampler_correction and truncates:
+        return []  # as is to be expected
+    limit = CORRECTED_GAP if args.sampler_correction else SAMPLER_GAP
+    return _gap_above(limit, course, "sampling/logp_gap")
 
 
 def _gap_above(limit: float, course: Course, name: str) -> list[Found]:
@@ -250,8 +257,13 @@ def _constant(course: Course) -> list[str]:
 
 
 def _is_silent(course: Course, name: str) -> bool:
-    """A penalty beside other rewards that nothing has called for."""
-    return name in PENALTIES and len(course.reward_weights) > 1 and not any(_means(course, name))
+    """A penalty beside other rewards that hardly anything has called for."""
+    return name in PENALTIES and len(course.reward_weights) > 1 and abs(fmean(_means(course, name))) < RARE
+
+
+def _is_settled(course: Course, name: str) -> bool:
+    mean = fmean(_means(course, name))
+    return 0 <= mean <= 1 and fmean(_stds(course, name)) <= SETTLED * mean
 
 
 def _no_reward_varies(course: Course) -> bool:

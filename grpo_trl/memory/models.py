@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
@@ -102,7 +102,7 @@ def reward_model_of(path: str, args: GRPOConfig) -> Any:
     with META:
         model = _from_config(AutoModelForSequenceClassification, base_model(path), options, num_labels=1)
         if base_model(path) != path:
-            model = get_peft_model(model, PeftConfig.from_pretrained(path))
+            model.add_adapter(PeftConfig.from_pretrained(path))  # as `load_adapter` does, whatever its task
     return model.requires_grad_(False)
 
 

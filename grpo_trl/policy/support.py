@@ -23,6 +23,8 @@ from .mode import evaluation_mode
 from .norms import use_short_norms
 from .unread import skip_unread
 
+TROUBLE = (TypeError, ValueError, RuntimeError, IndexError, AttributeError)  # what an unusual model may raise
+
 
 def prepare(model: PreTrainedModel | PeftModel, device_type: str | None = None) -> str | None:
     """Makes `per_token_logps` run a language model on streams of groups. Returns None, or why the model cannot be.
@@ -166,7 +168,7 @@ def _trouble(lm: Any, expected: Tensor | None) -> str | None:
         return None
     try:
         gap = float((_trial(lm) - expected).abs().max())  # pyright: ignore[reportOptionalOperand]
-    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
+    except TROUBLE as error:
         return f"{type(error).__name__}: {error}"
     return None if gap <= _tolerance(lm) else f"log-probabilities differ by {gap:.2g}"
 
@@ -185,23 +187,28 @@ def padding_gap(model: PreTrainedModel | PeftModel) -> float | None:
         ValueError: a token of the model sees those after it.
     """
     lm = causal_lm(model)
-    if is_encoder_decoder(lm) or is_fsdp() or (ours := _trial(lm)) is None:
+    # LLM.int8 rounds a token by what is in the others
+    if is_encoder_decoder(lm) or is_fsdp() or getattr(lm, "is_quantized", False) or (ours := _trial(lm)) is None:
         return None
-    alone = torch.zeros_like(ours)
-    with evaluation_mode(lm):
-        rows = [(group.prompt.ids, ids) for group in _trial_groups(lm) for ids in group.completion_ids]
-        for row, (prompt, ids) in enumerate(rows):
-            tokens = torch.tensor([[*prompt, *ids]], device=ours.device)
-            logits = lm(input_ids=tokens).logits[0].float()
-            changed = lm(input_ids=torch.cat([tokens[:, :-1], tokens[:, :1]], 1)).logits[0].float()
-            if (ahead := float((logits - changed)[:-1].abs().max())) > _tolerance(lm):
-                raise ValueError(
-                    f"A token of {type(lm).__name__} sees those after it (they change its logits by {ahead:.2g}), so "
-                    "it cannot learn to predict them; take another model, or load it as a decoder, where its config "
-                    "has is_decoder."
-                )
-            scored = logits[len(prompt) - 1 : -1].log_softmax(-1)
-            alone[row, : len(ids)] = scored.gather(1, tokens[0, len(prompt) :, None])[:, 0]
+    alone, ahead = torch.zeros_like(ours), 0.0
+    rows = [(group.prompt.ids, ids) for group in _trial_groups(lm) for ids in group.completion_ids]
+    for row, (prompt, ids) in enumerate(rows):
+        tokens = torch.tensor([[*prompt, *ids]], device=ours.device)
+        otherwise = torch.cat([tokens[:, :-1], tokens[:, :1]], 1)  # but for the last
+        try:
+            with evaluation_mode(lm):
+                logits, changed = (lm(input_ids=x, use_cache=False).logits[0].float() for x in (tokens, otherwise))
+        except TROUBLE:
+            return None
+        ahead = max(ahead, float((logits - changed)[:-1].abs().max()))
+        scored = logits[len(prompt) - 1 : -1].log_softmax(-1)
+        alone[row, : len(ids)] = scored.gather(1, tokens[0, len(prompt) :, None])[:, 0]
+    if ahead > _tolerance(lm):
+        raise ValueError(
+            f"A token of {type(lm).__name__} sees those after it (they change its logits by {ahead:.2g}), so it "
+            "cannot learn to predict them; take another model, or load it as a decoder, where its config has "
+            "is_decoder."
+        )
     gap = float((ours - alone).abs().max())
     return gap if gap > _tolerance(lm) else None
 

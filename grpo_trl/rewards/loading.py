@@ -32,7 +32,8 @@ def check_rewards(specs: Sequence[RewardSpec], processing_classes: Any, args: GR
         if isinstance(spec, str) and is_reward_model(spec):
             path = base_model(spec)
             config = check_config(path, f"reward model {path!r}", args.reward_model_init_kwargs, args)
-            if path == spec:  # the base of an adapter is often a causal LM
+            said = "num_labels" in mapping(args.reward_model_init_kwargs)
+            if path == spec and not said:  # the base of an adapter is often a causal LM
                 check_one_label(config, path)
     if args.reward_model_init_kwargs and not any(map(is_reward_model, specs)):
         raise ValueError(
@@ -66,10 +67,12 @@ def check_rewards(specs: Sequence[RewardSpec], processing_classes: Any, args: GR
 
 
 def check_config(path: str, what: str, options: Any, args: GRPOConfig) -> Any:
-    """The config at `path`, of the `revision` of `options`. Raises ValueError where it cannot be loaded."""
-    revision = mapping(options).get("revision", "main")
+    """The config at `path`, of the `revision` and with the trust that `options` name. Raises ValueError where it
+    cannot be loaded."""
+    taken = {"revision": "main", "trust_remote_code": args.trust_remote_code}
+    taken |= {name: value for name, value in mapping(options).items() if name in taken}
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=args.trust_remote_code, revision=revision)
+        return AutoConfig.from_pretrained(path, **taken)
     except (OSError, ValueError) as error:  # of which some do not name the model
         raise ValueError(f"{what} cannot be loaded: {error}") from error
 

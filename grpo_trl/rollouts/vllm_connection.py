@@ -167,8 +167,9 @@ def merged_weights(model: PeftModel) -> Iterator[tuple[str, Tensor]]:
         if ".modules_to_save." in full_name and trained not in full_name:
             continue
         name = full_name.removeprefix("base_model.model.").replace(trained, "").replace(".base_layer", "")
-        layer_name, is_adapted, _ = full_name.partition(".base_layer.")
-        own_name = full_name.rpartition(".")[-1]
+        layer_name, is_adapted, own_name = full_name.rpartition(".base_layer.")
+        while layer_name.endswith(".base_layer"):  # to the outermost wrapper
+            layer_name = layer_name.removesuffix(".base_layer")
         yield name, _merged(layers[layer_name], own_name) if is_adapted else parameter.data
 
 

@@ -67,6 +67,15 @@ def test_padding_changes_nothing_in_most_models(kind):
     assert padding_gap(model) is None
 
 
+def test_a_model_that_cannot_be_read_so_is_left_as_it_is(qwen3):
+    class NeedsMask(type(qwen3)):
+        def forward(self, input_ids, attention_mask, position_ids, **kwargs):
+            return super().forward(input_ids, attention_mask, position_ids, **kwargs)
+
+    qwen3.__class__ = NeedsMask
+    assert padding_gap(qwen3) is None
+
+
 def test_a_model_that_padding_changes_is_named(tmp_path, caplog):
     """BART's decoder counts positions from the left, the padding too."""
     trainer(tmp_path, tiny_model("bart"), gradient_checkpointing=False)

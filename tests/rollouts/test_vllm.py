@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from peft import AdaLoraConfig, LoraConfig, PrefixTuningConfig, get_peft_model
+from peft.tuners.lora import Linear as LoraLinear
 
 from grpo_trl.algorithm import policy_loss
 from grpo_trl.batch import Prompt, RolloutBatch
@@ -214,6 +215,28 @@ def test_adapters_on_parameters_of_experts_are_merged(parameters):
     assert sent.keys() == expected.keys()
     for name, weight in expected.items():
         torch.testing.assert_close(sent[name], weight, rtol=0, atol=1e-6, msg=name)
+
+
+def test_an_adapted_layer_within_a_module_with_adapted_parameters_is_merged():
+    from grpo_trl.rollouts.vllm_connection import merged_weights
+
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.randn(2, 8, 8))
+            self.down = torch.nn.Linear(8, 8, bias=False)
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = Block()
+
+    model = adapted(Model(), target_modules=["down"], target_parameters=["block.w"])
+    (down,) = (layer for layer in model.modules() if type(layer) is LoraLinear)
+    expected = down.base_layer.weight + down.get_delta_weight("default")
+    sent = dict(merged_weights(model))
+    assert sent.keys() == {"block.w", "block.down.weight"}
+    assert torch.allclose(sent["block.down.weight"], expected, atol=1e-6)
 
 
 def weights_of(model) -> dict[str, torch.Tensor]:
@@ -506,11 +529,12 @@ def test_a_server_that_would_cut_completions(tmp_path, qwen3, serve):
     server, lengths = serve(max_model_len=40), {"max_completion_length": 30, "max_prompt_length": 10}
     assert engine_of(tmp_path, qwen3, server, **lengths)
     with pytest.raises(
-        ValueError, match=r"has room for 40 tokens, .* is 31, max_prompt_length 10: .*give it 41 or more"
+        ValueError, match=r"has room for 40 tokens, .* has 31, max_prompt_length 10: .*give it 41 or more"
     ):
         engine_of(tmp_path, qwen3, server, **lengths | {"max_completion_length": 31})
     with pytest.raises(ValueError, match="has room for 40 tokens"):
-        engine_of(tmp_path, qwen3, server, **lengths | {"eval_max_completion_length": 31})
+        engine_of(tmp_path, qwen3, server, **lengths, eval_max_completion_length=31, eval_on_start=True)
+    assert engine_of(tmp_path, qwen3, server, **lengths, eval_max_completion_length=31)  # without evaluation
 
 
 def test_a_copy_that_would_cut_completions(tmp_path):

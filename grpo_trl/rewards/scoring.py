@@ -324,11 +324,11 @@ class RewardScorer:
                 future.cancel()
 
     def _warn_if_all_none(self, rewards_per_func: Tensor, groups: Sequence[Group]) -> None:
-        all_none = rewards_per_func[:, (self.weights != 0)].isnan().all(1)
-        if self._warned_all_none or not ((self.weights != 0).any() and all_none.any()):
+        all_none = rewards_per_func[:, self.weights != 0].isnan().all(1)
+        if self._warned_all_none or not (self.weights.any() and all_none.any()):
             return
         self._warned_all_none = True
-        counted = [name for name, counts in zip(self.names, (self.weights != 0).tolist(), strict=True) if counts]
+        counted = [name for name, counts in zip(self.names, self.weights.tolist(), strict=True) if counts]
         row = int(all_none.nonzero()[0])
         logger.warning(
             f"All reward functions ({', '.join(counted)}) returned None for the following row:\n"

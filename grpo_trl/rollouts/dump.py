@@ -125,11 +125,8 @@ def read_rollout(path: Path, *, num_generations: int, pad_token_id: int, mask_tr
         raise ValueError(f"{path} is no rollout that log_rollouts wrote: it lacks {', '.join(sorted(missing))}.")
     starts = range(0, len(table["draw"]), num_generations)
     whole = all(len(set(table["draw"][start : start + num_generations])) == 1 for start in starts)
-    if (
-        not whole
-        or len(table["draw"]) % num_generations
-        or settings.get("num_generations", num_generations) != (num_generations)
-    ):
+    written = settings.get("num_generations", num_generations)
+    if not whole or len(table["draw"]) % num_generations or written != num_generations:
         raise ValueError(
             f"{path} does not hold groups of num_generations={num_generations}; set what it was written with."
         )

@@ -327,13 +327,18 @@ def test_vllm_takes_its_share_of_the_device_or_nothing(run):
     assert not {"kept cache", "key-value cache", "decoding"} & items(run(use_vllm=True, vllm_mode="server")).keys()
 
 
+@pytest.mark.parametrize(
+    "peft_config", [None, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])], ids=["full", "lora"]
+)
 @pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe", "mixtral"])
-def test_update_counts_what_a_real_update_allocates(run, kind, tmp_path):
+def test_update_counts_what_a_real_update_allocates(run, kind, peft_config, tmp_path):
     """The same passes on real tensors, under the same counter, hold the same bytes."""
     from grpo_trl.policy import per_token_logps
 
     model = tiny_model(kind, **KINDS.get(kind, {}))
     model.save_pretrained(path := str(tmp_path / kind))
+    if peft_config:
+        model = get_peft_model(model, peft_config)
     prepare(model)
     groups = [Group(Prompt([1] * 32, {}, n), [[1] * 64] * 4, [True] * 4) for n in range(2)]
     batch = RolloutBatch.from_groups(groups, pad_token_id=0)
@@ -341,7 +346,7 @@ def test_update_counts_what_a_real_update_allocates(run, kind, tmp_path):
     with LiveBytes([*model.parameters(), *model.buffers()]) as memory:
         logps, _ = per_token_logps(model, batch, with_entropy=True)
         logps.sum().backward()
-    made = run(path=path)
+    made = run(path=path, peft_config=peft_config)
     with countable_experts():
         planned = update_bytes(FakeModel(policy_of(made.policy, made.args)), made.args, 32)
     assert planned == pytest.approx(memory.peak, rel=0.02)

@@ -23,16 +23,32 @@ from ..rollouts.sampling import TokenSampler
 from .tracker import LiveBytes
 
 
+class _GroupedProduct(torch.autograd.Function):
+    """Allocates what a product of rows (S, in) by their experts' weights (experts, in, out) does, and computes
+    nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(rows if ctx.needs_input_grad[1] else None, weight)  # frozen experts need no rows
+        return rows.new_empty(len(rows), weight.shape[2])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        rows, weight = ctx.saved_tensors
+        grad_rows = grad.new_empty(len(grad), weight.shape[1]) if ctx.needs_input_grad[0] else None
+        return grad_rows, None if rows is None else torch.empty_like(weight)
+
+
 @contextlib.contextmanager
 def countable_experts() -> Iterator[None]:
-    """In here transformers multiplies by experts with its own operator, which knows of fake tensors of every dtype;
-    torch's, which it prefers and which allocates as much, knows of bf16 alone."""
-    able = moe._can_use_grouped_mm  # private, but the one place where it chooses
-    moe._can_use_grouped_mm = lambda *args, **kwargs: False
+    """In here transformers multiplies fake tensors by experts: torch's operator knows fake ones of bf16 alone, and
+    transformers' own, before 5.23, looks at their numbers in backward."""
+    grouped_mm = moe._grouped_mm  # private, but what every model with experts calls
+    moe._grouped_mm = lambda input, weight, offs: _GroupedProduct.apply(input.to(weight.dtype), weight)
     try:
         yield
     finally:
-        moe._can_use_grouped_mm = able
+        moe._grouped_mm = grouped_mm
 
 
 class FakeModel:

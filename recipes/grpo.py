@@ -10,7 +10,7 @@ repeats the run whose `recipe.yaml` lies beside it, as in the folder of an epoch
 import sys
 from pathlib import Path
 
-from grpo_trl.cli import train
+from grpo_trl.commands import train
 
 if __name__ == "__main__":
     beside = Path(__file__).with_name("recipe.yaml")

@@ -34,8 +34,8 @@ from grpo_trl.callbacks import (
     recipe_yaml,
     write_parquet,
 )
-from grpo_trl.cli import parse_recipe
 from grpo_trl.config import GRPOConfig
+from grpo_trl.recipe import parse_recipe
 from tests import tiny
 from tests.fields import FIELD_NAMES
 

@@ -14,10 +14,11 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 from trl.trainer.model_config import ModelConfig
 
-from grpo_trl import cli
+from grpo_trl import cli, commands
 from grpo_trl.algorithm import VARIANTS
 from grpo_trl.config import GOVERNED, GRPOConfig
 from grpo_trl.manifest import ResumeError
+from grpo_trl.recipe import REFUSED_SCRIPT_OPTIONS, RecipeParser, ScriptArguments, parse_recipe
 from grpo_trl.refused import REFUSED, UNUSED
 from grpo_trl.rewards.registry import REWARDS, TRL_NAMES
 
@@ -51,31 +52,33 @@ def write(tmp_path):
 @pytest.mark.parametrize("null", [["--system_prompt", "null"], ["--system_prompt=None"]])
 def test_null_on_the_command_line(write, null):
     recipe = write(system_prompt="Be brief.", generation_kwargs={"min_new_tokens": 2}, num_generations=8)
-    _, args, _ = cli.parse_recipe([*recipe, *null, "--generation_kwargs", "null", "--num_generations", "4"])
+    _, args, _ = parse_recipe([*recipe, *null, "--generation_kwargs", "null", "--num_generations", "4"])
     assert (args.system_prompt, args.generation_kwargs, args.num_generations) == (None, None, 4)
-    script_args, _, _ = cli.parse_recipe([*recipe, "--reward_funcs", "none", "accuracy"])  # one of two words
+    script_args, _, _ = parse_recipe([*recipe, "--reward_funcs", "none", "accuracy"])  # one of two words
     assert script_args.reward_funcs == ["none", "accuracy"]
     with pytest.raises(ValueError, match="invalid int value: 'null'"):  # a field that cannot be
-        cli.parse_recipe([*recipe, "--num_generations", "null"])
+        parse_recipe([*recipe, "--num_generations", "null"])
 
 
 def test_words_that_yaml_reads_as_something_else(write):
     with pytest.raises(ValueError, match=r'save_strategy=False is unknown; .*"no" in quotes: without them YAML'):
-        cli.parse_recipe(write(save_strategy=False))
+        parse_recipe(write(save_strategy=False))
 
 
 def test_what_users_take_a_field_for(write):
     with pytest.raises(ValueError, match=r"'model' is no field; did you mean model_name_or_path\?"):
-        cli.parse_recipe([*write(), "--model", "x"])
+        parse_recipe([*write(), "--model", "x"])
 
 
-def test_the_package_is_the_command():
-    command = [sys.executable, "-m", "grpo_trl", "--help"]
-    assert "train" in subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+def test_the_package_is_the_command_and_helps_at_once():
+    command = [sys.executable, "-X", "importtime", "-m", "grpo_trl", "--help"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert "train" in run.stdout
+    assert "grpo_trl.cli" in run.stderr and "torch" not in run.stderr  # whose import takes seconds
 
 
 def test_yaml_gives_all_three_groups_of_fields(write):
-    script_args, args, model_args = cli.parse_recipe(write(num_generations=8, lora_r=4))
+    script_args, args, model_args = parse_recipe(write(num_generations=8, lora_r=4))
     assert script_args.train_datasets == [ENTRY] and script_args.rewards == ["accuracy"]
     assert (args.learning_rate, args.num_generations) == (1e-5, 8)
     assert (model_args.model_name_or_path, model_args.lora_r) == ("some/model", 4)
@@ -92,7 +95,7 @@ def test_yaml_gives_all_three_groups_of_fields(write):
 )
 def test_a_value_of_the_models_fields_has_their_type(write, name, value, expected):
     with pytest.raises(ValueError, match=rf"{name}={re.escape(repr(value))} .*: expected {expected}"):
-        cli.parse_recipe(write(**{name: value}))
+        parse_recipe(write(**{name: value}))
 
 
 @pytest.mark.parametrize(
@@ -101,14 +104,14 @@ def test_a_value_of_the_models_fields_has_their_type(write, name, value, expecte
 def test_modules_of_an_adapter(write, modules):
     # a pattern may stand for all
     expected = modules[0] if modules in (["all-linear"], [r".*q_proj"]) else modules
-    assert cli.parse_recipe(write(lora_target_modules=modules, model_revision=None))[2].lora_target_modules == expected
+    assert parse_recipe(write(lora_target_modules=modules, model_revision=None))[2].lora_target_modules == expected
 
 
 def test_options_of_an_adapter_without_one_are_said_to_have_no_effect(write, caplog):
     with caplog.at_level("WARNING", logger="grpo_trl"):
-        cli.parse_recipe(write(lora_r=4, use_dora=True))
-        cli.parse_recipe(write(lora_r=4, use_peft=True))
-        cli.parse_recipe(write())
+        parse_recipe(write(lora_r=4, use_dora=True))
+        parse_recipe(write(lora_r=4, use_peft=True))
+        parse_recipe(write())
     said = "lora_r, use_dora: without effect, all weights are trained; set use_peft: true."
     assert [record.getMessage() for record in caplog.records] == [said]
 
@@ -117,7 +120,7 @@ def test_command_line_wins_over_yaml(write):
     argv = write(num_generations=8, plot_metrics=True)
     argv += ["--learning_rate", "2e-6", "--num-generations=4", "--no_plot_metrics", "--dtype", "bfloat16"]
     argv += ["--reward_funcs", "exact_match", "think_format", "--reward_weights", "1", "0.5"]
-    script_args, args, model_args = cli.parse_recipe(argv)
+    script_args, args, model_args = parse_recipe(argv)
     assert (args.learning_rate, args.num_generations, args.plot_metrics) == (2e-6, 4, False)
     assert script_args.rewards == ["exact_match", "think_format"] and args.reward_weights == [1.0, 0.5]
     assert model_args.dtype == "bfloat16"
@@ -125,55 +128,55 @@ def test_command_line_wins_over_yaml(write):
 
 def test_config_flag_with_equals_sign(write):
     _, path = write()
-    assert cli.parse_recipe([f"--config={path}"])[1].learning_rate == 1e-5
+    assert parse_recipe([f"--config={path}"])[1].learning_rate == 1e-5
 
 
 def test_every_field_has_an_option():
-    options = set(cli.RecipeParser()._option_string_actions)
-    named = {f"--{f.name}" for cls in (cli.ScriptArguments, GRPOConfig, ModelConfig) for f in fields(cls) if f.init}
+    options = set(RecipeParser()._option_string_actions)
+    named = {f"--{f.name}" for cls in (ScriptArguments, GRPOConfig, ModelConfig) for f in fields(cls) if f.init}
     assert named <= options
 
 
 @pytest.mark.parametrize("device", ["cuda:1", "cpu"])
 def test_devices_from_the_command_line(write, device):
-    args = cli.parse_recipe([*write(), "--ref_device", device, "--reward_device", device])[1]
+    args = parse_recipe([*write(), "--ref_device", device, "--reward_device", device])[1]
     assert (args.ref_device, args.reward_device) == (device, device)
 
 
 @pytest.mark.parametrize(("given", "expected"), [("group", "group"), ("batch_relative", "batch_relative")])
 def test_scale_rewards_from_the_command_line(write, given, expected):
-    assert cli.parse_recipe([*write(), "--scale_rewards", given])[1].scale_rewards == expected
+    assert parse_recipe([*write(), "--scale_rewards", given])[1].scale_rewards == expected
 
 
 def test_data_as_json_on_the_command_line(write):
     other = ENTRY | {"path": "other.parquet", "type": "parquet", "split": "train[:64]"}
     named = {"easy": [ENTRY], "hard": [other]}
     argv = ["--train_datasets", json.dumps([other]), "--eval_datasets", json.dumps(named)]
-    script_args, *_ = cli.parse_recipe([*write(), *argv])
+    script_args, *_ = parse_recipe([*write(), *argv])
     assert script_args.train_datasets == [other] and script_args.eval_datasets == named
 
 
 def test_data_that_is_not_json(write):
     with pytest.raises(ValueError, match=r"--train_datasets takes JSON, e.g. .*; got 'train.jsonl'"):
-        cli.parse_recipe([*write(), "--train_datasets", "train.jsonl"])
+        parse_recipe([*write(), "--train_datasets", "train.jsonl"])
 
 
 def test_reward_model_comes_first_and_one_name_is_a_list(write):
-    script_args, *_ = cli.parse_recipe(write(reward_funcs="accuracy", reward_model_name_or_path="some/rm"))
+    script_args, *_ = parse_recipe(write(reward_funcs="accuracy", reward_model_name_or_path="some/rm"))
     assert script_args.rewards == ["some/rm", "accuracy"]
 
 
 def test_resume_from_the_last_checkpoint(write):
-    assert cli.parse_recipe([*write(), "--resume_from_checkpoint", "true"])[1].resume_from_checkpoint is True
-    assert cli.parse_recipe([*write(), "--resume_from_checkpoint", "false"])[1].resume_from_checkpoint is False
-    assert cli.parse_recipe([*write(), "--resume_from_checkpoint", "out/c-1"])[1].resume_from_checkpoint == "out/c-1"
+    assert parse_recipe([*write(), "--resume_from_checkpoint", "true"])[1].resume_from_checkpoint is True
+    assert parse_recipe([*write(), "--resume_from_checkpoint", "false"])[1].resume_from_checkpoint is False
+    assert parse_recipe([*write(), "--resume_from_checkpoint", "out/c-1"])[1].resume_from_checkpoint == "out/c-1"
 
 
 @pytest.mark.parametrize("value", ['{"a": ', "[1]"])
 @pytest.mark.parametrize("name", ["chat_template_kwargs", "lr_scheduler_kwargs"])
 def test_json_that_is_no_mapping_names_its_field(write, name, value):
     with pytest.raises(ValueError, match=f"{name}={re.escape(repr(value))} must be a mapping"):
-        cli.parse_recipe([*write(), f"--{name}", value])
+        parse_recipe([*write(), f"--{name}", value])
 
 
 # ---- refusals ----
@@ -185,26 +188,26 @@ def test_refused_trl_option_names_its_remedy(write, name):
     plain = write()
     for argv in ([*plain, f"--{name}", "unusual"], [*plain, f"--{name}=unusual"], write(**{name: "unusual"})):
         with pytest.raises(ValueError) as error:
-            cli.parse_recipe(argv)
+            parse_recipe(argv)
         assert f"{name}='unusual'" in str(error.value) and remedy in str(error.value)
 
 
 def test_harmless_trl_options_are_dropped(write):
     harmless = {"use_transformers_paged": False, "router_aux_loss_coef": 0.0, "top_entropy_quantile": 1.0}
-    args = cli.parse_recipe(write(**harmless))[1]
+    args = parse_recipe(write(**harmless))[1]
     assert not hasattr(args, "use_transformers_paged")
     argv = ["--use_vllm", "false", "--vllm_server_port=8001", "--router_aux_loss_coef", "none", "--max_steps", "3"]
-    assert cli.parse_recipe([*write(), *argv])[1].max_steps == 3
+    assert parse_recipe([*write(), *argv])[1].max_steps == 3
 
 
 def test_a_bare_refused_flag_means_true(write):
     with pytest.raises(ValueError, match=r"use_transformers_paged=True.*rollout_engine"):
-        cli.parse_recipe([*write(), "--use_transformers_paged", "--max_steps", "3"])
+        parse_recipe([*write(), "--use_transformers_paged", "--max_steps", "3"])
 
 
 def test_misspelt_fields_name_the_closest_one_all_in_one_error(write):
     with pytest.raises(ValueError) as error:
-        cli.parse_recipe([*write(num_generation=4), "--learning_rat", "1", "--zzzz"])
+        parse_recipe([*write(num_generation=4), "--learning_rat", "1", "--zzzz"])
     text = str(error.value)
     assert "'num_generation' is no field; did you mean num_generations?" in text
     assert "'learning_rat' is no field; did you mean learning_rate?" in text
@@ -212,18 +215,18 @@ def test_misspelt_fields_name_the_closest_one_all_in_one_error(write):
 
 
 def test_options_of_trls_script(write):
-    for name, remedy in cli.REFUSED_SCRIPT_OPTIONS.items():
+    for name, remedy in REFUSED_SCRIPT_OPTIONS.items():
         with pytest.raises(ValueError) as error:
-            cli.parse_recipe(write(**{name: True}))
+            parse_recipe(write(**{name: True}))
         assert remedy in str(error.value)
         default = False if name in ("streaming", "ignore_bias_buffers") else None  # TRL's
-        cli.parse_recipe(write(**{name: default}))
+        parse_recipe(write(**{name: default}))
 
 
 def test_trl_script_options_are_ours_or_refused():
-    ours = {f.name for f in fields(cli.ScriptArguments) if f.init}
+    ours = {f.name for f in fields(ScriptArguments) if f.init}
     theirs = {f.name for cls in (trl.ScriptArguments, trl.DatasetMixtureConfig) for f in fields(cls)}
-    assert theirs <= ours | set(cli.REFUSED_SCRIPT_OPTIONS)
+    assert theirs <= ours | set(REFUSED_SCRIPT_OPTIONS)
 
 
 @pytest.mark.parametrize(
@@ -246,12 +249,12 @@ def test_trl_script_options_are_ours_or_refused():
 )
 def test_what_a_recipe_cannot_be(write, changes, message):
     with pytest.raises(ValueError, match=message):
-        cli.parse_recipe(write(**changes))
+        parse_recipe(write(**changes))
 
 
 def test_several_problems_in_one_error(write):
     with pytest.raises(ValueError) as error:
-        cli.parse_recipe(write(model_name_or_path=None, reward_funcs=None, train_datasets=None))
+        parse_recipe(write(model_name_or_path=None, reward_funcs=None, train_datasets=None))
     assert str(error.value).count("\n- ") == 3
 
 
@@ -301,7 +304,7 @@ def test_an_error_of_training_keeps_its_traceback(write, tmp_path, monkeypatch):
     monkeypatch.setattr("grpo_trl.trainer.GRPOTrainer", Recorder)
     monkeypatch.setattr(Recorder, "train", lambda self, **options: int("no number"), raising=False)
     with pytest.raises(ValueError, match="no number"):
-        cli.train(write(train_datasets=[jsonl(tmp_path / "rows.jsonl", ROWS)]))
+        commands.train(write(train_datasets=[jsonl(tmp_path / "rows.jsonl", ROWS)]))
 
 
 @pytest.mark.parametrize(("argv", "message"), [([], "required: command"), (["tune"], "invalid choice: 'tune'")])
@@ -313,9 +316,9 @@ def test_unknown_command(argv, message, capsys):
 
 def test_positional_recipe_and_missing_file(write, tmp_path, capsys):
     with pytest.raises(ValueError, match=r"a recipe is given as --config recipe\.yaml"):
-        cli.parse_recipe(["recipe.yaml"])
+        parse_recipe(["recipe.yaml"])
     with pytest.raises(ValueError, match="--config needs the path"):
-        cli.parse_recipe(["--config"])
+        parse_recipe(["--config"])
     with pytest.raises(SystemExit):
         cli.main(["train", "--config", str(tmp_path / "none.yaml")])
     assert "none.yaml" in capsys.readouterr().err
@@ -352,12 +355,12 @@ def test_named_evaluation_sets_are_read_only_when_evaluated(write, tmp_path):
     entry = jsonl(tmp_path / "rows.jsonl", ROWS)
     named = {"first": [entry | {"split": "train[:2]"}], "rest": [entry | {"split": "train[2:]"}]}
     argv = write(train_datasets=[entry], eval_datasets=named)
-    train_dataset, eval_dataset = cli.load_data(*cli.parse_recipe(argv)[:2])
+    train_dataset, eval_dataset = commands.load_data(*parse_recipe(argv)[:2])
     assert len(train_dataset) == 8 and eval_dataset is None
-    _, eval_dataset = cli.load_data(*cli.parse_recipe([*argv, "--eval_strategy", "epoch"])[:2])
+    _, eval_dataset = commands.load_data(*parse_recipe([*argv, "--eval_strategy", "epoch"])[:2])
     assert {name: len(rows) for name, rows in eval_dataset.items()} == {"first": 2, "rest": 6}
     argv = write(train_datasets=[entry], eval_datasets=named["first"], eval_strategy="epoch")
-    assert len(cli.load_data(*cli.parse_recipe(argv)[:2])[1]) == 2
+    assert len(commands.load_data(*parse_recipe(argv)[:2])[1]) == 2
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -367,7 +370,7 @@ def test_trls_dataset_name(write, tmp_path, streaming):
         Dataset.from_list(rows).to_parquet(tmp_path / "data" / f"{split}.parquet")
     argv = write(train_datasets=None, dataset_name=str(tmp_path / "data"), eval_strategy="epoch", max_steps=1)
     argv += ["--dataset_streaming", str(streaming)]
-    train_dataset, eval_dataset = cli.load_data(*cli.parse_recipe(argv)[:2])
+    train_dataset, eval_dataset = commands.load_data(*parse_recipe(argv)[:2])
     assert [row["prompt"] for row in train_dataset] == [row["question"] for row in ROWS]
     assert [row["answer"] for row in eval_dataset] == [row["answer"] for row in ROWS]
     assert isinstance(train_dataset, Dataset) is not streaming
@@ -375,9 +378,9 @@ def test_trls_dataset_name(write, tmp_path, streaming):
 
 def test_data_errors_come_before_the_model(write, tmp_path):
     entry = jsonl(tmp_path / "rows.jsonl", [*ROWS, {"question": None, "answer": "1"}])
-    recipe = cli.parse_recipe(write(train_datasets=[entry], model_name_or_path="no/such-model"))
+    recipe = parse_recipe(write(train_datasets=[entry], model_name_or_path="no/such-model"))
     with pytest.raises(ValueError, match=r"rows\.jsonl, row 9, column 'question'"):
-        cli.make_trainer(*recipe)
+        commands.make_trainer(*recipe)
 
 
 # ---- what reaches the trainer ----
@@ -401,7 +404,7 @@ def recorded(write, tmp_path, monkeypatch):
     entry = jsonl(tmp_path / "rows.jsonl", ROWS)
 
     def run(**changes):
-        cli.train(write(train_datasets=[entry], use_cpu=True, **changes))
+        commands.train(write(train_datasets=[entry], use_cpu=True, **changes))
         return Recorder.last
 
     return run
@@ -436,7 +439,7 @@ def test_a_refused_resume_ends_with_code_2_and_the_message_alone(recorded, monke
 def test_a_run_is_pushed_with_the_name_of_its_data(recorded, write, tmp_path, monkeypatch):
     Dataset.from_list([{"prompt": "a"}]).to_parquet(tmp_path / "data" / "train.parquet")
     monkeypatch.setattr("grpo_trl.trainer.GRPOTrainer", Recorder)
-    cli.train(write(train_datasets=None, dataset_name=str(tmp_path / "data"), push_to_hub=True))
+    commands.train(write(train_datasets=None, dataset_name=str(tmp_path / "data"), push_to_hub=True))
     assert ("push_to_hub", (), {"dataset_name": str(tmp_path / "data")}) in Recorder.last.calls
     assert recorded(push_to_hub=True).calls[2] == ("push_to_hub", (), {"dataset_name": None})
     assert "push_to_hub" not in [name for name, *_ in recorded().calls]
@@ -502,8 +505,8 @@ def test_script_trains_from_a_recipe_and_its_resolved_recipe_repeats_it(write, t
     assert any(not start[name].equal(final[name]) for name in start)
 
     resolved = str(out / "epoch_1" / "recipe.yaml")
-    script_args, args, model_args = cli.parse_recipe(["--config", resolved, "--dtype", "bfloat16"])
-    first = cli.parse_recipe(argv)
+    script_args, args, model_args = parse_recipe(["--config", resolved, "--dtype", "bfloat16"])
+    first = parse_recipe(argv)
     assert replace(script_args) == replace(first[0])  # but for `env`
     assert args.objective == first[1].objective and args.num_iterations == 2
     assert model_args.model_name_or_path == model_dir
@@ -557,8 +560,8 @@ def test_documented_defaults_are_the_defaults(document):
     for field in own_fields():
         default = getattr(variant, field.name) if field.name in GOVERNED else field.default
         assert rows.get(field.name) == yaml_text(default), field.name
-    defaults = cli.ScriptArguments()
-    for field in fields(cli.ScriptArguments):
+    defaults = ScriptArguments()
+    for field in fields(ScriptArguments):
         if field.init:
             assert rows.get(field.name) == yaml_text(getattr(defaults, field.name)), field.name
 
@@ -575,7 +578,7 @@ def test_refused_options_and_remedies_are_documented(document):
     plain = document.replace("\\|", "|")
     for name, (_, remedy) in REFUSED.items():
         assert any(f"`{name}`" in line and remedy in line for line in plain.splitlines()), name
-    for name in cli.REFUSED_SCRIPT_OPTIONS:
+    for name in REFUSED_SCRIPT_OPTIONS:
         assert f"`{name}`" in document
 
 
@@ -606,7 +609,7 @@ def test_every_default_that_differs_from_trl_is_in_the_table(document):
 def test_the_script_without_arguments_repeats_the_run_beside_which_it_lies(tmp_path, monkeypatch):
     script, recipe, started = tmp_path / "train_script.py", tmp_path / "recipe.yaml", []
     script.write_text((ROOT / "recipes" / "grpo.py").read_text())
-    monkeypatch.setattr(cli, "train", started.append)
+    monkeypatch.setattr(commands, "train", started.append)
     monkeypatch.setattr(sys, "argv", [str(script)])
     runpy.run_path(str(script), run_name="__main__")  # says what is missing, as the command does
     recipe.touch()

@@ -26,6 +26,8 @@ LAYERS = [
     ["collection", "trainer_checks"],
     ["trainer", "memory"],
     ["selfcheck"],
+    ["recipe"],
+    ["commands"],
     ["cli"],
     ["__main__"],
     [PACKAGE],  # the package itself: `__init__.py` hands out names of every layer, so nothing below imports from it

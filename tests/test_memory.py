@@ -473,8 +473,8 @@ def test_a_change_that_a_trainer_would_refuse_is_not_named(run, tmp_path):
 
 
 def test_advice_is_left_out_where_the_model_does_not_allow_it(run, tmp_path):
-    tiny_model("mamba").save_pretrained(path := str(tmp_path / "mamba"))
-    planned = run(path=path, max_completion_length=256)
+    tiny_model("mamba", num_hidden_layers=1).save_pretrained(path := str(tmp_path / "mamba"))
+    planned = run(path=path, max_prompt_length=8, max_completion_length=8)
     plan = plan_run(planned, 2**24)
     changes = [advice.change.split(":")[0] for advice in ranked_changes(planned, plan, 2**24)]
     assert changes and "use_peft" not in changes  # whose layers no adapter for all linear ones fits

@@ -18,6 +18,7 @@ from rich.console import Console
 import grpo_trl.policy.attention
 import grpo_trl.selfcheck.trial
 from grpo_trl import GRPOTrainer
+from grpo_trl.cli import main
 from grpo_trl.policy.attention import GroupLayout
 from grpo_trl.rollouts import ENGINES
 from grpo_trl.rollouts.native import NativeEngine
@@ -402,11 +403,27 @@ def test_the_command_says_ready_and_leaves_nothing_behind(recipe):
     assert contents(folder) == before and not (folder / "out").exists()
 
 
-def test_the_command_says_what_to_fix(recipe):
-    folder, bad = recipe
-    run = check(folder, "--model", bad, "--num_generations", "2")
-    assert run.returncode == 1, run.stdout + run.stderr
-    *_, fix, last = [line for line in run.stdout.splitlines() if not line.startswith("Look")]
+@pytest.fixture
+def checked(recipe, monkeypatch, capsys):
+    """Runs the command here: its exit code, and what it said."""
+    monkeypatch.chdir(recipe[0])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setenv("COLUMNS", "160")
+
+    def run(*argv):
+        with pytest.raises(SystemExit) as end:
+            main(["check", "--config", "recipe.yaml", *argv])
+        return end.value.code, capsys.readouterr()
+
+    yield run
+    sys.modules.pop("own", None)  # of the recipe's folder
+
+
+def test_the_command_says_what_to_fix(recipe, checked):
+    _, bad = recipe
+    code, said = checked("--model", bad, "--num_generations", "2")
+    assert code == 1, said
+    *_, fix, last = [line for line in said.out.splitlines() if not line.startswith("Look")]
     assert fix.startswith("Fix EOS and pad: ") and "set eos_token_id: [3, 1]" in fix
     assert last == "not ready: 1 of 7 checks failed"
 
@@ -414,7 +431,6 @@ def test_the_command_says_what_to_fix(recipe):
 @pytest.mark.parametrize(
     ("option", "message"), [(("--model", "./nowhere"), "no such folder"), (("--report_to", "azure_ml"), "pip install")]
 )
-def test_a_set_up_that_cannot_be_built_ends_with_code_2(recipe, option, message):
-    folder, _ = recipe
-    run = check(folder, *option)
-    assert run.returncode == 2 and message in run.stderr and "Self-test" not in run.stdout
+def test_a_set_up_that_cannot_be_built_ends_with_code_2(checked, option, message):
+    code, said = checked(*option)
+    assert code == 2 and message in said.err and "Self-test" not in said.out

@@ -55,7 +55,7 @@ SLOW = (pytest.mark.slow, pytest.mark.ci)
         pytest.param(
             {"gradient_accumulation_steps": 2, "steps_per_generation": 4, "token_weighting": "sequence"},
             id="two-steps-per-rollout",
-            marks=SLOW,
+            marks=pytest.mark.slow,
         ),
         pytest.param({"lora": True}, id="lora", marks=SLOW),
         pytest.param(
@@ -69,8 +69,11 @@ SLOW = (pytest.mark.slow, pytest.mark.ci)
                 "optim": "sgd",
             },
             id="dynamic-sampling",
+            marks=SLOW,
         ),
-        pytest.param({"top_entropy_quantile": 0.4, "entropy_coef": 0.01, "optim": "sgd"}, id="entropy", marks=SLOW),
+        pytest.param(
+            {"top_entropy_quantile": 0.4, "entropy_coef": 0.01, "optim": "sgd"}, id="entropy", marks=pytest.mark.slow
+        ),
         pytest.param(
             {
                 "skip_solved_after": 1,
@@ -81,7 +84,7 @@ SLOW = (pytest.mark.slow, pytest.mark.ci)
                 "optim": "sgd",
             },
             id="prompt-memory",
-            marks=SLOW,
+            marks=pytest.mark.slow,
         ),
     ],
 )

@@ -23,7 +23,7 @@ from .math import AccuracyReward
 from .model import RewardModel
 from .registry import RewardFunction, reward_name
 from .rows import rows_of
-from .trl_functions import OnMessages
+from .text import OnMessages
 
 logger = logging.get_logger(__name__)
 

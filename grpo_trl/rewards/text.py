@@ -1,6 +1,7 @@
 """What text rewards read: the text of a completion, the answer in it, the gold answer of its row."""
 
 import re
+from collections.abc import Callable
 from decimal import Decimal
 from math import isfinite, isnan
 from typing import Any
@@ -64,6 +65,17 @@ def as_messages(completions: list[Any]) -> list[list[dict[str, Any]]]:
         [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
         for completion in completions
     ]
+
+
+class OnMessages:
+    """A reward function that can read completions only as messages, on plain text too. `name`: what it is shown as."""
+
+    def __init__(self, func: Callable[..., Any], name: str):
+        self.func = func
+        self.__name__ = name
+
+    def __call__(self, /, completions: list[Any], **kwargs: Any) -> Any:
+        return self.func(completions=as_messages(completions), **kwargs)
 
 
 def gold_answers(count: int, answer: list[Any] | None = None, solution: list[Any] | None = None) -> list[str | None]:

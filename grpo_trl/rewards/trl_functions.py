@@ -6,7 +6,7 @@ from typing import Any
 
 from trl.trainer.utils import get_callable_name
 
-from .text import as_messages
+from .text import OnMessages
 
 # functions that make a reward function, and what stands for it here
 _FACTORIES = {"get_soft_overlong_punishment": "soft_overlong", "get_repetition_penalty_reward": "repetition"}
@@ -32,15 +32,4 @@ def adapt_trl_function(func: Callable[..., Any]) -> Callable[..., Any]:
             f"trl.rewards.{name} makes a reward function and is none itself; {registered}pass what it returns, "
             f"`{name}(...)`, or assign that to a name in a module of your own and give that name's dotted path."
         )
-    return OnMessages(func)
-
-
-class OnMessages:
-    """A function that can read completions only as messages, on plain text too."""
-
-    def __init__(self, func: Callable[..., Any]):
-        self.func = func
-        self.__name__ = get_callable_name(func)
-
-    def __call__(self, /, completions: list[Any], **kwargs: Any) -> Any:
-        return self.func(completions=as_messages(completions), **kwargs)
+    return OnMessages(func, name)

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from grpo_trl.disk import disk_errors_named, is_of_the_disk
 from tests.test_trainer import trainer
 
+SLOW = (pytest.mark.slow, pytest.mark.ci)
 ROOT = Path(__file__).parents[2]
 RUN = """
 import resource, sys
@@ -47,7 +48,14 @@ def child(command: list[str], output: Path, limit: int) -> subprocess.CompletedP
     )
 
 
-@pytest.mark.parametrize("limit", [5_000, 40_000, 200_000])  # where it hits: the card, the weights, the optimizer
+@pytest.mark.parametrize(
+    "limit",
+    [
+        pytest.param(5_000, id="card", marks=SLOW),
+        pytest.param(40_000, id="weights"),
+        pytest.param(200_000, id="optimizer", marks=SLOW),
+    ],
+)
 def test_the_error_names_the_disk_and_the_run_goes_on_from_the_last_checkpoint(tmp_path, limit):
     done = child([sys.executable, "-c", RUN], tmp_path, limit)
     assert done.returncode == 1
@@ -59,6 +67,8 @@ def test_the_error_names_the_disk_and_the_run_goes_on_from_the_last_checkpoint(t
     assert run.state.global_step == 4
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_tmpfs_that_fills_up(tmp_path):
     mount = "mount -t tmpfs -o size=1400k tmpfs {0} && trap 'cp -r {0} {0}.kept' EXIT; shift; \"$@\""
     namespace = ["unshare", "--mount", *(["--map-root-user"] if os.getuid() else []), "sh", "-c"]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+SLOW = (pytest.mark.slow, pytest.mark.ci)
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "accelerate_configs" / "cpu_two_ranks.yaml"
 TIMEOUT = 20  # seconds, `ddp_timeout`
@@ -41,7 +42,7 @@ def environment(**variables) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
 
 
-@pytest.mark.parametrize("fault", ["killed", "raises", "hangs"])
+@pytest.mark.parametrize("fault", ["raises", *(pytest.param(fault, marks=SLOW) for fault in ("killed", "hangs"))])
 def test_the_other_rank_ends_with_an_error(tmp_path, fault):
     """Without a launcher that would end it from outside."""
     with socket.socket() as free:
@@ -73,6 +74,8 @@ def test_the_other_rank_ends_with_an_error(tmp_path, fault):
             rank.communicate()
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_the_launcher_ends_with_an_error(tmp_path):
     script = tmp_path / "run.py"
     script.write_text(RUN)

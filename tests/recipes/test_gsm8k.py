@@ -17,8 +17,9 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-@pytest.mark.ci
-@pytest.mark.parametrize("kind", ["one rank", "two ranks", "lora"])
+@pytest.mark.parametrize(
+    "kind", ["one rank", *(pytest.param(kind, marks=pytest.mark.ci) for kind in ("two ranks", "lora"))]
+)
 def test_gsm8k(tmp_path, gsm8k, kind):
     policy = save(tiny_model("qwen3"), tiny_tokenizer(), tmp_path / "policy")
     judge = save(tiny_reward_model(), tiny_tokenizer(chat=False, pair=True), tmp_path / "deberta")

@@ -3,11 +3,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from trl.trainer.model_config import ModelConfig
 
-from grpo_trl import cli
 from grpo_trl.algorithm import VARIANTS
 from grpo_trl.data import parse_entries
 from grpo_trl.placement import resolve_device_map
+from grpo_trl.recipe import RecipeParser, parse_recipe
 from grpo_trl.rewards import REWARDS, resolve_reward
 from grpo_trl.rollouts import ENGINES
 
@@ -33,7 +34,7 @@ def test_there_are_recipes():
 
 @pytest.mark.parametrize("path", YAMLS, ids=str)
 def test_recipe_is_parsed_and_names_existing_parts(path):
-    script_args, args, _ = cli.RecipeParser().parse_args_and_config(arguments(path))
+    script_args, args, _ = RecipeParser().parse_args_and_config(arguments(path))
     assert args.variant in VARIANTS
     assert args.rollout_engine in ENGINES
     for name in script_args.reward_funcs or []:
@@ -42,7 +43,7 @@ def test_recipe_is_parsed_and_names_existing_parts(path):
 
 @pytest.mark.parametrize("path", COMPLETE, ids=str)
 def test_recipe_is_complete(path):
-    script_args, args, model_args = cli.parse_recipe(arguments(path))
+    script_args, args, model_args = parse_recipe(arguments(path))
     assert parse_entries(script_args.train_datasets)
     assert script_args.rewards and model_args.model_name_or_path
     assert args.reward_weights is None or len(args.reward_weights) == len(script_args.rewards)
@@ -72,7 +73,7 @@ def test_recipe_is_in_the_table(path):
 
 
 def test_the_seeds_hyper_parameters():
-    script_args, args, model_args = cli.parse_recipe(arguments("qwen3_0.6b_seed/grpo.yaml"))
+    script_args, args, model_args = parse_recipe(arguments("qwen3_0.6b_seed/grpo.yaml"))
     assert model_args.model_name_or_path == "Qwen/Qwen3-0.6B"
     assert script_args.rewards == ["OpenAssistant/reward-model-deberta-v3-large-v2"]
     entry = {"path": "your_dataset.parquet", "type": "parquet", "input": "question", "output": "answer"}
@@ -90,10 +91,10 @@ def test_the_seeds_hyper_parameters():
 @pytest.mark.parametrize("name", ["ref_device", "reward_device"])
 def test_the_seed_recipe_runs_without_a_gpu_when_its_devices_are_named_anew(name):
     argv = [*arguments("qwen3_0.6b_seed/grpo.yaml"), "--use_cpu", "true"]
-    args = cli.parse_recipe(argv)[1]
+    args = parse_recipe(argv)[1]
     with pytest.raises(ValueError, match="'cuda:1' does not exist"):
         resolve_device_map(getattr(args, name), args.device, num_gpus=0)
-    args = cli.parse_recipe([*argv, f"--{name}", "same"])[1]
+    args = parse_recipe([*argv, f"--{name}", "same"])[1]
     assert resolve_device_map(getattr(args, name), args.device, num_gpus=0) == {"": args.device}
     assert f"--{name} same" in (RECIPES / "README.md").read_text()
 
@@ -102,7 +103,7 @@ def test_lora_differs_from_full_in_the_adapter_only():
     full, lora = (
         yaml.safe_load((RECIPES / "qwen3_0.6b_gsm8k" / name).read_text()) for name in ("grpo.yaml", "grpo_lora.yaml")
     )
-    model_fields = {f.name for f in fields(cli.ModelConfig)}
+    model_fields = {f.name for f in fields(ModelConfig)}
     changed = {name for name in full | lora if full.get(name) != lora.get(name)}
     assert changed - model_fields == {"learning_rate", "output_dir"}
     assert lora["use_peft"] is True

@@ -1,6 +1,10 @@
 """TRL's reward functions by dotted path or as they are, on both data forms."""
 
 import functools
+import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from trl.rewards import accuracy_reward, get_cosine_scaled_reward, get_soft_overlong_punishment
@@ -8,6 +12,7 @@ from trl.rewards import accuracy_reward, get_cosine_scaled_reward, get_soft_over
 from grpo_trl.batch import Group, Prompt
 from grpo_trl.rewards import RewardScorer, resolve_reward
 
+ROOT = Path(__file__).resolve().parents[2]
 TEXTS = ["<think>48 + 24</think>\\boxed{72}", "<think>hm</think>\\boxed{71}", "\\boxed{72}"]
 EXPECTED = {"accuracy_reward": [1, 0, 1], "reasoning_accuracy_reward": [1, 0, 0], "think_format_reward": [1, 1, 0]}
 
@@ -20,17 +25,24 @@ def group(conversational: bool) -> Group:
     return Group(Prompt([1], example, 0), [[1] * 90] * 3, [True] * 3, completions=completions)
 
 
-@pytest.mark.parametrize("conversational", [False, True])
-@pytest.mark.parametrize("name", EXPECTED)
 @pytest.mark.parametrize("timeout", [None, 60])
-def test_by_dotted_path(name, conversational, timeout):
-    reward = resolve_reward(f"trl.rewards.{name}", max_completion_length=100)
-    scorer = RewardScorer([reward], timeout=timeout)
+def test_by_dotted_path(timeout):
+    rewards = [resolve_reward(f"trl.rewards.{name}", max_completion_length=100) for name in EXPECTED]
+    scorer = RewardScorer(rewards, timeout=timeout)
     try:
-        assert scorer.score([group(conversational)])[:, 0].tolist() == EXPECTED[name]
-        assert scorer.names == [name]
+        for conversational in (False, True):
+            assert scorer.score([group(conversational)]).T.tolist() == list(EXPECTED.values())
+        assert scorer.names == list(EXPECTED)
     finally:
         scorer.close()
+
+
+def test_a_process_of_its_own_loads_no_torch():
+    code = "import pickle, sys; pickle.load(sys.stdin.buffer); print(*(m in sys.modules for m in sys.argv[1:]))"
+    rewards = pickle.dumps([resolve_reward(f"trl.rewards.{name}", max_completion_length=100) for name in EXPECTED])
+    command = [sys.executable, "-c", code, "trl.rewards", "torch"]
+    child = subprocess.run(command, input=rewards, capture_output=True, check=True, cwd=ROOT)
+    assert child.stdout.split() == [b"True", b"False"]
 
 
 @pytest.mark.parametrize(

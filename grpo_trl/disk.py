@@ -1,7 +1,9 @@
-"""A full disk, said as one: libraries that write checkpoints have errors of their own for it, some without a path."""
+"""Files that are whole or not there, and a full disk, said as one: libraries that write have errors of their own for
+it, some without a path."""
 
 import contextlib
 import errno
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,20 +22,33 @@ _WORDS = (
 
 
 @contextlib.contextmanager
-def disk_errors_named(folder: Path, last_checkpoint: Path | None) -> Iterator[None]:
-    """What goes wrong with the disk while a checkpoint is written into `folder` is an OSError that says so, with the
-    space left and the checkpoint to go on from. Other errors pass."""
+def in_one_move(path: Path) -> Iterator[Path]:
+    """A file to write, which becomes `path` when it is whole: nobody reads half of one. Makes the folder.
+
+    Raises:
+        OSError: as `disk_errors_named`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"_{path.name}")  # `_*` is what a push to the Hub leaves out
+    with disk_errors_named(path):
+        yield temporary
+        os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def disk_errors_named(path: Path, remedy: str = "Free space, and resume from the last checkpoint") -> Iterator[None]:
+    """What goes wrong with the disk while a file or folder is written is an OSError that says so, with the space left
+    and what to do. Other errors pass."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         if not is_of_the_disk(error):
             raise
-        free = shutil.disk_usage(folder.parent).free
+        free = shutil.disk_usage(path.parent).free
         raise OSError(
             getattr(error, "errno", None) or errno.ENOSPC,
-            f"{folder} could not be written: {type(error).__name__}: {error}. {free / 1e6:.0f} MB are free there. "
-            f"This checkpoint is incomplete; the last complete one is {last_checkpoint or 'none'}. Free space (a "
-            "lower save_total_limit, save_only_model, another output_dir) and resume from that one",
+            f"{path} could not be written: {type(error).__name__}: {error}. {free / 1e6:.0f} MB are free there. "
+            f"{remedy}",
         ) from error
 
 

@@ -46,7 +46,11 @@ class TrainerHooks(InterruptibleTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        with disk_errors_named(folder, self.last_checkpoint):
+        remedy = (
+            f"This checkpoint is incomplete; the last complete one is {self.last_checkpoint or 'none'}. Free space (a "
+            "lower save_total_limit, save_only_model, another output_dir) and resume from that one"
+        )
+        with disk_errors_named(folder, remedy):
             self.create_model_card()  # in output_dir too, as TRL does: a push sends that folder
             super()._save_checkpoint(model, trial)
 

@@ -13,13 +13,13 @@ SOURCE = Path(__file__).resolve().parent.parent / PACKAGE
 # Lowest first. A module may import those of lower layers; units of one layer do not import each other.
 LAYERS = [
     ["algorithm", "jsonable"],
-    ["batch", "placement", "token_limit", "manifest", "signals", "ranks_exit", "worker", "fingerprint"],
+    ["batch", "placement", "token_limit", "manifest", "signals", "ranks_exit", "worker", "fingerprint", "disk"],
     ["config_types"],
     ["refused", "config_checks", "generation_kwargs"],
     ["config_vllm"],
     ["config"],
     ["policy", "rollouts", "rewards", "data", "data_forms", "prompts", "prompt_memory", "metrics"],
-    ["loader", "checkpoint", "disk", "moment", "nonfinite", "callbacks", "evaluation", "model_card"],
+    ["loader", "checkpoint", "moment", "nonfinite", "callbacks", "evaluation", "model_card"],
     ["resumable"],
     ["interruptible"],
     ["assembly", "hooks"],

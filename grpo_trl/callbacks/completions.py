@@ -1,7 +1,6 @@
 """What was sampled: a table on the console, parquet files, and tables of experiment trackers."""
 
 import math
-import os
 import random
 import re
 import sys
@@ -16,6 +15,8 @@ from rich.markup import escape
 from transformers import TrainerState
 from transformers.integrations.integration_utils import is_trackio_available, is_wandb_available
 from trl.trainer.utils import print_prompt_completions_sample
+
+from ..disk import in_one_move
 
 FOLDER = "completions"
 _SHOWN = {"role", "content", "reasoning_content", "thinking"}  # of a message; what else it has is shown behind them
@@ -69,10 +70,9 @@ def _numbers(values: list[float | None]) -> list[float]:
 def write_parquet(table: Mapping[str, list], path: Path) -> None:
     """Writes columns as parquet, in one move. A column whose values have no common type, or one that parquet cannot
     hold, is written as text."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"_{path.name}")
-    pyarrow.parquet.write_table(pa.table({name: _arrow(values) for name, values in table.items()}), temporary)
-    os.replace(temporary, path)
+    columns = pa.table({name: _arrow(values) for name, values in table.items()})
+    with in_one_move(path) as temporary:
+        pyarrow.parquet.write_table(columns, temporary)
 
 
 def read_parquet(path: Path) -> dict[str, list]:

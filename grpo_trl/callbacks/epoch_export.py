@@ -20,6 +20,7 @@ from trl.trainer.utils import get_config_model_id
 
 from ..config import FOLLOWING, GOVERNED
 from ..config_types import default_of
+from ..disk import disk_errors_named
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +84,9 @@ class EpochExportCallback(TrainerCallback):
         # an epoch that a resume or `max_steps` cut counts as the one it is part of
         number = max(1, math.ceil(state.epoch - 1e-6))
         mark = "_" if args.push_to_hub else ""
-        self._export(Path(str(args.output_dir)) / f"{mark}epoch_{number}")
+        folder = Path(str(args.output_dir)) / f"{mark}epoch_{number}"
+        with disk_errors_named(folder):
+            self._export(folder)
 
     def _export(self, folder: Path) -> None:
         trainer = self.trainer

@@ -1,7 +1,6 @@
 """`training_metrics.png`: how a run is going, at a glance."""
 
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
@@ -13,6 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from transformers import TrainerCallback
+
+from ..disk import in_one_move
 
 FILE_NAME = "training_metrics.png"
 EVAL_REWARD = re.compile(r"eval_(?:(?P<name>.+)_)?reward")
@@ -58,11 +59,8 @@ def plot_metrics(history: History, path: Path, *, beta: float | None = None) -> 
         # fixed places: looking for the best one takes longer with every point; rewards rise, so below right is free
         legend = "lower right" if index == 1 else "upper left"
         _finish(ax, x_label="optimizer step" if index >= 3 else None, x_max=last_step, legend=legend)
-    temporary = path.with_name(f"_{path.name}")  # `_*` is what a push to the Hub leaves out
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(temporary, "wb") as file:
+    with in_one_move(path) as temporary, open(temporary, "wb") as file:
         canvas.print_png(file)
-    os.replace(temporary, path)
 
 
 def _draw_loss(ax: Axes, history: History, beta: float | None) -> None:

@@ -6,7 +6,6 @@ Numbers round-trip exactly: ids are integers, log-probabilities, rewards and adv
 
 import json
 import math
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from ..batch import Group, Prompt, RolloutBatch, pad_rows
 from ..config import GRPOConfig
+from ..disk import in_one_move
 
 FOLDER = "rollouts"
 RANKS, SETTINGS = b"ranks", b"settings"  # in the metadata of each file: a rank's is one of so many; `settings_of`
@@ -103,10 +103,8 @@ def write_rollout(path: Path, rollout: Rollout, *, step: int, ranks: int = 1) ->
     columns["reward"] = pa.array(rollout.rewards.tolist(), pa.float32(), from_pandas=True)
     columns["advantage"] = pa.array(batch.advantages.tolist(), pa.float32())
     metadata = {RANKS: str(ranks), SETTINGS: json.dumps(rollout.settings)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"_{path.name}")  # `_*` is what a push to the Hub leaves out
-    parquet.write_table(pa.table(columns).replace_schema_metadata(metadata), temporary)
-    os.replace(temporary, path)
+    with in_one_move(path) as temporary:
+        parquet.write_table(pa.table(columns).replace_schema_metadata(metadata), temporary)
 
 
 def read_rollout(path: Path, *, num_generations: int, pad_token_id: int, mask_truncated_completions: bool) -> Rollout:

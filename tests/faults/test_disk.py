@@ -1,4 +1,4 @@
-"""A disk that is full while a checkpoint is written: said as such, and the checkpoint before it still works.
+"""A disk that is full while something is written: said as such, and the checkpoint before it still works.
 
 Real runs in a child process: on a tmpfs of a few hundred kB where the system lets us mount one (a mount namespace of
 its own; needs root or user namespaces), and everywhere under a limit of the size of a file, which fails in the same
@@ -7,6 +7,7 @@ calls.
 
 import errno
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 from safetensors import SafetensorError
 
+from grpo_trl.callbacks import plot_metrics, write_parquet
 from grpo_trl.disk import disk_errors_named, is_of_the_disk
 from tests.test_trainer import trainer
 
@@ -88,6 +90,29 @@ def test_a_tmpfs_that_fills_up(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("plot.png", lambda path: plot_metrics([{"step": 1, "loss": 0.5}], path)),
+        ("rows.parquet", lambda path: write_parquet({"text": [str(n) for n in range(2000)]}, path)),
+    ],
+)
+def test_a_file_is_whole_or_as_it_was_and_the_error_names_it(tmp_path, name, write):
+    path = tmp_path / "folder" / name
+    write(path)
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(
+            OSError, match=rf"{name} could not be written: .*File too large.* MB are free there\. Free"
+        ):
+            write(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
     "error",
     [
         *(OSError(getattr(errno, code), "?") for code in ("ENOSPC", "EDQUOT", "EFBIG", "EIO", "EROFS")),
@@ -103,13 +128,13 @@ def test_a_tmpfs_that_fills_up(tmp_path):
 def test_errors_of_the_disk_are_said_as_one(tmp_path, error, monkeypatch):
     free = {tmp_path: SimpleNamespace(free=3_000_000)}  # the checkpoint's own folder may not exist
     monkeypatch.setattr("grpo_trl.disk.shutil.disk_usage", free.__getitem__)
-    said = r"checkpoint-1 could not be written: .*\. 3 MB are free there\. .*the last complete one is none\."
-    with pytest.raises(OSError, match=said) as raised, disk_errors_named(tmp_path / "checkpoint-1", None):
+    said = r"checkpoint-1 could not be written: .*\. 3 MB are free there\. Go on\."
+    with pytest.raises(OSError, match=said) as raised, disk_errors_named(tmp_path / "checkpoint-1", "Go on."):
         raise error
     assert raised.value.errno == (getattr(error, "errno", None) or errno.ENOSPC)
 
 
 def test_other_errors_pass(tmp_path):
-    with pytest.raises(RuntimeError, match="of another kind"), disk_errors_named(tmp_path / "checkpoint-1", None):
+    with pytest.raises(RuntimeError, match="of another kind"), disk_errors_named(tmp_path / "checkpoint-1"):
         raise RuntimeError("of another kind")
     assert not is_of_the_disk(FileNotFoundError(2, "No such file"))

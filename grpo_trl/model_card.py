@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -120,10 +121,15 @@ def create_model_card(
         objective=_table(("setting", "value"), _known(args.objective)),
         training=_table(("", ""), _training_facts(trainer)),
         plot=_plot(folder, Path(args.output_dir)),
-        versions="\n".join(f"- {name}: {version(name)}" for name in FRAMEWORKS),
+        versions=_versions(),
         citations=_citations(args.objective["paper"]),
     )
     card.save(folder / "README.md")
+
+
+@cache
+def _versions() -> str:
+    return "\n".join(f"- {name}: {version(name)}" for name in FRAMEWORKS)
 
 
 def _plot(folder: Path, output_dir: Path) -> str:

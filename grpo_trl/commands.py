@@ -25,8 +25,6 @@ from .refused import raise_all
 from .rollouts import check_engine
 from .trainer_checks import errors_of, model_problems
 
-# ---- train ----
-
 
 @contextlib.contextmanager
 def _said(*more: type[Exception]) -> Iterator[None]:
@@ -37,6 +35,9 @@ def _said(*more: type[Exception]) -> Iterator[None]:
     except (ValueError, OSError, yaml.YAMLError, *more) as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from error
+
+
+# ---- train ----
 
 
 def train(argv: Sequence[str]) -> None:

@@ -191,11 +191,11 @@ class CollectingTrainer(TrainerHooks):
         """Over all ranks, each of which must call it, with groups or without."""
         lengths = [len(group.prompt.ids) + len(ids) for group in groups for ids in group.completion_ids]
         # of each rank; the update waits for the one that has most
-        mine = torch.tensor([float(sum(lengths))], device=self.args.device)
+        mine = torch.tensor([sum(lengths)], device=self.args.device)
         tokens = cast(Tensor, self.accelerator.gather(mine))
         self.num_tokens += int(tokens.sum())
         if len(tokens) > 1 and tokens.any():
-            self.metrics.add("rollout/token_imbalance", float(tokens.max() / tokens.mean()))
+            self.metrics.add("rollout/token_imbalance", float(tokens.max() / tokens.double().mean()))
 
     def sample(self, prompts: list[Prompt]) -> list[Group]:
         """`rollout`, with the groups in the order of the prompts and decoded; refuses an incomplete one. Each group is

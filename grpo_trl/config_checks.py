@@ -65,7 +65,7 @@ RANGES = {
     "skip_solved_after": Range(1, hint=" draw"),
     "skip_hopeless_after": Range(1, hint=" draw"),
     "beta": Range(0),
-    "epsilon": Range(0, 1),
+    "epsilon": Range(0),
     "epsilon_high": Range(0),
     "sapo_temperature_pos": Range(0, above=True),
     "sapo_temperature_neg": Range(0, above=True),

@@ -73,9 +73,12 @@ def _data_files(entry: DatasetEntry) -> list[Path]:
     if path.is_file():
         return [path]
     if path.is_dir():
-        files, what = sorted(path.rglob(f"*.{entry.type}")), f"no *.{entry.type} file in this folder"
+        found, what = path.rglob(f"*.{entry.type}"), f"no *.{entry.type} file in this folder"
+        # as in a glob: `.ipynb_checkpoints` and the like are none of the data
+        files = sorted(file for file in found if not any(part[0] == "." for part in file.relative_to(path).parts))
     else:
-        files, what = sorted(map(Path, glob.glob(str(path), recursive=True))), "no such file"
+        found, what = map(Path, glob.glob(str(path), recursive=True)), "no such file"
+        files = sorted(file for file in found if file.is_file())
     if not files:
         raise FileNotFoundError(f"{path}: {what} (current directory: {Path.cwd()}).")
     return files

@@ -84,7 +84,10 @@ def evaluate_prompts(trainer: Any, dataset: Any) -> tuple[dict[str, float], list
     results = gather_object(results)
     table = sorted(gather_object(table), key=lambda entry: entry[0]) if trainer.args.log_completions else []
     summary = summarize(results, trainer.reward_names, trainer.reward_weights, trainer.args.eval_pass_threshold)
-    return logged.reduce(gather_object) | summary, [row for _, row in table]
+    of_rewards = logged.reduce(gather_object)
+    for name in of_rewards.keys() & summary.keys():
+        logged.refuse(name)
+    return of_rewards | summary, [row for _, row in table]
 
 
 def rows_of_rank(num_rows: int, rank: int, world_size: int) -> list[int]:
@@ -119,7 +122,7 @@ def summarize(
     """
     results = sorted(results, key=lambda record: record["row"])  # so that sums do not depend on the ranks
     rewards_per_func = tensor([row for record in results for row in record["rewards"]], dtype=float64)  # (N k, F)
-    rewards = combine_rewards(rewards_per_func, reward_weights)
+    rewards = combine_rewards(rewards_per_func, reward_weights).double()
     applied = rewards[~rewards.isnan()]
     k = len(results[0]["lengths"])
     lengths = tensor([record["lengths"] for record in results]).double()

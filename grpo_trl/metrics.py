@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ class Metrics:
             raise TypeError(f"log_metric({name!r}, {value!r}): expected one number.") from error
         self._of_rewards.add(name)
         if name in OF_TRANSFORMERS:
-            self._refuse(name)
+            self.refuse(name)
         if not math.isnan(number):
             self._sums.setdefault(name, []).append((number, 1))
 
@@ -73,16 +73,17 @@ class Metrics:
     def add_extreme(self, name: str, values: Tensor) -> None:
         """Adds to a minimum (`min` in the last part of the name) or a maximum; infinite values do not count."""
         if name in self._of_rewards:
-            self._refuse(name)
+            self.refuse(name)
         if values.numel():
             self._extremes.setdefault(name, []).append(values.min() if _is_min(name) else values.max())
 
     def _rows(self, name: str) -> list[tuple[Value, ...]]:
         if name in self._of_rewards:
-            self._refuse(name)
+            self.refuse(name)
         return self._sums.setdefault(name, [])
 
-    def _refuse(self, name: str) -> None:
+    def refuse(self, name: str) -> NoReturn:
+        """Of a name that the trainer uses itself."""
         raise ValueError(f"log_metric({name!r}, ...): the trainer logs a metric of this name; call yours otherwise.")
 
     def reduce(self, gather_object: Callable[[list], list]) -> dict[str, float]:
@@ -157,7 +158,8 @@ def record_rollout(
         metrics.add_extreme(f"completions/min_{kind}length", values)
         metrics.add_extreme(f"completions/max_{kind}length", values)
     metrics.add_mean("completions/clipped_ratio", (~terminated).double())
-    for name, values in zip(reward_names, rewards_per_func.T, strict=True):
+    # as fp32, whose sums in fp64 are exact: the same in any order, in a replay say
+    for name, values in zip(reward_names, rewards_per_func.float().T, strict=True):
         metrics.add_mean(f"rewards/{name}/mean", values)
         metrics.add_std(f"rewards/{name}/std", values)
     metrics.add_mean("reward", rewards)

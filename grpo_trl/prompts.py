@@ -35,7 +35,7 @@ def encode_prompt(
     Raises ValueError for an empty prompt, a value that is neither text nor messages, or a chat template that is
     missing or refuses the messages.
     """
-    prompt = example["prompt"]
+    prompt: Any = example.get("prompt")
     if problem := prompt_problem(prompt):
         raise ValueError(f"Cannot encode the prompt {prompt!r:.200}: {problem}.")
     if isinstance(prompt, str) and (prompt_format == "chat" or (prompt_format == "auto" and system_prompt)):
@@ -187,7 +187,7 @@ def check_prompt_dataset(dataset: Any, *, where: str) -> None:
         )
     first = _first_row(dataset)
     if first is None:
-        raise ValueError(f"{where} has no rows.")
+        raise ValueError(f"{where} has no rows (or, of a stream with max_prompt_length, none that is short enough).")
     if not isinstance(first, Mapping):
         raise TypeError(f"{where}: rows must be dicts with a 'prompt', got {type(first).__name__}.")
     if isinstance(dataset, list | tuple):

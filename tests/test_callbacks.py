@@ -668,6 +668,13 @@ def test_reference_that_cannot_follow_is_refused_before_the_first_step(tmp_path,
         SyncReferenceCallback(in_8_bit, 0.5, 2).on_train_begin(None, None, None, model=qwen3)
 
 
+def test_a_reference_with_offloaded_weights_is_refused_before_the_first_step(qwen3):
+    offloaded = tiny.tiny_model()
+    offloaded.lm_head.to("meta")
+    with pytest.raises(ValueError, match="cannot follow the policy in weights that ref_device has put on the disk"):
+        SyncReferenceCallback(offloaded, 0.5, 2).on_train_begin(None, None, None, model=qwen3)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_reference_on_another_device_follows():
     policy, reference = torch.nn.Linear(8, 8).cuda(), torch.nn.Linear(8, 8)

@@ -508,7 +508,7 @@ def test_a_second_gpu_that_is_seen_is_not_used(config, monkeypatch):
         ({"skip_solved_after": 0}, "skip_solved_after=0 is out of range: expected at least 1 draw"),
         ({"skip_hopeless_after": -1}, "skip_hopeless_after=-1 is out of range: expected at least 1 draw"),
         ({"beta": -0.1}, "beta=-0.1 is out of range"),
-        ({"epsilon": 1.5}, "epsilon=1.5 is out of range"),
+        ({"epsilon": -0.1, "epsilon_high": 0.2}, "epsilon=-0.1 is out of range"),
         ({"adam_beta1": 1.0}, r"adam_beta1=1.0 is out of range: expected in \[0, 1\)"),
         ({"eval_temperature": -1.0}, "eval_temperature=-1.0 is out of range"),
         ({"epsilon_high": -0.1}, "epsilon_high=-0.1 is out of range"),

@@ -124,6 +124,9 @@ def test_glob_folder_and_compressed_files(tmp_path):
     jsonl(folder / "b.jsonl", ROWS[2:])
     jsonl(folder / "a.jsonl", ROWS[:2])
     (folder / "notes.txt").write_text("not data")
+    (folder / ".ipynb_checkpoints").mkdir()
+    (folder / ".ipynb_checkpoints" / "a.jsonl").write_text("of yesterday")
+    (tmp_path / "d.jsonl").mkdir()
     assert load_datasets([entry(folder)])["level"][:] == [0, 1, 2, 3, 4, 5]
     assert load_datasets([entry(tmp_path / "*" / "?.jsonl")])["level"][:] == [0, 1, 2, 3, 4, 5]
     (folder / "[c].csv").write_text("question,answer\nQ,1\n")

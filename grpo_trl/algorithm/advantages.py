@@ -10,12 +10,12 @@ EPSILON = 1e-4  # added to the standard deviation, as in TRL
 
 
 def combine_rewards(rewards_per_func: Tensor, weights: Tensor) -> Tensor:
-    """Weighted sum over reward functions. (B, F), (F,) -> (B,).
+    """Weighted sum over reward functions. (B, F), (F,) -> (B,) in fp32.
 
     NaN means "not applicable" and is left out of the sum; a row where no function with a weight applies stays NaN.
     """
-    # in fp64: summed in fp32, .1 + .2 + .4 and .4 + .2 + .1 differ, and the difference would be taken for a signal
-    total = (rewards_per_func.double() * weights.double()).nansum(1).to(rewards_per_func.dtype)
+    # of fp64 values and in fp64: in fp32 .6 + .1 and .7 + 0 differ, and the difference would be taken for a signal
+    total = (rewards_per_func.double() * weights.double()).nansum(1).float()
     applies = ~rewards_per_func.isnan() & (weights != 0)
     return torch.where(applies.any(1), total, torch.nan)
 

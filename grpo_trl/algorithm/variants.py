@@ -87,9 +87,14 @@ VARIANTS: dict[str, Variant] = {
     "reinforce_pp_baseline": Variant(paper="arXiv 2501.03262", kl_estimator="k2"),
     # The gate's temperatures: 1.0 and 1.05.
     "sapo": Variant(paper="arXiv 2511.20347", surrogate="sapo", token_weighting="sequence", **_GROUP),
-    # GSPO's ratio with the length taken out of the average.
+    # GSPO's ratio with the length taken out of the average; section 5.1: the clip range.
     "luspo": Variant(
-        paper="arXiv 2602.05261", importance_sampling_level="sequence", token_weighting="sequence_sum", **_GROUP
+        paper="arXiv 2602.05261",
+        importance_sampling_level="sequence",
+        token_weighting="sequence_sum",
+        epsilon=2e-3,
+        epsilon_high=2.5e-3,
+        **_GROUP,
     ),
     # k and lambda of the two signs: 2, 3 and 3, 2.
     "vespo": Variant(paper="arXiv 2602.10693", surrogate="vespo", **_GROUP),

@@ -27,6 +27,11 @@ class SyncReferenceCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         policy: Any = extract_model_from_parallel(model)
         _check_same_parameters(policy, self.reference_model)
+        if any(parameter.is_meta for parameter in self.reference_model.parameters()):
+            raise ValueError(
+                "sync_ref_model=True cannot follow the policy in weights that ref_device has put on the disk, or that "
+                "move to a GPU only while they are used; use a map of devices that hold all of the reference."
+            )
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step % self.every == 0:

@@ -52,7 +52,7 @@ def one_by_one(rows: dict[str, list]) -> list[dict[str, list]]:
 
 
 def to_rewards(output: Any, count: int, name: str) -> Tensor:
-    """A function's output -> (count,) fp32, None as NaN.
+    """A function's output -> (count,) fp64, None as NaN.
 
     Raises:
         ValueError: a wrong count, NaN, infinity or a non-number; names function, row and value.
@@ -69,7 +69,7 @@ def to_rewards(output: Any, count: int, name: str) -> Tensor:
         raise ValueError(
             f"Reward function {name!r} returned {len(values)} rewards, but {count} were expected: one per completion."
         )
-    return torch.tensor([_to_float(value, row, name) for row, value in enumerate(values)], dtype=torch.float32)
+    return torch.tensor([_to_float(value, row, name) for row, value in enumerate(values)], dtype=torch.float64)
 
 
 def _to_float(value: Any, row: int, name: str) -> float:
@@ -89,7 +89,10 @@ def _to_float(value: Any, row: int, name: str) -> float:
 def describe_failure(found: tuple[int, Exception] | None, name: str, rows: dict[str, list], error: Exception) -> str:
     """Of a function that raised `error` on all rows, and the first row that fails alone, with its error."""
     if found is None:
-        return f"Reward function {name!r} failed on all rows together, though on none of them alone: {in_words(error)}"
+        return (
+            f"Reward function {name!r} failed on all rows together and then, tried again, on none of them alone (a "
+            f"fault that has passed, or one of many rows): {in_words(error)}"
+        )
     row, row_error = found
     return f"Reward function {name!r} failed on row {row}: {in_words(row_error)}. {_shown(rows, row)}"
 

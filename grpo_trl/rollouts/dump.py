@@ -1,7 +1,7 @@
 """A collection on disk, as parquet: everything that an update needs, and the text. `GRPOTrainer` writes one file per
 collection and rank with `log_rollouts`, and trains on them again with `replay_rollouts`.
 
-Numbers round-trip exactly: ids are integers, log-probabilities, rewards and advantages are fp32.
+Numbers round-trip exactly: ids are integers, rewards of the functions fp64, log-probabilities and advantages fp32.
 """
 
 import json
@@ -99,7 +99,7 @@ def write_rollout(path: Path, rollout: Rollout, *, step: int, ranks: int = 1) ->
             math.nan if group.rewards_per_func is None else float(group.rewards_per_func[row, index])
             for group, row in rows
         ]
-        columns[f"{REWARD}{name}"] = pa.array(values, pa.float32(), from_pandas=True)  # NaN: null, not applicable
+        columns[f"{REWARD}{name}"] = pa.array(values, pa.float64(), from_pandas=True)  # NaN: null, not applicable
     columns["reward"] = pa.array(rollout.rewards.tolist(), pa.float32(), from_pandas=True)
     columns["advantage"] = pa.array(batch.advantages.tolist(), pa.float32())
     metadata = {RANKS: str(ranks), SETTINGS: json.dumps(rollout.settings)}
@@ -137,7 +137,7 @@ def read_rollout(path: Path, *, num_generations: int, pad_token_id: int, mask_tr
     for name, column in LOGPS.items():
         if None not in table[column]:
             setattr(batch, name, pad_rows(table[column], 0.0))
-    return Rollout(groups, batch, _tensor(table["reward"]), names, settings)
+    return Rollout(groups, batch, _tensor(table["reward"]).float(), names, settings)
 
 
 def check_ranks(folder: Path, collection: int, world_size: int) -> None:
@@ -199,7 +199,7 @@ def _group(table: dict[str, list], rows: slice, reward_names: Sequence[str]) -> 
 
 
 def _tensor(values: list[float | None]) -> Tensor:
-    return torch.tensor([math.nan if value is None else value for value in values], dtype=torch.float32)
+    return torch.tensor([math.nan if value is None else value for value in values], dtype=torch.float64)
 
 
 def _text(value: Any) -> str | None:

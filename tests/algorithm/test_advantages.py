@@ -179,6 +179,15 @@ def test_equal_rows_stay_equal_when_combined():
     assert informative_groups(combined, 16).tolist() == [False]
 
 
+def test_equal_totals_of_different_parts_are_equal():
+    """As fp32, .6 + .1 is more than .7 + 0."""
+    tenths = [step / 10 for step in range(11)]
+    for total in tenths:
+        pairs = [(a, b) for a in tenths for b in tenths if abs(a + b - total) < 1e-9]
+        combined = combine_rewards(torch.tensor(pairs, dtype=torch.float64), torch.ones(2))
+        assert combined.dtype == torch.float32 and len(combined.unique()) == 1, pairs
+
+
 @pytest.mark.parametrize("weight", [1.0, 0.3])
 def test_the_order_of_the_functions_does_not_matter(weight):
     """In fp32 the six orders of (.1, .2, .4) have two different sums, which would be scaled up to advantages."""

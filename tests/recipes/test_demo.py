@@ -159,6 +159,7 @@ def check(result, args):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # beside another test on as many cores
 @pytest.mark.parametrize(
     ("name", "seed"),
     [

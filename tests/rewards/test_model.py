@@ -242,7 +242,7 @@ def test_model_and_function_combine_and_the_model_never_leaves_the_process():
     group = Group(Prompt([1], {"prompt": "1+1=", "answer": "2"}, 0), [[1], [2]], [True, True], completions=["2", "3"])
     metrics = {}
     rewards = scorer.score([group], log_metric=metrics.__setitem__)
-    expected = torch.tensor([reward(["1+1="] * 2, ["2", "3"]), [1.0, 0.0]]).T
+    expected = torch.tensor([reward(["1+1="] * 2, ["2", "3"]), [1.0, 0.0]], dtype=torch.float64).T
     torch.testing.assert_close(rewards, expected, atol=1e-5, rtol=0)
     assert metrics == {f"rewards/{reward.__name__}/truncated": 0.0}
     scorer.close()

@@ -112,8 +112,8 @@ def test_a_batch_scores_like_its_groups(make_scorer):
     scorer = make_scorer(functions.tokens, functions.AsyncJudge(), accuracy)
     groups = [group("7", "8", "14/2", answer="7"), group("x", answer=None)]
     rewards = scorer.score(groups)
-    assert rewards.dtype == torch.float32 and rewards.device.type == "cpu"
-    expected = torch.tensor([[1.0, 2, 1], [1, 2, 0], [4, 2, 1], [1, 2, math.nan]])
+    assert rewards.dtype == torch.float64 and rewards.device.type == "cpu"
+    expected = torch.tensor([[1.0, 2, 1], [1, 2, 0], [4, 2, 1], [1, 2, math.nan]], dtype=torch.float64)
     torch.testing.assert_close(rewards, expected, rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(torch.cat([scorer.score([one]) for one in groups]), rewards, equal_nan=True)
     assert scorer.names == ["tokens", "AsyncJudge", "accuracy"]

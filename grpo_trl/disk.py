@@ -28,28 +28,31 @@ def in_one_move(path: Path) -> Iterator[Path]:
     Raises:
         OSError: as `disk_errors_named`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"_{path.name}")  # `_*` is what a push to the Hub leaves out
     with disk_errors_named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         os.replace(temporary, path)
 
 
 @contextlib.contextmanager
-def disk_errors_named(path: Path, remedy: str = "Free space, and resume from the last checkpoint") -> Iterator[None]:
+def disk_errors_named(
+    path: Path, remedy: str = "Free space, and resume from the last checkpoint, if there is one"
+) -> Iterator[None]:
     """What goes wrong with the disk while a file or folder is written is an OSError that says so, with the space left
-    and what to do. Other errors pass."""
+    and what to do; of several around each other, the outermost speaks. Other errors pass."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         if not is_of_the_disk(error):
             raise
-        free = shutil.disk_usage(path.parent).free
+        cause = error.__cause__ or error
+        free = shutil.disk_usage(next(parent for parent in path.absolute().parents if parent.exists())).free
         raise OSError(
-            getattr(error, "errno", None) or errno.ENOSPC,
-            f"{path} could not be written: {type(error).__name__}: {error}. {free / 1e6:.0f} MB are free there. "
+            getattr(cause, "errno", None) or errno.ENOSPC,
+            f"{path} could not be written: {type(cause).__name__}: {cause}. {free / 1e6:.0f} MB are free there. "
             f"{remedy}",
-        ) from error
+        ) from cause
 
 
 def is_of_the_disk(error: BaseException) -> bool:

@@ -38,11 +38,12 @@ class TrainerHooks(InterruptibleTrainer):
         self.state.num_input_tokens_seen = self.num_tokens
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
         folder = Path(output_dir or str(self.args.output_dir))
-        # PEFT saves every adapter in a folder of its name; the frozen copy of the start is no result
-        shutil.rmtree(folder / REFERENCE_ADAPTER, ignore_errors=True)
-        create_model_card(self, folder=folder)  # after PEFT, which writes one without content
+        with disk_errors_named(folder):
+            super()._save(output_dir, state_dict)
+            # PEFT saves every adapter in a folder of its name; the frozen copy of the start is no result
+            shutil.rmtree(folder / REFERENCE_ADAPTER, ignore_errors=True)
+            create_model_card(self, folder=folder)  # after PEFT, which writes one without content
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"

@@ -290,7 +290,7 @@ def test_rewards_that_cannot_be_used(tmp_path, rewards, said):
     ("rewards", "options", "said"),
     [
         (reward_one, {}, "All completions have the same sum"),
-        ([reward_vowels, reward_one], {}, "Reward_one gave all completions the same"),
+        ([reward_vowels, reward_one], {}, "For all completions alike: reward_one"),
         (reward_vowels, {"max_completion_length": 2}, "All completions were cut at 2 tokens (max_completion_length)"),
         (
             reward_vowels,

@@ -239,7 +239,7 @@ def rewards(trial: Trial) -> Result:
     if _is_constant(total):
         looks.append("all completions have the same sum, so this batch would teach nothing")
     elif constant:
-        looks.append(f"{', '.join(constant)} gave all completions the same")
+        looks.append(f"for all completions alike: {', '.join(constant)}")
     look = "; ".join(looks)
     return Result(True, detail, f"{look[:1].upper()}{look[1:]}: read them below." if look else "")
 

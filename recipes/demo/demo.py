@@ -112,10 +112,12 @@ def report(result: Result, args: GRPOConfig) -> None:
     table.add_row("with a carry", f"{before.carry_accuracy:.1%}", f"{after.carry_accuracy:.1%}")
     console.print(table)
     console.print(f"{result.question}\n  before: {before.reply}\n  after:  {after.reply}")
-    console.print(
-        f"\n{result.gain:+.1f} points. What was learnt: to stop forgetting the carry, a bad habit of the warm start. "
-        "Not addition: that was there, and the right digit was sampled now and then; the reward made it the usual one."
-    )
+    console.print(f"\n{result.gain:+.1f} points.")
+    if after.carry_accuracy > before.carry_accuracy:
+        console.print(
+            "What was learnt: to stop forgetting the carry, a bad habit of the warm start. Not addition: that was "
+            "there, and the right digit was sampled now and then; the reward made it the usual one."
+        )
     console.print(f"\nWarm start {result.warm_start_seconds:.0f} s, GRPO {result.grpo_seconds:.0f} s.")
     console.print(f"Curves: {args.output_dir}/training_metrics.png", soft_wrap=True)
 

@@ -134,6 +134,28 @@ def test_errors_of_the_disk_are_said_as_one(tmp_path, error, monkeypatch):
     assert raised.value.errno == (getattr(error, "errno", None) or errno.ENOSPC)
 
 
+def test_the_outermost_speaks_alone(tmp_path):
+    said = r"checkpoint-1 could not be written: OSError: \[Errno 28\] full\. \d+ MB are free there\. Go on\.$"
+    folder = tmp_path / "new" / "checkpoint-1"
+    with (
+        pytest.raises(OSError, match=said),
+        disk_errors_named(folder, "Go on."),
+        disk_errors_named(folder / "rows.parquet"),
+    ):
+        raise OSError(errno.ENOSPC, "full")
+
+
+def test_a_model_that_is_saved_at_the_end_says_it_too(tmp_path):
+    run = trainer(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=rf"^\[Errno \d+\] {tmp_path} could not be written: "):
+            run.save_model()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
 def test_other_errors_pass(tmp_path):
     with pytest.raises(RuntimeError, match="of another kind"), disk_errors_named(tmp_path / "checkpoint-1"):
         raise RuntimeError("of another kind")
